@@ -1,0 +1,1 @@
+"""normfuse: rewrite the normalization layers of trained PyTorch models, exactly, and prove it."""

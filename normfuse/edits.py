@@ -1,0 +1,237 @@
+"""Edits are inert data; `apply` is the only code that changes a program, and it changes a copy.
+
+Two kinds suffice. `SetTensor` gives a stored tensor a new value by a formula. `Reroute` makes readers of a node read an
+expression instead; nodes that nobody reads any more are dropped.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from normfuse import formula
+from normfuse.errors import InvalidPlan
+from normfuse.formula import Formula
+from normfuse.program import Program
+
+
+@dataclass(frozen=True)
+class Ref:
+    """The value of the node of this name."""
+
+    node: str
+
+    def __str__(self) -> str:
+        return self.node
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of an aten operator, such as ``rms_norm.default``, on expressions and literals."""
+
+    op: str
+    args: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op.removesuffix('.default')}({', '.join(_brief(each) for each in self.args)})"
+
+    def target(self) -> torch._ops.OpOverload:
+        """The operator; only those of the aten namespace exist here."""
+        try:
+            return operator.attrgetter(self.op)(torch.ops.aten)
+        except AttributeError as error:
+            raise InvalidPlan(f"this torch has no operator aten.{self.op}") from error
+
+
+Expression: TypeAlias = Ref | Call
+
+
+@dataclass(frozen=True)
+class SetTensor:
+    """The stored tensor ``name`` becomes ``formula`` (over the tensors before the plan's round)."""
+
+    name: str
+    formula: Formula
+
+    def __str__(self) -> str:
+        return f"{self.name} ← {self.formula}"
+
+
+@dataclass(frozen=True)
+class Reroute:
+    """Readers of ``node`` read ``by`` instead.
+
+    Attributes:
+        node: name of the node that is no longer read.
+        by: what is read instead; it may itself read ``node``.
+        readers: names of the readers concerned, or None for all of them.
+        name: what later edits of the same rewrite call the new value, or None.
+    """
+
+    node: str
+    by: Expression
+    readers: tuple[str, ...] | None = None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        some = "" if self.readers is None else f" for {len(self.readers)} of its readers"
+        return f"{self.node} ← {self.by}{some}"
+
+
+Edit: TypeAlias = SetTensor | Reroute
+
+
+def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[str, str]] | None = None) -> Program:
+    """A new program with the edits made; the old one is untouched. All formulas read the old program.
+
+    Args:
+        program: the program to start from.
+        edits: the changes of one round of a plan.
+        by: (pass, site) of each edit, kept in ``node.meta["normfuse"]`` of the nodes that it makes.
+
+    Raises:
+        InvalidPlan: an edit names a node, a reader or a tensor that the program does not have.
+    """
+    edits = tuple(edits)
+    draft, twin = _copy(program)
+    formulas = dict(program.formulas)
+    for edit in edits:
+        match edit:
+            case SetTensor(name, new):
+                _check_tensors(program, new)
+                formulas[name] = formula.substitute(new, program.formulas)
+            case Reroute():
+                _reroute(draft, twin, edit, (by or {}).get(edit))
+    graph = draft.graph
+    _drop_unread(graph)
+    graph.lint()
+    return Program(program.rebuilt(draft, graph), formulas)
+
+
+def _copy(program: Program) -> tuple[GraphModule, dict[str, Node]]:
+    graph = Graph()
+    mapping: dict[Node, Node] = {}
+    output = graph.graph_copy(program.graph, mapping, return_output_node=True)
+    assert isinstance(output, tuple)
+    value, old_output = output
+    new_output = graph.output(value)
+    new_output.meta = dict(old_output.meta)
+    module = GraphModule(program.exported.graph_module, graph)
+    module.meta.update(program.exported.graph_module.meta)
+    return module, {old.name: new for old, new in mapping.items()}
+
+
+def _check_tensors(program: Program, new: Formula) -> None:
+    known = set(program.tensor_names())
+    for name in formula.reads(new):
+        if name not in known:
+            raise InvalidPlan(f"the plan reads the tensor '{name}', which this model does not have")
+
+
+def _reroute(draft: GraphModule, nodes: dict[str, Node], edit: Reroute, origin: tuple[str, str] | None) -> None:
+    node = _find(nodes, edit.node)
+    readers = list(node.users) if edit.readers is None else [_find(nodes, name) for name in edit.readers]
+    new = _Emitter(draft.graph, nodes, node, origin).emit(edit.by)
+    for reader in readers:
+        reader.replace_input_with(node, new)
+    if edit.name is not None:
+        nodes[edit.name] = new
+
+
+def _find(nodes: Mapping[str, Node], name: str) -> Node:
+    if name not in nodes:
+        raise InvalidPlan(f"the plan speaks of '{name}', which this model's graph does not have")
+    return nodes[name]
+
+
+class _Emitter:
+    """Emits an expression behind a node; calls get their values by running on their operands' fake tensors."""
+
+    def __init__(self, graph: Graph, nodes: Mapping[str, Node], at: Node, origin: tuple[str, str] | None) -> None:
+        self.graph, self.nodes, self.at = graph, nodes, at
+        kept = {key: at.meta[key] for key in ("nn_module_stack", "stack_trace") if key in at.meta}
+        self.meta = {**kept, "normfuse": origin} if origin else kept
+        self.cursor = at
+
+    def emit(self, by: Any) -> Any:
+        match by:
+            case Ref(name):
+                return _find(self.nodes, name)
+            case Call():
+                return self._call(by.target(), tuple(self.emit(each) for each in by.args))
+            case tuple():
+                return list(by)
+            case _:
+                return by
+
+    def _call(self, target: torch._ops.OpOverload, args: tuple[Any, ...]) -> Node:
+        with self.graph.inserting_after(self.cursor):
+            self.cursor = self.graph.call_function(target, args)
+        fake = map_aggregate(args, lambda each: each.meta["val"] if isinstance(each, Node) else each)
+        self.cursor.meta = {**self.meta, "val": target(*fake)}
+        return self.cursor
+
+
+def _drop_unread(graph: Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not _is_assertion(node):
+            graph.erase_node(node)
+
+
+def _is_assertion(node: Node) -> bool:
+    return "assert" in str(node.target) or "sym_constrain" in str(node.target)
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def to_json(edit: Edit) -> dict[str, Any]:
+    """An edit as JSON types."""
+    match edit:
+        case SetTensor(name, new):
+            return {"set": name, "to": formula.to_json(new)}
+        case Reroute(node, by, readers, name):
+            readers_json = None if readers is None else list(readers)
+            return {"reroute": node, "by": _expression_to_json(by), "readers": readers_json, "name": name}
+
+
+def from_json(data: Mapping[str, Any]) -> Edit:
+    """The edit that `to_json` wrote."""
+    if "set" in data:
+        return SetTensor(str(data["set"]), formula.from_json(data["to"]))
+    readers = None if data["readers"] is None else tuple(data["readers"])
+    return Reroute(str(data["reroute"]), _expression_from_json(data["by"]), readers, data["name"])
+
+
+def _expression_to_json(by: Any) -> Any:
+    match by:
+        case Ref(node):
+            return {"ref": node}
+        case Call(op, args):
+            return {"call": op, "args": [_expression_to_json(each) for each in args]}
+        case tuple():
+            return list(by)
+        case _:
+            return by
+
+
+def _expression_from_json(data: Any) -> Any:
+    match data:
+        case {"ref": node}:
+            return Ref(node)
+        case {"call": op, "args": args}:
+            return Call(op, tuple(_expression_from_json(each) for each in args))
+        case list():
+            return tuple(data)
+        case _:
+            return data
+
+
+def _brief(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

@@ -1,0 +1,69 @@
+"""What can go wrong, as a tree.
+
+    NormfuseError            exit 2: the question could not be asked
+     ├─ LoadError            the file is not a model that we can (or may) read
+     ├─ InputError           example inputs are missing, or do not fit the model
+     ├─ TraceError           torch.export could not trace the model
+     ├─ InvalidPlan          the plan does not fit this program
+     ├─ MissingExtra         an optional package is needed; names the pip command that brings it
+     ├─ ExportError          the target refused the program; names the node
+     └─ VerificationFailed   exit 1: the rewritten program is not the original; carries the report
+
+A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class NormfuseError(Exception):
+    """Base of all errors that normfuse raises on purpose; ``str()`` is one plain line, ``hint`` says what to do next."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class LoadError(NormfuseError):
+    """The file is not a model that normfuse can, or may, read."""
+
+
+class InputError(NormfuseError):
+    """Example inputs are missing or do not fit the model."""
+
+
+class TraceError(NormfuseError):
+    """torch.export could not trace the model."""
+
+
+class InvalidPlan(NormfuseError):
+    """The plan does not fit this program."""
+
+
+class ExportError(NormfuseError):
+    """The target runtime refused the program."""
+
+
+class MissingExtra(NormfuseError):
+    """An optional package is needed; the hint is the pip command that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs the package '{package}', which is not installed", hint=f"pip install 'normfuse[{extra}]'")
+        self.extra = extra
+
+
+class VerificationFailed(NormfuseError):
+    """The rewritten program is not equivalent; ``report`` holds the evidence."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, report: Any = None, *, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
+
+
+class NormfuseWarning(UserWarning):
+    """Something the user should know that does not stop the work."""

@@ -1,0 +1,441 @@
+"""Write a program as an ONNX file, run the file in ONNX Runtime, and measure how far it is from the program.
+
+RMSNorm below opset 23 is spelled ``x / sqrt(mean(x²) + eps) * w``: ONNX Runtime fuses that into one
+SimplifiedLayerNormalization, while torch's own spelling (``x * reciprocal(sqrt(…))``) stays seven nodes, slower than
+the LayerNorm that it replaced. From opset 23 it is the native RMSNormalization. float64 is spelled at every opset and
+so that nothing fuses it: that fusion drops a float64 eps (1e-5 is used instead), and the native operator rounds it.
+
+The file holds no trace of the machine: of torch's metadata only ``namespace``, a node's module path, stays; our own
+``normfuse`` says which pass made the node, and where. The same program gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
+
+from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseWarning
+from normfuse.loading import write_atomically
+from normfuse.program import Program
+
+OLDEST_OPSET = 18
+NATIVE_RMS_OPSET = 23
+LARGEST_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
+KEY = "normfuse"
+BFLOAT16 = 16  # as ONNX counts dtypes
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class OnnxModelInfo:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        opset: version of the standard operators.
+        inputs: name -> type, such as ``float32[batch,3,224,224]``.
+        outputs: name -> type.
+        ops: operator -> number of nodes.
+        data: the file beside it with the weights, when they are too large for one file.
+    """
+
+    path: Path
+    opset: int
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    ops: Mapping[str, int]
+    data: Path | None
+
+
+def export(
+    exported: ExportedProgram,
+    path: str | Path,
+    *,
+    opset: int = 20,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+) -> OnnxModelInfo:
+    """Write a program as an ONNX file; dynamic dims stay dynamic, under their names where torch still knows them.
+
+    Args:
+        exported: a functional program (``run_decompositions({})``) with its final weights; it is not changed.
+        path: the file to write; weights of more than ``LARGEST_FILE`` bytes go to ``<path>.data``.
+        opset: version of the standard operators, 18 or later.
+        input_names: for the inputs in the order of `onnx_inputs`; the program's own names when None.
+        output_names: for the outputs in order, None outputs left out; torch's names when None.
+
+    Raises:
+        MissingExtra: onnx or onnxscript is not installed.
+        ExportError: ONNX, at this opset, cannot say the program; names the node.
+    """
+    for package in ("onnx", "onnxscript"):
+        _package(package, "onnx")
+    signature = exported.graph_signature
+    if state := sorted({**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}.values()):
+        text = f"an ONNX file keeps no state: the program's updates of {', '.join(state)} are left out"
+        warnings.warn(text, NormfuseWarning, stacklevel=2)
+    path, model = Path(path), _convert(exported, opset)
+    _rename(model, model.graph.inputs, input_names or [spec.arg.name for spec in _inputs(exported)])
+    _rename(model, model.graph.outputs, output_names or [value.name for value in model.graph.outputs])
+    data = _save(model, path)
+    inputs, outputs = ({v.name: _type(v) for v in values} for values in (model.graph.inputs, model.graph.outputs))
+    return OnnxModelInfo(path, opset, inputs, outputs, _count(model), data)
+
+
+def onnx_inputs(
+    exported: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> dict[str, Array]:
+    """The arguments of a call as ONNX inputs, in the order of the file; None and constants are left out.
+
+    Raises:
+        InputError: the arguments are not nested as the example inputs were.
+    """
+    try:
+        leaves = exported.call_spec.in_spec.flatten_up_to((tuple(args), dict(kwargs or {})))
+    except (ValueError, KeyError) as error:
+        raise InputError(f"the inputs do not fit the program: {_first_line(error)}") from error
+    names = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    values = dict(zip(names, leaves, strict=True))
+    return {spec.arg.name: _array(values[spec.arg.name]) for spec in _inputs(exported)}
+
+
+def run(path: str | Path, inputs: Sequence[Array] | Mapping[str, Array], *, optimized: bool = True) -> list[Array]:
+    """Run a file in ONNX Runtime, on one thread of the CPU.
+
+    Args:
+        path: the file.
+        inputs: in the file's order, or by name; bfloat16 as ``ml_dtypes.bfloat16``.
+        optimized: let ONNX Runtime rewrite the graph first, as it does unless told otherwise.
+
+    Raises:
+        MissingExtra: onnxruntime is not installed.
+        InputError: the inputs do not fit the file.
+        ExportError: ONNX Runtime cannot run the file.
+    """
+    return _call(_session(path, optimized), inputs)
+
+
+def fused_ops(path: str | Path) -> dict[str, int]:
+    """Operator -> number of nodes after ONNX Runtime's own optimisation, so what really runs.
+
+    Raises:
+        MissingExtra: onnxscript or onnxruntime is not installed.
+        ExportError: ONNX Runtime cannot load the file.
+    """
+    ir = _package("onnx_ir", "onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        _session(path, True, save_as=Path(folder) / "optimized.onnx")
+        return _count(ir.load(Path(folder) / "optimized.onnx"))
+
+
+def compare(
+    path: str | Path, reference: Sequence[torch.Tensor], inputs: Sequence[Array] | Mapping[str, Array]
+) -> list[dict[str, Any]]:
+    """How far a file's outputs are from the reference, with ONNX Runtime's optimisation and without it.
+
+    Args:
+        path: the file.
+        reference: the expected outputs in order, in any dtype; the float64 truth is best.
+        inputs: as for `run`.
+
+    Returns:
+        One ``{"output": name, "optimized": error, "unoptimized": error}`` per output, where an error is
+        ``{"max_abs": …, "max_rel": …}``, the latter relative to the largest reference value. Both are infinite where
+        the shapes differ and where only one of the two is finite.
+
+    Raises:
+        InputError: the inputs, or the number of references, do not fit the file.
+        ExportError: ONNX Runtime cannot run the file.
+    """
+    sessions = {"optimized": _session(path, True), "unoptimized": _session(path, False)}
+    names = [value.name for value in sessions["optimized"].get_outputs()]
+    if len(names) != len(reference):
+        raise InputError(f"the file has {len(names)} outputs, the reference {len(reference)}")
+    got = {mode: _call(session, inputs) for mode, session in sessions.items()}
+    return [
+        {"output": name} | {mode: _error(arrays[i], _array(reference[i])) for mode, arrays in got.items()}
+        for i, name in enumerate(names)
+    ]
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+def _convert(exported: ExportedProgram, opset: int) -> Any:
+    """The program as an ``onnx_ir.Model`` that holds nothing of this machine."""
+    rms_norm: Callable[..., Any] = _spelled_rms_norm if opset < NATIVE_RMS_OPSET else _native_rms_norm
+    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_norm}
+    beyond = ExportError(f"torch.onnx does not write opset {opset}", hint="use opset 20")
+    if opset < OLDEST_OPSET:
+        raise beyond
+    try:
+        with _quiet(), _tagged(exported):
+            converted: Any = torch.onnx.export(
+                exported, (), dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table
+            )
+    except Exception as error:  # torch.onnx raises whatever its translations raise
+        raise _in_plain_words(error, exported) from error
+    if converted.model.opset_imports.get("") != opset:
+        raise beyond
+    converted.rename_axes(_dim_names(exported))
+    _strip(converted.model, converted.exported_program)
+    return converted.model
+
+
+def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
+    """``aten.rms_norm`` in small operators; half precisions accumulate in float32, as in torch."""
+    ir, op = _package("onnx_ir", "onnx"), _package("onnxscript", "onnx").opset18
+    wide = _accumulator(input)
+    fusible = wide != ir.DataType.DOUBLE
+    x = input if input.dtype == wide else op.Cast(input, to=wide)
+    square = op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=wide))) if fusible else op.Mul(x, x)
+    mean = op.ReduceMean(square, op.Constant(value_ints=list(range(-len(normalized_shape), 0))), keepdims=1)
+    y = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value=ir.tensor(_eps(eps, wide), dtype=wide)))))
+    if weight is not None:
+        y = op.Mul(y, weight if weight.dtype == wide else op.Cast(weight, to=wide))
+    elif fusible and len(normalized_shape) == 1:  # the fused operator has a weight
+        y = op.Mul(y, _ones(x, wide, normalized_shape))
+    return y if input.dtype == wide else op.Cast(y, to=input.dtype)
+
+
+def _native_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
+    """``aten.rms_norm`` as RMSNormalization, which wants one dtype for the value and the weight."""
+    wide = _accumulator(input)
+    if wide == type(wide).DOUBLE or (weight is not None and weight.dtype != input.dtype):
+        return _spelled_rms_norm(input, normalized_shape, weight, eps)
+    scale = _ones(input, input.dtype, normalized_shape) if weight is None else weight
+    op = _package("onnxscript", "onnx").opset23
+    return op.RMSNormalization(input, scale, axis=-len(normalized_shape), epsilon=_eps(eps, wide))
+
+
+def _accumulator(value: Any) -> Any:
+    return value.dtype if value.dtype.bitwidth >= 32 else type(value.dtype).FLOAT
+
+
+def _eps(eps: float | None, accumulator: Any) -> float:
+    """The default is the epsilon of the dtype that torch accumulates in: float32's for float16 and bfloat16."""
+    return float(np.finfo(accumulator.numpy()).eps) if eps is None else eps
+
+
+def _ones(x: Any, dtype: Any, normalized_shape: Sequence[Any]) -> Any:
+    """A weight of ones; torch.onnx makes it a constant where the sizes are known."""
+    ir, op = _package("onnx_ir", "onnx"), _package("onnxscript", "onnx").opset18
+    return op.Expand(op.Constant(value=ir.tensor(1.0, dtype=dtype)), op.Shape(x, start=-len(normalized_shape)))
+
+
+@contextlib.contextmanager
+def _tagged(exported: ExportedProgram) -> Iterator[None]:
+    """Put ``meta["normfuse"]`` where torch's decompositions carry it along, into ``meta["custom"]``, for a while."""
+    before = {node: node.meta.get("custom") for node in exported.graph.nodes if KEY in node.meta}
+    try:
+        for node, custom in before.items():
+            node.meta["custom"] = {**(custom or {}), KEY: ": ".join(map(str, node.meta[KEY]))}
+        yield
+    finally:
+        for node, custom in before.items():
+            node.meta["custom"] = custom
+            if custom is None:
+                del node.meta["custom"]
+
+
+def _strip(model: Any, translated: ExportedProgram) -> None:
+    """Replace torch's metadata (stack traces, reprs) by the module path and our tag."""
+    tags = {node.name: (node.meta.get("custom") or {}).get(KEY) for node in translated.graph.nodes}
+    for node in _nodes(model):
+        scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+        kept = {"namespace": node.metadata_props.get("namespace"), KEY: tags.get(scopes[-1])}
+        node.metadata_props.clear()
+        node.metadata_props.update({key: value for key, value in kept.items() if value})
+        node.doc_string = None
+    for holder in (model, model.graph, *model.functions.values(), *_values(model)):
+        holder.metadata_props.clear()
+        holder.doc_string = None
+
+
+def _nodes(model: Any) -> Iterator[Any]:
+    for graph in (model.graph, *model.functions.values()):
+        yield from graph.all_nodes()
+
+
+def _values(model: Any) -> Iterator[Any]:
+    for graph in (model.graph, *model.functions.values()):
+        yield from graph.inputs
+    yield from model.graph.initializers.values()
+    for node in _nodes(model):
+        yield from node.outputs
+
+
+def _count(model: Any) -> dict[str, int]:
+    return dict(sorted(Counter(node.op_type for node in _nodes(model)).items()))
+
+
+def _inputs(exported: ExportedProgram) -> list[Any]:
+    """The user's inputs as the file has them: without None and other constants."""
+    specs = exported.graph_signature.input_specs
+    return [s for s in specs if s.kind is InputKind.USER_INPUT and not isinstance(s.arg, ConstantArgument)]
+
+
+def _rename(model: Any, values: Sequence[Any], names: Sequence[str]) -> None:
+    """Name inputs or outputs; a value that already has such a name takes the old name in exchange."""
+    if len(names) != len(values) or len(set(names)) != len(names):
+        raise ExportError(f"{len(values)} distinct names are needed, for {', '.join(value.name for value in values)}")
+    for value, name in zip(values, names, strict=True):
+        for holder in [each for each in _values(model) if each.name == name]:
+            holder.name = value.name
+        value.name = name
+
+
+def _dim_names(exported: ExportedProgram) -> dict[str, str]:
+    """Symbol -> the name of its `torch.export.Dim`; known in the process that traced, a ``.pt2`` does not keep it."""
+    sizes = [size for node in exported.graph.nodes for size in getattr(node.meta.get("val"), "shape", ())]
+    env: Any = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    names, symbols = getattr(env, "source_name_to_debug_name", {}), getattr(env, "source_to_var", {})
+    roots = {name: env.replace(symbols[source]) for source, name in names.items() if source in symbols}
+    return {str(root): name for name, root in roots.items() if root.is_symbol}
+
+
+def _type(value: Any) -> str:
+    return f"{value.dtype.numpy().name}[{','.join(map(str, value.shape or ()))}]"
+
+
+def _save(model: Any, path: Path) -> Path | None:
+    """Check the file in a folder beside its place, then move it there; gives the data file if there is one."""
+    onnx, ir = _package("onnx", "onnx"), _package("onnx_ir", "onnx")
+    large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE
+    data = path.with_name(path.name + ".data") if large else None
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".normfuse-") as folder:
+        staged = Path(folder)
+        ir.save(model, staged / path.name, external_data=data and data.name)
+        try:
+            onnx.checker.check_model(str(staged / path.name), full_check=True)
+        except Exception as error:  # the checker's exceptions are not public
+            raise ExportError(f"torch.onnx made an invalid file: {_first_line(error)}") from error
+        for each in filter(None, (data, path)):
+            write_atomically(each, partial(os.replace, staged / each.name))
+    return data
+
+
+def _in_plain_words(error: BaseException, exported: ExportedProgram) -> ExportError:
+    """One line for a chain of torch.onnx's exceptions, whose messages run over pages."""
+    root, text = error, str(error)
+    while root.__cause__ is not None:
+        root = root.__cause__
+    node = re.search(r"translating node %(\w+) :.*?call_function\[target=(?:torch\.ops\.)?([^\]]+)\]", text)
+    if node is None:
+        return ExportError(f"torch.onnx failed: {_first_line(root)}")
+    program = Program(exported)
+    site = program.site(program.nodes[node[1]]) if node[1] in program.nodes else None
+    where = f"node {node[1]}" + (f" of {site} ({site.source or 'source unknown'})" if site else "")
+    reason = "has no ONNX counterpart" if "No ONNX function" in text else f"failed: {_first_line(root)}"
+    return ExportError(
+        f"{node[2]}, {where}, {reason}", hint="another opset may have it; a .pt2 file keeps any operator"
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence for torch.onnx, which logs and warns of its own affairs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# -- ONNX Runtime ------------------------------------------------------------------------------------------------------
+
+
+def _session(path: str | Path, optimized: bool, save_as: Path | None = None) -> Any:
+    ort = _package("onnxruntime", "cpu")
+    options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
+    options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
+    if save_as is not None:
+        options.optimized_model_filepath = str(save_as)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # one class per status, none of them public
+        raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {_first_line(error)}") from error
+    if session.get_providers() != ["CPUExecutionProvider"]:
+        raise ExportError(f"ONNX Runtime chose {session.get_providers()[0]} instead of its CPU provider")
+    return session
+
+
+def _call(session: Any, inputs: Sequence[Array] | Mapping[str, Array]) -> list[Array]:
+    names = [value.name for value in session.get_inputs()]
+    feed = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=False))
+    if set(feed) != set(names) or len(inputs) != len(names):
+        raise InputError(f"the file wants {len(names)} inputs ({', '.join(names)}), not these {len(inputs)}")
+    try:
+        values = session.run_with_ort_values(None, {name: _ort_value(array) for name, array in feed.items()})
+    except Exception as error:  # one class per status, none of them public
+        blame = InputError if "INVALID_ARGUMENT" in str(error) else ExportError
+        raise blame(f"ONNX Runtime cannot run this: {_first_line(error)}") from error
+    return [_array(torch.utils.dlpack.from_dlpack(value._get_c_value())) for value in values]
+
+
+def _ort_value(array: Array) -> Any:
+    """NumPy has no bfloat16 of its own, so ONNX Runtime takes its bits."""
+    make, array = _package("onnxruntime", "cpu").OrtValue, np.asarray(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return make.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx_element_type=BFLOAT16)
+    return make.ortvalue_from_numpy(array)
+
+
+def _array(value: Any) -> Array:
+    """A tensor (or a dynamic int, float or bool) as ONNX has it: complex as pairs, bfloat16 as ``ml_dtypes``."""
+    if not isinstance(value, torch.Tensor):
+        return np.asarray(value, dtype=np.float32 if isinstance(value, float) else None)
+    value = value.detach().cpu().resolve_conj().contiguous()
+    if value.is_complex():
+        value = torch.view_as_real(value)
+    if value.dtype is torch.bfloat16:
+        return np.asarray(value.view(torch.uint16).numpy().view(_package("ml_dtypes", "onnx").bfloat16))
+    return np.asarray(value.numpy())
+
+
+def _error(actual: Array, expected: Array) -> dict[str, float]:
+    got, want = actual.astype(np.float64), expected.astype(np.float64)
+    if got.shape != want.shape:
+        return {"max_abs": np.inf, "max_rel": np.inf}
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(got - want)[~same]
+    worst = float(np.where(np.isnan(distance), np.inf, distance).max(initial=0.0))
+    scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
+    return {"max_abs": worst, "max_rel": worst / scale if scale else (np.inf if worst else 0.0)}
+
+
+def _first_line(error: BaseException) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", line)
+
+
+def _package(name: str, extra: str) -> Any:
+    """Import a package when it is needed, or say which extra brings it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtra(name, extra) from error

@@ -1,0 +1,124 @@
+"""What is proven of a program's values: one loop forward, one loop backward, over the table of `normfuse.rules`.
+
+    facts.unseen[node]      axes along which no reader can see the mean of this value
+    facts.centered[node]    axes along which the mean of this value is zero by construction
+    facts.norms             every norm, hand-written ones included
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch.fx import Node
+
+from normfuse.program import Program
+from normfuse.recognize import norms_of
+from normfuse.rules import carries, hides, rank
+from normfuse.views import Norm, tensors_in
+
+NOTHING: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts of one program; `analyze` makes them."""
+
+    program: Program
+
+    @cached_property
+    def norms(self) -> tuple[Norm, ...]:
+        """Every norm of the program in execution order."""
+        return norms_of(self.program)
+
+    @cached_property
+    def _norm_at(self) -> dict[Node, Norm]:
+        return {node: norm for norm in self.norms for node in norm.inner}
+
+    def hidden_by(self, reader: Node, value: Node) -> frozenset[int]:
+        """Axes of ``value`` along which ``reader`` itself cannot see a shift."""
+        norm = self._norm_at.get(reader)
+        if norm is not None and norm.x is value and norm.by_hand:
+            return frozenset(norm.axes) if norm.kind == "layer_norm" else NOTHING
+        return hides(reader, value)
+
+    @cached_property
+    def unseen(self) -> dict[Node, frozenset[int]]:
+        """Backward: axes along which no reader, however far, can see the mean of a value."""
+        unseen: dict[Node, frozenset[int]] = {}
+        for node in reversed(self.program.graph.nodes):
+            if node.op == "output":
+                continue
+            axes = frozenset(range(max(rank(node), 1)))
+            for reader in node.users:
+                if not axes:
+                    break
+                axes &= self.hidden_by(reader, node) | self._passed_on(reader, node, unseen.get(reader, NOTHING))
+            unseen[node] = axes
+        return unseen
+
+    def _passed_on(self, reader: Node, value: Node, unseen: frozenset[int]) -> frozenset[int]:
+        """Axes of ``value`` that ``reader`` only carries to axes of its own that are unseen."""
+        axes = set()
+        occurrences = sum(1 for each in tensors_in((reader.args, reader.kwargs)) if each is value)
+        for out_axis in unseen:
+            carried = Counter(axis for operand, axis in carries(reader, out_axis) or () if operand is value)
+            # the operand must not also enter where it is not carried, as in matmul(x, x)
+            axes |= {axis for axis, times in carried.items() if times == occurrences}
+        return frozenset(axes)
+
+    @cached_property
+    def centered(self) -> dict[Node, frozenset[int]]:
+        """Forward: axes along which the mean of a value is zero whatever the weights are."""
+        centered: dict[Node, frozenset[int]] = {}
+        for node in self.program.graph.nodes:
+            axes = set()
+            for axis in range(rank(node)):
+                carried = carries(node, axis)
+                if carried is not None and all(own in centered[operand] for operand, own in carried):
+                    axes.add(axis)
+            norm = self._norm_at.get(node)
+            if norm is not None and norm.kind == "layer_norm" and norm.out is node and norm.gain is norm.shift is None:
+                axes |= set(norm.axes)
+            centered[node] = frozenset(axes)
+        return centered
+
+    @cached_property
+    def constant(self) -> frozenset[Node]:
+        """Forward: values that depend on stored tensors alone (the stored tensors included)."""
+        constant: set[Node] = set()
+        for node in self.program.graph.nodes:
+            if node.op == "placeholder":
+                if node.name in self.program.stored:
+                    constant.add(node)
+            elif node.op != "output" and all(operand in constant for operand in node.all_input_nodes):
+                constant.add(node)
+        return frozenset(constant)
+
+    def first_sight(self, value: Node, axis: int) -> Node | None:
+        """The nearest reader that sees the mean of ``value`` along ``axis``; None when nobody does."""
+        frontier, visited = [(value, axis)], set()
+        while frontier:
+            node, own = frontier.pop(0)
+            if (node, own) in visited:
+                continue
+            visited.add((node, own))
+            for reader in node.users:
+                if own in self.hidden_by(reader, node):
+                    continue
+                onward = [
+                    out_axis
+                    for out_axis in range(rank(reader))
+                    if (node, own) in (carries(reader, out_axis) or ())
+                ]
+                if not onward:
+                    return reader
+                if own not in self._passed_on(reader, node, self.unseen.get(reader, NOTHING)):
+                    frontier.extend((reader, out_axis) for out_axis in onward)
+        return None
+
+
+def analyze(program: Program) -> Facts:
+    """The facts of a program, each computed when it is first asked for."""
+    return Facts(program)

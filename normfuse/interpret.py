@@ -1,0 +1,145 @@
+"""Run a program's graph with stored tensors of our choice: in its own dtype, or all of it in float64.
+
+Tensors are fetched when they are first read and dropped after their last reader, so that a float64 run never holds a
+float64 copy of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
+from torch.utils import _pytree as pytree
+
+from normfuse.errors import InputError
+from normfuse.program import Program
+from normfuse.views import aten
+
+_WIDE = {
+    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}  # fmt: skip
+
+
+def widened(value: Any) -> Any:
+    """A tensor or dtype with every floating type replaced by its double-precision one; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return _WIDE.get(value, value)
+    if isinstance(value, Tensor):
+        return value.to(_WIDE.get(value.dtype, value.dtype))
+    return value
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def call(node: Node, values: Mapping[Node, Any], *, wide: bool) -> Any:
+    """The result of one call; with ``wide``, dtypes named in the call are widened too."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda each: values[each])
+    if wide:
+        args, kwargs = map_aggregate((args, kwargs), lambda each: widened(each) if isinstance(each, torch.dtype) else each)
+        if node.target is aten._softmax.default and args[2:] and args[2]:
+            args = (*args[:2], False)  # half_to_float means nothing in float64
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def run_graph(graph: Graph, fetch: Callable[[Node], Any], *, wide: bool = False) -> list[Any]:
+    """Run a lifted graph.
+
+    Args:
+        graph: the graph.
+        fetch: gives the value of a placeholder.
+        wide: run in float64: casts to narrower floating types inside the graph become casts to float64.
+
+    Returns:
+        The flat outputs.
+    """
+    last_reader: dict[Node, Node] = {}
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            last_reader[operand] = node
+    values: dict[Node, Any] = {}
+    with torch.no_grad(), _default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+        for node in graph.nodes:
+            for operand in node.all_input_nodes:
+                if operand.op == "placeholder" and operand not in values:
+                    values[operand] = widened(fetch(operand)) if wide else fetch(operand)
+            if node.op == "output":
+                return list(map_arg(node.args[0], lambda each: values[each]))
+            if node.op == "get_attr":
+                values[node] = _attribute(graph, str(node.target))
+            elif node.op == "call_function" and node in last_reader:  # assertions have no reader
+                values[node] = call(node, values, wide=wide)
+            for operand in node.all_input_nodes:
+                if last_reader[operand] is node:
+                    values.pop(operand, None)
+    raise AssertionError("a graph without an output")
+
+
+def _attribute(graph: Graph, path: str) -> Any:
+    value: Any = graph.owning_module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+    """The program's inputs in the order of its placeholders.
+
+    Raises:
+        InputError: the inputs do not have the structure that the program was traced with.
+    """
+    spec = program.exported.call_spec.in_spec
+    try:
+        ordered = {name: (kwargs or {})[name] for name in spec.child(1).context} if spec.num_children > 1 else {}
+    except KeyError as error:
+        raise InputError(f"the model was traced with the keyword input {error}, which is missing") from error
+    flat, given = pytree.tree_flatten((tuple(args), ordered))
+    if given != spec:
+        raise InputError(
+            f"the inputs do not have the structure that the model was traced with (traced: {spec}; given: {given})"
+        )
+    return flat
+
+
+Nudge = Callable[[Tensor], Tensor]
+
+
+def run(program: Program, flat: Sequence[Any], *, wide: bool = False, nudge: Nudge | None = None) -> list[Tensor]:
+    """The flat tensor outputs of a program, its formulas included.
+
+    Args:
+        program: what to run.
+        flat: inputs as `flat_inputs` orders them.
+        wide: run all of it in float64; formulas are then not rounded at all.
+        nudge: applied to every floating stored tensor, to measure how the outputs answer to a change of weights.
+    """
+    users = iter(flat)
+    given = {
+        spec.arg.name: next(users)
+        for spec in program.exported.graph_signature.input_specs
+        if spec.arg.name not in program.stored and spec.kind.name == "USER_INPUT"
+    }
+
+    def fetch(node: Node) -> Any:
+        name = program.stored.get(node.name)
+        if name is None:
+            return given[node.name]
+        value = program.value(name, torch.float64 if wide and program.tensor(name).is_floating_point() else None)
+        return nudge(value) if nudge is not None and value.is_floating_point() else value
+
+    outputs = run_graph(program.graph, fetch, wide=wide)
+    kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
+    return [value for value, kind in zip(outputs, kinds, strict=True) if kind == "USER_OUTPUT" and isinstance(value, Tensor)]

@@ -1,0 +1,1 @@
+"""The passes: one file each; the folder is the registry."""

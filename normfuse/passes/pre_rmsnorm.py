@@ -1,0 +1,144 @@
+"""Turn LayerNorms into RMSNorms where their input can be given zero mean by changing weights.
+
+What
+    ``layer_norm(x)`` becomes ``rms_norm(x)`` with the same gain, shift and eps, for every norm whose input's mean nobody
+    else can see. The mean is removed where it is written: in linear and convolution weights and biases, embedding and
+    position tables, LayerScale included. Where one writer cannot be centred but many norms read its stream, one explicit
+    mean-subtraction is inserted.
+
+Formula
+    LN(x) = RMS(C₀x) with C₀ = I - 11ᵀ/d, so for every writer W, b of x:  W ← C₀W,  b ← C₀b.
+
+Needs
+    Over one axis: no reader of x, however far, sees its mean along that axis, and every writer of x can be centred, or
+    one explicit mean-subtraction serves at least two norms.
+
+Refuses
+    NF201  Somebody else sees the mean of the norm's input. A head, a gate, a convolution or a returned hidden state reads
+           the same stream as the norm, so its mean cannot be removed without changing what that reader sees. Hint: if it is
+           a returned hidden state that nobody needs, export the model without it.
+    NF202  The input is written by an operation that cannot be centred, such as an activation or a depthwise convolution,
+           and an explicit mean-subtraction would serve this norm alone, so it would cost what it saves.
+    NF203  The norm is over several axes. Removing the joint mean is not a change of the writers' weights.
+    NF204  The norm is over values joined along its axis (concatenated tokens, patch merging). The joint mean keeps the
+           differences of the parts' means, so centring each part would change the result.
+    NF205  The input is another norm's output (post-norm). Its mean depends on the data through the gain.
+    NF206  A weight that writes the input is shared with a reader that sees its mean, such as a tied head, and an explicit
+           mean-subtraction would not serve two norms. The weight is not copied silently. Hint: untie it if memory allows.
+    NF207  The input comes straight from the caller; its mean is the caller's.
+    NF208  The input is scaled channel by channel with values that depend on the data (a gate, as in adaLN-Zero). Centring
+           does not pass such a scale.
+    NF209  A tensor that writes the input is updated by the program itself, so it cannot be replaced by a centred one.
+
+Claim
+    rounding: the same function of real numbers.
+
+Reference
+    Jiang, Gu, Zhu, Pan: Pre-RMSNorm and Pre-CRMSNorm Transformers: Equivalent and Efficient Pre-LN Transformers, 2023, §3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from normfuse.edits import Call, Expression, Ref, Reroute
+from normfuse.establish import Obstacle, Region, center
+from normfuse.facts import Facts
+from normfuse.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.program import Program
+from normfuse.rules import rank
+from normfuse.views import Norm, shape
+
+
+def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
+    """Propose one rewrite per region of norms that share writers, and a refusal for every other LayerNorm."""
+    layer_norms = [norm for norm in facts.norms if norm.kind == "layer_norm"]
+    for norm in layer_norms:
+        if len(norm.axes) != 1:
+            yield _refuse(program, norm, "NF203", f"it normalizes over {len(norm.axes)} axes together")
+    centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1])
+    for region in centering.regions:
+        yield _rewrite(program, region)
+    for norm, obstacle in centering.blocked:
+        yield _explain(program, norm, obstacle)
+
+
+def _rewrite(program: Program, region: Region) -> Rewrite:
+    paid = len(region.centered_copies)
+    writers = len(region.edits) - paid
+    because = f"nobody else sees the mean of their inputs; {writers} writers are centred" + (
+        f" and {paid} explicit mean-subtraction{'s' if paid > 1 else ''} inserted" if paid else ""
+    )
+    return Rewrite(
+        pass_name="pre_rmsnorm",
+        sites=tuple(program.site(norm.out) for norm in region.norms),
+        becomes="rms_norm",
+        edits=(*region.edits, *(_as_rms(norm, region) for norm in region.norms)),
+        region=frozenset(node.name for node in region.nodes),
+        claim=Claim.ROUNDING,
+        because=because,
+    )
+
+
+def _as_rms(norm: Norm, region: Region) -> Reroute:
+    (axis,) = norm.axes
+    x = Ref(region.centered_copies.get((norm.x, axis), norm.x.name))
+    gain = Ref(norm.gain.name) if norm.gain is not None else None
+    scaled: Expression
+    if axis == rank(norm.x) - 1:
+        scaled = Call("rms_norm.default", (x, (shape(norm.x)[axis],), gain, norm.eps))
+    else:  # torch's rms_norm is over trailing axes only
+        mean_square = Call("mean.dim", (Call("mul.Tensor", (x, x)), (axis,), True))
+        root = Call("rsqrt.default", (Call("add.Scalar", (mean_square, norm.eps)),))
+        scaled = Call("mul.Tensor", (x, root))
+    if norm.shift is not None:
+        scaled = Call("add.Tensor", (scaled, Ref(norm.shift.name)))
+    return Reroute(norm.out.name, scaled)
+
+
+def _refuse(program: Program, norm: Norm, code: str, reason: str, **more: Any) -> Refusal:
+    return Refusal("pre_rmsnorm", program.site(norm.out), code, reason, **more)
+
+
+_ALONE = "; an explicit mean-subtraction there would serve too few norms to pay"
+
+
+def _explain(program: Program, norm: Norm, obstacle: Obstacle) -> Refusal:
+    at = program.site(obstacle.at)
+    op = str(obstacle.at.target).removeprefix("aten.").split(".")[0]
+    witness = "a reader"
+    if obstacle.witness is not None:
+        output = obstacle.witness.op == "output"
+        witness = "the caller (it is an output of the model)" if output else _named(program, obstacle.witness)
+    match obstacle.kind:
+        case "seen":
+            code, reason = "NF201", f"{witness} sees the mean of '{at.node}', which this norm's input is made of"
+        case "tied":
+            name = program.stored.get(obstacle.at.name, at.node)
+            code, reason = "NF206", f"the weight '{name}' is also read by {witness}, which sees its mean{_ALONE}"
+        case "written":
+            name = program.stored.get(obstacle.at.name, at.node)
+            code, reason = "NF209", f"'{name}' is updated by the program itself"
+        case "input":
+            code, reason = "NF207", f"its mean comes from the caller's input '{at.node}'{_ALONE}"
+        case "joined":
+            code, reason = "NF204", f"its input joins several parts along the norm's axis ({op} at {at})"
+        case "norm":
+            code, reason = "NF205", f"its input is written by another norm ({at}), whose gain gives it a mean{_ALONE}"
+        case "gate":
+            code, reason = "NF208", f"its input is scaled channel by channel with run-time values ({op} at {at}){_ALONE}"
+        case _:
+            code, reason = "NF202", f"its input is written by {op} ({at}), which cannot be centred{_ALONE}"
+    return _refuse(program, norm, code, reason, at=at, hint=_HINTS.get(code, ""))
+
+
+_HINTS = {
+    "NF201": "if that reader is a returned hidden state that nobody needs, trace the model without it",
+    "NF206": "untie the weight in the model if the memory of a second copy is acceptable",
+}
+
+
+def _named(program: Program, node: Any) -> str:
+    site = program.site(node)
+    return f"{str(node.target).removeprefix('aten.').split('.')[0]} in {site}" + (f" ({site.source})" if site.source else "")

@@ -1,0 +1,235 @@
+"""`plan` judges: it collects what passes propose, checks every edit, settles conflicts, and repeats until nothing is new.
+
+A pass reasons about values; the planner does not take its word for the tensors. Before a rewrite is accepted:
+
+    NF101  An edit changes a stored tensor that has a reader outside the rewrite, and that reader would notice. The pass
+           overlooked a tied or shared weight; the rewrite is refused whole.
+    NF102  The rewrite is approximate and approximate rewrites were not allowed.
+    NF103  The rewrite speaks of a node or a tensor that the program does not have, or changes a tensor's shape.
+
+A rewrite that touches what another one of the same round changes waits for the next round.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from normfuse import edits as editing
+from normfuse import formula as formulas
+from normfuse.edits import Edit, Reroute, SetTensor, apply
+from normfuse.errors import InvalidPlan
+from normfuse.facts import Facts, analyze
+from normfuse.findings import Claim, Refusal, Rewrite
+from normfuse.formula import Centered, Formula, Read
+from normfuse.program import Program, Site
+from normfuse.registry import Pass, find
+from normfuse.rules import METADATA
+
+_VERSION = 1
+_ROUNDS = 32  # every round removes work, so this is never reached; it bounds a faulty pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The accepted rewrites in rounds, and all refusals. Data: it prints, survives JSON, and applies.
+
+    Attributes:
+        passes: the names that were asked for.
+        rounds: rewrites accepted together; each round reads the program that the rounds before it made.
+        refusals: what the passes, or the planner, would not do.
+    """
+
+    passes: tuple[str, ...]
+    rounds: tuple[tuple[Rewrite, ...], ...]
+    refusals: tuple[Refusal, ...]
+
+    @property
+    def rewrites(self) -> Iterator[Rewrite]:
+        """All accepted rewrites in order."""
+        for each in self.rounds:
+            yield from each
+
+    def apply(self, program: Program) -> Program:
+        """The rewritten program; formulas are composed, not yet evaluated.
+
+        Raises:
+            InvalidPlan: the plan was made for another program.
+        """
+        for rewrites in self.rounds:
+            program = _apply_round(program, rewrites)
+        return program
+
+    def without(self, edit: Edit) -> Plan:
+        """The plan with one edit left out wherever it occurs (for tests of the proof itself)."""
+        rounds = tuple(
+            tuple(replace(each, edits=tuple(e for e in each.edits if e != edit)) for each in rewrites)
+            for rewrites in self.rounds
+        )
+        return replace(self, rounds=rounds)
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        rounds = [[_rewrite_to_dict(each) for each in rewrites] for rewrites in self.rounds]
+        refusals = [each.to_dict() for each in self.refusals]
+        return json.dumps({"normfuse_plan": _VERSION, "passes": self.passes, "rounds": rounds, "refusals": refusals}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote.
+
+        Raises:
+            InvalidPlan: the text is not a plan of this version.
+        """
+        try:
+            data = json.loads(text)
+            if data["normfuse_plan"] != _VERSION:
+                raise InvalidPlan(f"this plan has version {data['normfuse_plan']}; this normfuse reads version {_VERSION}")
+            rounds = tuple(tuple(_rewrite_from_dict(each) for each in rewrites) for rewrites in data["rounds"])
+            return cls(tuple(data["passes"]), rounds, tuple(_refusal_from_dict(each) for each in data["refusals"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidPlan(f"this is not a plan that normfuse wrote ({type(error).__name__}: {error})") from error
+
+
+def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim.ROUNDING) -> Plan:
+    """Collect, judge and order what the passes propose for a program.
+
+    Args:
+        program: the program; it is not changed.
+        passes: names, or passes themselves.
+        allow: the weakest claim that may run.
+
+    Returns:
+        The plan; it may be empty, and then its refusals say why.
+    """
+    chosen = [find(each) if isinstance(each, str) else each for each in passes]
+    names = tuple(each.name for each in chosen)
+    rounds: list[tuple[Rewrite, ...]] = []
+    judged: list[Refusal] = []
+    for _ in range(_ROUNDS):
+        facts = analyze(program)
+        accepted: list[Rewrite] = []
+        refusals: list[Refusal] = []
+        for each in chosen:
+            for finding in each.propose(program, facts):
+                if isinstance(finding, Refusal):
+                    refusals.append(finding)
+                elif objection := _objection(finding, facts, allow):
+                    judged.extend(objection)
+                elif not any(_conflict(finding, other) for other in accepted):
+                    accepted.append(finding)
+        if not accepted:
+            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*refusals, *judged))))
+        rounds.append(tuple(accepted))
+        program = _apply_round(program, tuple(accepted))
+    raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
+
+
+def _apply_round(program: Program, rewrites: Sequence[Rewrite]) -> Program:
+    origin = {edit: (each.pass_name, str(each.sites[0])) for each in rewrites for edit in each.edits}
+    return apply(program, dict.fromkeys(edit for each in rewrites for edit in each.edits), by=origin)
+
+
+# -- legality ----------------------------------------------------------------------------------------------------------
+
+
+def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
+    """Why a rewrite is not accepted, said at each of its sites; empty when it is."""
+
+    def refuse(code: str, reason: str, hint: str = "") -> list[Refusal]:
+        return [Refusal(rewrite.pass_name, site, code, reason, hint=hint) for site in rewrite.sites]
+
+    if rewrite.claim > allow:
+        return refuse("NF102", "this rewrite is approximate", "allow approximate rewrites to run it")
+    tensors = set(facts.program.tensor_names())
+    made: set[str] = set()
+    for edit in rewrite.edits:
+        match edit:
+            case SetTensor(name, formula):
+                unknown = [each for each in formulas.reads(formula) if each not in tensors]
+                if unknown or next(formulas.reads(formula)) != name:
+                    return refuse("NF103", f"the formula for '{name}' does not fit the program")
+                stray = _stray_reader(name, formula, rewrite, facts)
+                if stray is not None:
+                    return refuse("NF101", f"the tensor '{name}' is also read by '{stray}', outside this rewrite")
+            case Reroute(node, _, readers, new):
+                missing = {node, *(readers or ())} - facts.program.nodes.keys() - made
+                if missing:
+                    return refuse("NF103", f"the program has no node '{min(missing)}'")
+                made |= {new} if new else set()
+    return []
+
+
+def _stray_reader(name: str, formula: Formula, rewrite: Rewrite, facts: Facts) -> str | None:
+    """A reader of a changed tensor that is outside the rewrite and would notice the change."""
+    tensor = facts.program.reader_of(name)
+    dims = _centered_dims(formula)
+    if dims is not None and name not in facts.program.written and dims <= facts.unseen[tensor]:
+        return None  # only means that nobody can see are taken out
+    for reader in tensor.users:
+        if reader.name not in rewrite.region and reader.target not in METADATA:
+            return reader.name
+    return "the program, which updates it" if name in facts.program.written else None
+
+
+def _centered_dims(formula: Formula) -> frozenset[int] | None:
+    """The dims that a formula centres, if that is all it does."""
+    match formula:
+        case Read():
+            return frozenset()
+        case Centered(of, dim):
+            inner = _centered_dims(of)
+            return None if inner is None else inner | {dim}
+        case _:
+            return None
+
+
+def _conflict(one: Rewrite, other: Rewrite) -> bool:
+    return bool(_changed(one) & _touched(other) or _changed(other) & _touched(one))
+
+
+def _changed(rewrite: Rewrite) -> set[str]:
+    return {edit.name if isinstance(edit, SetTensor) else edit.node for edit in rewrite.edits}
+
+
+def _touched(rewrite: Rewrite) -> set[str]:
+    read = {name for edit in rewrite.edits if isinstance(edit, SetTensor) for name in formulas.reads(edit.formula)}
+    return _changed(rewrite) | rewrite.region | read
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def _rewrite_to_dict(rewrite: Rewrite) -> dict[str, Any]:
+    return {
+        "pass": rewrite.pass_name,
+        "sites": [site.to_dict() for site in rewrite.sites],
+        "becomes": rewrite.becomes,
+        "edits": [editing.to_json(edit) for edit in rewrite.edits],
+        "region": sorted(rewrite.region),
+        "claim": rewrite.claim.name.lower(),
+        "because": rewrite.because,
+    }
+
+
+def _rewrite_from_dict(data: Mapping[str, Any]) -> Rewrite:
+    return Rewrite(
+        data["pass"],
+        tuple(_site_from_dict(each) for each in data["sites"]),
+        data["becomes"],
+        tuple(editing.from_json(each) for each in data["edits"]),
+        frozenset(data["region"]),
+        Claim[data["claim"].upper()],
+        data["because"],
+    )
+
+
+def _site_from_dict(data: Mapping[str, Any]) -> Site:
+    return Site(data["node"], data["module"], data["source"])
+
+
+def _refusal_from_dict(data: Mapping[str, Any]) -> Refusal:
+    at = _site_from_dict(data["at"]) if data["at"] else None
+    return Refusal(data["pass"], _site_from_dict(data), data["code"], data["reason"], at, data["hint"])

@@ -1,0 +1,282 @@
+"""A traced model: a functional graph of aten calls, its named tensors, its example inputs and dynamic dims.
+
+A `Program` wraps a `torch.export.ExportedProgram` in its lifted form: every stored tensor is a placeholder, so that the
+readers of a *tensor* are the users of one node, whatever aliases and ties the module had. It is never mutated; edits
+make another one (see `normfuse.edits`). Weight changes are kept as formulas over the original tensors until they are
+needed: planning costs no arithmetic, and several rewrites of one tensor round once.
+
+This is the only file that calls `torch.export.export`, `load` and `save`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.fx import Graph, Node
+
+from normfuse.errors import TraceError
+from normfuse.formula import Formula, evaluate
+
+STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a node comes from, for messages only.
+
+    Attributes:
+        node: the node's name in the graph.
+        module: path of the module that made it, such as ``encoder.layers.0.norm1``; empty for the model itself.
+        source: the user's line that made it, as ``file.py:12``; empty when the tracer kept none.
+    """
+
+    node: str
+    module: str = ""
+    source: str = ""
+
+    def __str__(self) -> str:
+        return self.module or self.node
+
+    def to_dict(self) -> dict[str, str]:
+        """The site as JSON types."""
+        return {"site": str(self), "node": self.node, "module": self.module, "source": self.source}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model with the weight formulas that are still to be evaluated.
+
+    Attributes:
+        exported: the lifted, functional graph with the *original* tensors.
+        formulas: what stored tensors become, by tensor name, over the original tensors.
+    """
+
+    exported: ExportedProgram
+    formulas: Mapping[str, Formula] = field(default_factory=dict)
+
+    # -- making one ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def trace(
+        cls,
+        module: nn.Module,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+        dynamic_shapes: Any = None,
+    ) -> Program:
+        """Trace a module as it behaves at inference; its training flags are put back afterwards.
+
+        Args:
+            module: the trained model.
+            args: example positional inputs.
+            kwargs: example keyword inputs.
+            dynamic_shapes: as for `torch.export.export`.
+
+        Raises:
+            TraceError: torch.export could not trace the model.
+        """
+        with _eval_mode(module), _quiet():
+            try:
+                exported = torch.export.export(
+                    module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False
+                )
+            except Exception as error:  # torch.export raises anything that the user's forward raises
+                raise TraceError(
+                    f"torch.export could not trace {type(module).__name__}: {_first_line(error)}",
+                    hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
+                ) from error
+            return cls.from_exported(exported)
+
+    @classmethod
+    def from_exported(cls, exported: ExportedProgram) -> Program:
+        """Make a program functional (in-place ops, ``no_grad`` blocks) without decomposing linear, conv or norms."""
+        with _quiet():
+            return cls(exported.run_decompositions({}))
+
+    # -- looking at it -------------------------------------------------------------------------------------------------
+
+    @property
+    def graph(self) -> Graph:
+        """The graph; treat it as read-only."""
+        return self.exported.graph
+
+    @cached_property
+    def nodes(self) -> dict[str, Node]:
+        """Every node by its name."""
+        return {node.name: node for node in self.graph.nodes}
+
+    @cached_property
+    def stored(self) -> dict[str, str]:
+        """Placeholder node name -> name of the stored tensor (parameter, buffer or constant) that it stands for."""
+        return {
+            spec.arg.name: spec.target
+            for spec in self.exported.graph_signature.input_specs
+            if spec.kind in STORED and spec.target is not None
+        }
+
+    @cached_property
+    def written(self) -> frozenset[str]:
+        """Names of stored tensors that the program itself updates; nothing may be folded into those."""
+        signature = self.exported.graph_signature
+        return frozenset(signature.buffers_to_mutate.values()) | frozenset(
+            getattr(signature, "parameters_to_mutate", {}).values()
+        )
+
+    def tensor(self, name: str) -> Tensor:
+        """The original stored tensor of this name."""
+        state = self.exported.state_dict
+        return state[name] if name in state else self.exported.constants[name]
+
+    def tensor_names(self) -> Iterator[str]:
+        """Names of all stored tensors, unused ones included."""
+        yield from self.exported.state_dict
+        yield from (name for name, value in self.exported.constants.items() if isinstance(value, Tensor))
+
+    def reader_of(self, name: str) -> Node:
+        """The placeholder node that stands for a stored tensor; its users are the tensor's readers."""
+        return self.nodes[self._placeholder_of[name]]
+
+    @cached_property
+    def _placeholder_of(self) -> dict[str, str]:
+        return {target: node for node, target in self.stored.items()}
+
+    def twins(self, name: str) -> list[str]:
+        """Other names of exactly the same tensor (tied weights keep one placeholder but several names)."""
+        key = _identity(self.tensor(name))
+        return [other for other in self._names_by_identity.get(key, []) if other != name]
+
+    @cached_property
+    def _names_by_identity(self) -> dict[tuple[Any, ...], list[str]]:
+        table: dict[tuple[Any, ...], list[str]] = {}
+        for name in self.tensor_names():
+            table.setdefault(_identity(self.tensor(name)), []).append(name)
+        return table
+
+    def site(self, node: Node) -> Site:
+        """Where a node comes from: module path and the user's source line."""
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack.values())[-1][0] if stack else ""
+        path = re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", path))
+        return Site(node.name, path, _source_line(node.meta.get("stack_trace")))
+
+    # -- using it ------------------------------------------------------------------------------------------------------
+
+    def value(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """A stored tensor as the program means it: its formula evaluated in float64, then rounded once.
+
+        Args:
+            name: the tensor's name.
+            dtype: the dtype to round to; the stored one when None.
+        """
+        original = self.tensor(name)
+        formula = self.formulas.get(name)
+        if formula is None:
+            return original if dtype is None or not original.is_floating_point() else original.to(dtype)
+        return evaluate(formula, self.tensor).to(dtype or original.dtype)
+
+    def baked(self) -> Program:
+        """The program with every formula evaluated (deploy mode); unchanged tensors are shared, not copied."""
+        if not self.formulas:
+            return self
+        state, constants = dict(self.exported.state_dict), dict(self.exported.constants)
+        for name in self.formulas:
+            new = self.value(name).contiguous()
+            for each in (name, *self.twins(name)):
+                home = state if each in state else constants
+                home[each] = _like(new, home[each])
+        return Program(self.rebuilt(self.exported.graph_module, self.graph, state, constants))
+
+    def rebuilt(
+        self,
+        root: torch.fx.GraphModule,
+        graph: Graph,
+        state: Mapping[str, Tensor] | None = None,
+        constants: Mapping[str, Any] | None = None,
+    ) -> ExportedProgram:
+        """An exported program with another graph or other tensors and everything else (dynamic dims, trees) kept."""
+        old = self.exported
+        return ExportedProgram(
+            root=root,
+            graph=graph,
+            graph_signature=_signature_of(graph, old.graph_signature),
+            state_dict=dict(old.state_dict if state is None else state),
+            range_constraints=old.range_constraints,
+            module_call_graph=old.module_call_graph,
+            example_inputs=old.example_inputs,
+            constants=dict(old.constants if constants is None else constants),
+            verifiers=old.verifiers,
+        )
+
+    def module(self) -> torch.fx.GraphModule:
+        """A callable with the signature of the traced model."""
+        with _quiet():
+            return self.baked().exported.module()
+
+    def save(self, path: Path) -> None:
+        """Write the baked program as ``.pt2``; `torch.export.load` opens it without normfuse."""
+        with _quiet():
+            torch.export.save(self.baked().exported, path)
+
+
+def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignature:
+    """The old signature with the names of the graph's outputs as they are now."""
+    (outputs,) = graph.output_node().args
+    specs = [
+        replace(spec, arg=TensorArgument(node.name)) if isinstance(spec.arg, TensorArgument) else spec
+        for spec, node in zip(old.output_specs, outputs, strict=True)  # type: ignore[arg-type]
+    ]
+    return ExportGraphSignature(list(old.input_specs), specs)
+
+
+def _identity(tensor: Tensor) -> tuple[Any, ...]:
+    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _like(new: Tensor, old: Tensor) -> Tensor:
+    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
+
+
+def _source_line(stack_trace: str | None) -> str:
+    """The innermost frame that is not torch's own, as ``package/file.py:12``."""
+    frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
+    own = [(file, line) for file, line in frames if "/torch/" not in file.replace("\\", "/")] or frames
+    if not own:
+        return ""
+    file, line = own[-1]
+    tail = re.split(r"site-packages/|dist-packages/", file.replace("\\", "/"))[-1]
+    return f"{tail if tail != file else Path(file).name}:{line}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    training = [child for child in module.modules() if child.training]
+    try:
+        for child in training:
+            child.training = False
+        yield
+    finally:
+        for child in training:
+            child.training = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns of its own deprecations; they are not for our users."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

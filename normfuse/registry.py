@@ -1,0 +1,79 @@
+"""The folder is the registry: every module of `normfuse.passes` is a pass, its function has the module's name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import normfuse.passes
+from normfuse.errors import NormfuseError
+from normfuse.facts import Facts
+from normfuse.findings import Finding
+from normfuse.program import Program
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A pass as the registry knows it.
+
+    Attributes:
+        name: the module's name, which is also its function's.
+        propose: yields rewrites and refusals; never changes anything.
+        manual: the module's docstring.
+    """
+
+    name: str
+    propose: Callable[[Program, Facts], Iterator[Finding]]
+    manual: str
+
+    @property
+    def summary(self) -> str:
+        """The first line of the manual."""
+        return self.manual.splitlines()[0]
+
+    @property
+    def codes(self) -> dict[str, str]:
+        """Refusal code -> its story, from the manual."""
+        return stories(self.manual)
+
+
+def stories(manual: str) -> dict[str, str]:
+    """Every ``NFnnn  story`` paragraph of a manual, unwrapped."""
+    found = re.findall(r"^ +(NF\d{3})  (.*(?:\n {6,}\S.*)*)", manual, flags=re.MULTILINE)
+    return {code: re.sub(r"\s+", " ", story).strip() for code, story in found}
+
+
+@cache
+def passes() -> dict[str, Pass]:
+    """All passes by name."""
+    found: dict[str, Pass] = {}
+    for module_info in pkgutil.iter_modules(normfuse.passes.__path__):
+        module = importlib.import_module(f"normfuse.passes.{module_info.name}")
+        found[module_info.name] = Pass(module_info.name, getattr(module, module_info.name), inspect.getdoc(module) or "")
+    return found
+
+
+def find(name: str) -> Pass:
+    """The pass of this name.
+
+    Raises:
+        NormfuseError: there is none.
+    """
+    if name not in passes():
+        raise NormfuseError(f"there is no pass '{name}'", hint=f"the passes are: {', '.join(passes())}")
+    return passes()[name]
+
+
+@cache
+def codes() -> dict[str, str]:
+    """Every refusal code with its story: the passes' and the planner's."""
+    planner = importlib.import_module("normfuse.planner")
+    everything = stories(inspect.getdoc(planner) or "")
+    for each in passes().values():
+        everything |= each.codes
+    return dict(sorted(everything.items()))

@@ -1,0 +1,524 @@
+"""One row per aten op: how a linear map along one axis passes through it.
+
+A row answers one question. Let M be any linear map applied along ``axis`` of the op's result (centring C₀ = I - 11ᵀ/d,
+or a diagonal scale). Which operands, each along which of its own axes, must M be applied to instead?
+
+    carries[op](node, axis) -> ((operand, its axis), ...)     M(op(x, …)) = op(Mx, …)
+                            -> ()                             M(result) = result whatever M = C₀ is: its mean is zero
+                            -> None                           M does not pass
+
+Everything else follows from this table. Forward: a result has zero mean if all its carried operands have.
+Backward: a shift of an operand along its axis is invisible if it is invisible in the result. Establishing: to centre a
+value, centre its carried operands, until stored tensors are reached: "the writer of a Linear" is no special case, because
+a Linear carries its output axis to dim 0 of its weight and bias.
+
+An op without a row passes nothing. Axes are carried, never guessed from sizes. Each row has a property test against
+numbers (tests/unit/test_rules.py), so a new row is a function here and a case there.
+
+`hides` is the other, shorter table: readers whose result does not change when an operand is shifted along an axis.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from normfuse.views import arguments, aten, dtype, is_tensor, shape
+
+Carried: TypeAlias = tuple[tuple[Node, int], ...] | None
+Row: TypeAlias = Callable[[Node, dict[str, Any], int], Carried]
+
+_ROWS: dict[Any, Row] = {}
+_HIDES: dict[Any, Callable[[Node, dict[str, Any], Node], frozenset[int]]] = {}
+
+
+def _row(*targets: Any) -> Callable[[Row], Row]:
+    def add(rule: Row) -> Row:
+        for target in targets:
+            _ROWS[target] = rule
+        return rule
+
+    return add
+
+
+def carries(node: Node, axis: int) -> Carried:
+    """Which operands carry a linear map applied along ``axis`` of ``node``; None when it does not pass.
+
+    Args:
+        node: any node of a functional aten graph.
+        axis: a non-negative axis of its value; for a node that yields several tensors, of each of them.
+    """
+    rule = _ROWS.get(node.target)
+    if rule is None or node.op != "call_function":
+        return None
+    if node.target is operator.getitem:
+        return rule(node, {}, axis)
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and not value.is_floating_point():
+        return None  # a cast to integers rounds: not linear
+    return rule(node, arguments(node), axis)
+
+
+def known_ops() -> frozenset[Any]:
+    """The operators that have a carrying row."""
+    return frozenset(_ROWS)
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+def rank(node: Node) -> int:
+    """Number of axes of a value."""
+    return len(shape(node))
+
+
+def _axis(node: Node, dim: int) -> int:
+    return dim % max(rank(node), 1)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two (possibly symbolic) sizes are proven equal."""
+    return statically_known_true(a == b)
+
+
+def spans(operand: Any, out: Node, axis: int) -> bool:
+    """Whether an operand has the broadcast axis ``axis`` of ``out`` (and is not repeated along it)."""
+    if not is_tensor(operand):
+        return False
+    own = axis - (rank(out) - rank(operand))
+    return own >= 0 and (not same(shape(operand)[own], 1) or same(shape(out)[axis], 1)) and not repeated(operand, own)
+
+
+_SHAPE_KEEPING = {
+    aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.dtype, aten.to.dtype_layout,
+    aten.contiguous.default, aten.detach.default,
+}  # fmt: skip
+
+
+def repeated(node: Node, axis: int) -> bool:
+    """Whether a value is proven constant along an axis because it was expanded along it."""
+    while node.target in _SHAPE_KEEPING and isinstance(node.args[0], Node):
+        node = node.args[0]
+    if node.target is not aten.expand.default:
+        return False
+    source = node.args[0]
+    assert isinstance(source, Node)
+    own = axis - (rank(node) - rank(source))
+    return own < 0 or (same(shape(source)[own], 1) and not same(shape(node)[axis], 1))
+
+
+def _own(operand: Node, out: Node, axis: int) -> tuple[Node, int]:
+    return operand, axis - (rank(out) - rank(operand))
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value == 0
+
+
+# -- elementwise -------------------------------------------------------------------------------------------------------
+
+
+@_row(
+    aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.lift_fresh_copy.default,
+    aten.lift_fresh.default, aten.neg.default,
+)  # fmt: skip
+def _unary(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis),) if (dtype(x) or torch.int64).is_floating_point else None
+
+
+@_row(aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default)
+def _dropout(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return None if a["train"] is not False else ((a["input"], axis),)
+
+
+@_row(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+def _add(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x, y = a["self"], a["other"]
+    if node.target is aten.sub.Tensor and is_mean_of(y, x, axis):
+        return ()  # x - mean(x): centred by construction
+    carried = []
+    for term in (x, y):
+        if spans(term, node, axis):
+            carried.append(_own(term, node, axis))
+        elif not _is_zero(term):
+            return None  # a term that is constant along the axis has a mean of its own
+    return tuple(carried)
+
+
+def is_mean_of(node: Any, x: Node, axis: int) -> bool:
+    """Whether ``node`` is the mean of ``x`` along exactly ``axis``, kept as a size-1 axis."""
+    if not is_tensor(node) or node.target is not aten.mean.dim:
+        return False
+    a = arguments(node)
+    return a["self"] is x and a["keepdim"] is True and [_axis(x, d) for d in a["dim"] or []] == [axis]
+
+
+@_row(aten.mul.Tensor, aten.mul.Scalar)
+def _mul(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    factors = (a["self"], a["other"])
+    spanning = [factor for factor in factors if spans(factor, node, axis)]
+    return (_own(spanning[0], node, axis),) if len(spanning) == 1 else None
+
+
+@_row(aten.div.Tensor, aten.div.Scalar)
+def _div(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x, y = a["self"], a["other"]
+    return (_own(x, node, axis),) if spans(x, node, axis) and not spans(y, node, axis) else None
+
+
+@_row(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+def _where(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    if spans(a["condition"], node, axis):
+        return None
+    return _choice(node, axis, a["self"], a["other"])
+
+
+@_row(aten.masked_fill.Scalar)
+def _masked_fill(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return None if spans(a["mask"], node, axis) else _choice(node, axis, a["self"], a["value"])
+
+
+def _choice(node: Node, axis: int, *branches: Any) -> Carried:
+    carried = []
+    for branch in branches:
+        if spans(branch, node, axis):
+            carried.append(_own(branch, node, axis))
+        elif not _is_zero(branch):
+            return None
+    return tuple(carried)
+
+
+@_row(aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
+def _zeros(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return ()
+
+
+@_row(aten.full.default)
+def _full(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return () if _is_zero(a["fill_value"]) else None
+
+
+# -- moving axes -------------------------------------------------------------------------------------------------------
+
+
+@_row(
+    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
+    aten.unflatten.int, aten._reshape_copy.default,
+)  # fmt: skip
+def _reshape(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Row-major order: an axis survives a reshape iff its size and the number of entries behind it stay the same."""
+    x = a["self"]
+    size, behind = shape(node)[axis], _numel(shape(node)[axis + 1 :])
+    for own in reversed(range(rank(x))):
+        if same(_numel(shape(x)[own + 1 :]), behind) and same(shape(x)[own], size):
+            return ((x, own),)
+    return None
+
+
+def _numel(sizes: tuple[Any, ...]) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+@_row(aten.permute.default)
+def _permute(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, _axis(x, a["dims"][axis])),)
+
+
+@_row(aten.transpose.int)
+def _transpose(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    swap = {_axis(x, a["dim0"]): _axis(x, a["dim1"]), _axis(x, a["dim1"]): _axis(x, a["dim0"])}
+    return ((x, swap.get(axis, axis)),)
+
+
+@_row(aten.t.default)
+def _t(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return ((a["self"], axis if rank(node) < 2 else 1 - axis),)
+
+
+@_row(aten.unsqueeze.default)
+def _unsqueeze(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    new = _axis(node, a["dim"])
+    return None if axis == new else ((a["self"], axis - (axis > new)),)
+
+
+@_row(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def _squeeze(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    dims = a.get("dim", range(rank(x)))
+    dims = [dims] if isinstance(dims, int) else dims
+    gone = {_axis(x, d) for d in dims if same(shape(x)[_axis(x, d)], 1)}
+    kept = [own for own in range(rank(x)) if own not in gone]
+    return ((x, kept[axis]),) if len(kept) == rank(node) else None
+
+
+@_row(aten.expand.default)
+def _expand(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return (_own(a["self"], node, axis),) if not repeated(node, axis) else None
+
+
+@_row(aten.repeat.default)
+def _repeat(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    own = axis - (rank(node) - rank(a["self"]))
+    return ((a["self"], own),) if own >= 0 and same(a["repeats"][axis], 1) else None
+
+
+# -- picking and joining along other axes ------------------------------------------------------------------------------
+
+
+@_row(aten.cat.default)
+def _cat(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    if axis == _axis(node, a["dim"]):
+        return None
+    # torch allows legacy empty 1-D tensors in cat: they add nothing
+    return tuple((x, axis) for x in a["tensors"] if rank(x) == rank(node)) or None
+
+
+@_row(aten.stack.default)
+def _stack(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    new = _axis(node, a["dim"])
+    return None if axis == new else tuple((x, axis - (axis > new)) for x in a["tensors"])
+
+
+@_row(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+def _split(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return None if axis == _axis(x, a["dim"]) else ((x, axis),)
+
+
+@_row(aten.unbind.int, aten.select.int)
+def _select(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis + (axis >= _axis(x, a["dim"]))),)
+
+
+@_row(operator.getitem)
+def _getitem(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    return ((source, axis),) if source.target in _LISTS else None
+
+
+_LISTS = {
+    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, aten.unbind.int,
+}  # fmt: skip
+
+
+@_row(aten.slice.Tensor)
+def _slice(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    whole = axis != _axis(x, a["dim"]) or (same(shape(x)[axis], shape(node)[axis]) and a["step"] == 1)
+    return ((x, axis),) if whole else None
+
+
+@_row(aten.index_select.default)
+def _index_select(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return None if axis == _axis(x, a["dim"]) else ((x, axis),)
+
+
+@_row(aten.gather.default)
+def _gather(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x, index = a["self"], a["index"]
+    if axis == _axis(x, a["dim"]) or not repeated(index, axis) or not same(shape(index)[axis], shape(x)[axis]):
+        return None
+    return ((x, axis),)
+
+
+@_row(aten.index.Tensor)
+def _index(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Indexing with integer tensors on neighbouring axes: they are replaced by the axes of the indices' broadcast."""
+    x, indices = a["self"], list(a["indices"])
+    used = [own for own, index in enumerate(indices) if index is not None]
+    if not used or used != list(range(used[0], used[-1] + 1)):
+        return None
+    if any(not is_tensor(indices[own]) or dtype(indices[own]) == torch.bool for own in used):
+        return None
+    first, inserted = used[0], max(rank(indices[own]) for own in used)
+    if axis < first:
+        return ((x, axis),)
+    return ((x, axis - inserted + len(used)),) if axis >= first + inserted else None
+
+
+@_row(aten.constant_pad_nd.default, aten.pad.default)
+def _pad(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x, padding = a["self"], a["pad"]
+    if a.get("mode", "constant") != "constant" or not (a["value"] is None or _is_zero(a["value"])):
+        return None
+    behind = rank(x) - 1 - axis  # pads are listed from the last axis forward, two per axis
+    touched = list(padding[2 * behind : 2 * behind + 2])
+    return ((x, axis),) if all(_is_zero(each) for each in touched) else None
+
+
+@_row(aten.roll.default)
+def _roll(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    dims = [_axis(x, d) for d in a["dims"] or []]
+    return ((x, axis),) if dims and axis not in dims else None
+
+
+@_row(aten.flip.default)
+def _flip(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis),) if axis not in [_axis(x, d) for d in a["dims"]] else None
+
+
+# -- sums over other axes ----------------------------------------------------------------------------------------------
+
+
+@_row(aten.mean.dim, aten.sum.dim_IntList)
+def _reduce(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    dims = sorted(_axis(x, d) for d in a["dim"] or [])
+    if not dims:
+        return None
+    if a["keepdim"]:
+        return ((x, axis),) if axis not in dims else None
+    kept = [own for own in range(rank(x)) if own not in dims]
+    return ((x, kept[axis]),)
+
+
+@_row(aten.cumsum.default)
+def _cumsum(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis),) if axis != _axis(x, a["dim"]) else None
+
+
+def _spatial(dims: int) -> Row:
+    """Ops that treat every channel alike and mix only the last ``dims`` axes."""
+
+    def rule(node: Node, a: dict[str, Any], axis: int) -> Carried:
+        return ((a.get("self", a.get("input")), axis),) if axis < rank(node) - dims else None
+
+    return rule
+
+
+_row(aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default)(_spatial(1))
+_row(aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)(_spatial(2))
+_row(aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default)(_spatial(3))
+_row(*(
+    getattr(op, overload)
+    for op in (aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
+               aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa)
+    for overload in ("default", "vec")
+))(_spatial(2))  # fmt: skip
+
+
+# -- products with weights ---------------------------------------------------------------------------------------------
+
+
+def _with_bias(weight: tuple[Node, int], bias: Any) -> Carried:
+    return (weight, (bias, rank(bias) - 1)) if is_tensor(bias) else (weight,)
+
+
+@_row(aten.linear.default)
+def _linear(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    if rank(a["weight"]) != 2:
+        return None  # a weight vector takes the last axis away
+    if axis == rank(node) - 1:
+        return _with_bias((a["weight"], 0), a["bias"])
+    return ((a["input"], axis),) if a["bias"] is None else None
+
+
+@_row(aten.addmm.default)
+def _addmm(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """``bias + x @ W``: GPT-2's Conv1D stores W as [in, out], so either factor may be the weight."""
+    bias = a["self"]
+    if axis == 1:
+        if not spans(bias, node, 1):
+            return None
+        return ((a["mat2"], 1), _own(bias, node, 1))
+    return ((a["mat1"], 0), _own(bias, node, 0)) if spans(bias, node, 0) else None
+
+
+@_row(aten.mm.default, aten.bmm.default, aten.matmul.default)
+def _matmul(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    left, right = a["self"], a.get("mat2", a.get("other"))
+    if rank(left) < 2 or rank(right) < 2:
+        return None
+    if axis == rank(node) - 1:
+        return ((right, rank(right) - 1),)
+    return ((left, rank(left) - 2),) if axis == rank(node) - 2 else None
+
+
+@_row(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+      aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # fmt: skip
+def _conv(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    weight = a["weight"]
+    channel = rank(node) - (rank(weight) - 1)
+    return _with_bias((weight, 0), a["bias"]) if axis == channel and a["groups"] == 1 else None
+
+
+@_row(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def _conv_transpose(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    weight = a["weight"]
+    channel = rank(node) - (rank(weight) - 1)
+    return _with_bias((weight, 1), a["bias"]) if axis == channel and a["groups"] == 1 else None
+
+
+@_row(aten.convolution.default)
+def _convolution(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return (_conv_transpose if a["transposed"] else _conv)(node, a, axis)
+
+
+@_row(aten.embedding.default)
+def _embedding(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return ((a["weight"], 1),) if axis == rank(node) - 1 else None
+
+
+@_row(aten.layer_norm.default)
+def _plain_layer_norm(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Without gain and shift the result is centred by construction; with them its mean depends on the data."""
+    last = axis == rank(node) - 1 and len(a["normalized_shape"]) == 1
+    return () if last and a["weight"] is None and a["bias"] is None else None
+
+
+# -- readers that cannot see a shift -----------------------------------------------------------------------------------
+
+
+def hides(node: Node, operand: Node) -> frozenset[int]:
+    """The axes of ``operand`` along which a per-position shift leaves ``node`` unchanged."""
+    if node.target in METADATA:
+        return frozenset(range(max(rank(operand), 1)))
+    rule = _HIDES.get(node.target)
+    return rule(node, arguments(node), operand) if rule else frozenset()
+
+
+METADATA = {aten.sym_size.int, aten._assert_tensor_metadata.default, aten.zeros_like.default, aten.new_zeros.default}
+
+
+def _hide(*targets: Any) -> Callable[[Any], Any]:
+    def add(rule: Any) -> Any:
+        _HIDES.update(dict.fromkeys(targets, rule))
+        return rule
+
+    return add
+
+
+@_hide(aten.layer_norm.default, aten.native_layer_norm.default)
+def _norm_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
+    alone = a["input"] is operand and a["weight"] is not operand and a["bias"] is not operand
+    # over several axes the norm sees how the means along one of them differ
+    return frozenset({rank(operand) - 1}) if alone and len(a["normalized_shape"]) == 1 else frozenset()
+
+
+@_hide(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)
+def _softmax_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
+    return frozenset({_axis(operand, a["dim"])})
+
+
+@_hide(aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim)
+def _spread_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
+    dims = a["dim"] or []
+    return frozenset({_axis(operand, dims[0])}) if len(dims) == 1 else frozenset()

@@ -1,0 +1,168 @@
+"""Typed views of aten calls, so that nobody indexes ``node.args``.
+
+`arguments` names every argument of a call by its schema, with the schema's defaults filled in, however the call was
+written (positional, keyword, trailing defaults absent). A `Norm` is read once from any of its aten spellings; its eps
+and axis have no defaults of ours.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+aten = torch.ops.aten
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """Every argument of an aten call by its schema name, defaults filled in.
+
+    Raises:
+        TypeError: the node is not a call of an aten operator.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload):
+        raise TypeError(f"{node.name} is not an operator call")
+    named: dict[str, Any] = {}
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name in node.kwargs:
+            named[argument.name] = node.kwargs[argument.name]
+        elif position < len(node.args) and not argument.kwarg_only:
+            named[argument.name] = node.args[position]
+        else:
+            named[argument.name] = argument.default_value if argument.has_default_value() else None
+    return named
+
+
+def shape(node: Node) -> tuple[Any, ...]:
+    """The (possibly symbolic) shape of a tensor value; of the first one where the node yields several."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        value = next((each for each in value if isinstance(each, torch.Tensor)), None)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def dtype(node: Node) -> torch.dtype | None:
+    """The dtype of a tensor value, None for anything else."""
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether an argument is a node that yields one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One normalization, whoever spelled it.
+
+    Attributes:
+        out: the node that yields the normalized value.
+        kind: ``layer_norm``, ``rms_norm``, ``batch_norm``, ``group_norm`` or ``instance_norm``.
+        x: the node that is normalized.
+        axes: the axes of ``x`` that share statistics (for batch_norm: the channel axis, which does not).
+        gain: the multiplier's node, or None.
+        shift: the added term's node, or None.
+        eps: as in the call.
+        inner: all nodes that make up the norm, ``out`` included; more than one where it was written by hand.
+    """
+
+    out: Node
+    kind: str
+    x: Node
+    axes: tuple[int, ...]
+    gain: Node | None
+    shift: Node | None
+    eps: float
+    inner: frozenset[Node]
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether the model spells the norm in arithmetic rather than by one operator."""
+        return not isinstance(self.out.target, torch._ops.OpOverload) or (
+            self.out.target not in _OPERATORS and self.out.target is not operator.getitem
+        )
+
+
+def _trailing(x: Node, normalized_shape: Any) -> tuple[int, ...]:
+    rank = len(shape(x))
+    return tuple(range(rank - len(normalized_shape), rank))
+
+
+def _layer_norm(node: Node, out: Node) -> Norm:
+    a = arguments(node)
+    axes = _trailing(a["input"], a["normalized_shape"])
+    return Norm(out, "layer_norm", a["input"], axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+
+
+def _rms_norm(node: Node, out: Node) -> Norm:
+    a = arguments(node)
+    x = a["input"]
+    eps = torch.finfo(dtype(x) or torch.float32).eps if a["eps"] is None else float(a["eps"])
+    return Norm(out, "rms_norm", x, _trailing(x, a["normalized_shape"]), a["weight"], None, eps, frozenset({node, out}))
+
+
+def _batch_norm(node: Node, out: Node) -> Norm:
+    a = arguments(node)
+    return Norm(out, "batch_norm", a["input"], (1,), a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+
+
+def _group_norm(node: Node, out: Node) -> Norm:
+    a = arguments(node)
+    x = a["input"]
+    axes = tuple(range(1, len(shape(x))))
+    return Norm(out, "group_norm", x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+
+
+def _instance_norm(node: Node, out: Node) -> Norm:
+    a = arguments(node)
+    x = a["input"]
+    axes = tuple(range(2, len(shape(x))))
+    return Norm(out, "instance_norm", x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+
+
+_OPERATORS = {
+    aten.layer_norm.default: _layer_norm,
+    aten.rms_norm.default: _rms_norm,
+    aten.batch_norm.default: _batch_norm,
+    aten.group_norm.default: _group_norm,
+    aten.instance_norm.default: _instance_norm,
+}
+# These yield a tuple whose first member is the normalized value.
+_TUPLE_OPERATORS = {
+    aten.native_layer_norm.default: _layer_norm,
+    aten._fused_rms_norm.default: _rms_norm,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten._native_batch_norm_legit.default: _batch_norm,
+    aten._native_batch_norm_legit_functional.default: _batch_norm,
+    aten.native_group_norm.default: _group_norm,
+}
+
+
+def operator_norm(node: Node) -> Norm | None:
+    """The norm that ``node`` yields by one operator, or None."""
+    if node.target in _OPERATORS:
+        return _OPERATORS[node.target](node, node)
+    if node.target is operator.getitem and node.args[1] == 0:
+        source = node.args[0]
+        if isinstance(source, Node) and source.target in _TUPLE_OPERATORS:
+            return _TUPLE_OPERATORS[source.target](source, node)
+    return None
+
+
+def tensors_in(args: Any) -> Iterator[Node]:
+    """Every node among (nested) arguments, once per occurrence."""
+    if isinstance(args, Node):
+        yield args
+    elif isinstance(args, (tuple, list)):
+        for each in args:
+            yield from tensors_in(each)
+    elif isinstance(args, dict):
+        for each in args.values():
+            yield from tensors_in(each)
+    elif isinstance(args, slice):
+        yield from tensors_in((args.start, args.stop, args.step))
