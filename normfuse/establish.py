@@ -45,10 +45,11 @@ class Obstacle:
 
 @dataclass(frozen=True)
 class Step:
-    """How one value gets centred: through operands, by changing stored tensors, or not at all."""
+    """How one value gets centred: through operands, by edits (passing over other nodes on the way), or not at all."""
 
     operands: tuple[Key, ...] = ()
     edits: tuple[Edit, ...] = ()
+    passed: frozenset[Node] = frozenset()
     obstacle: Obstacle | None = None
 
 
@@ -139,13 +140,13 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
         if not (spans(branch, node, axis) and spans(scale, node, axis)):
             continue
         vector = _vector_behind(facts, scale, axis - (rank(node) - rank(scale)))
-        writers = None if vector is None else _sole_writers(facts, branch, axis - (rank(node) - rank(branch)))
+        writers = _sole_writers(facts, branch, axis - (rank(node) - rank(branch)))
         if vector is None or writers is None or shape(branch) != shape(node):
             continue
-        folds = (
-            SetTensor(name, Centered(Scaled(Read(name), Read(vector), dim), dim)) for name, dim in writers
-        )
-        return Step(edits=(*folds, Reroute(node.name, Ref(branch.name))))
+        stored = facts.program.stored
+        tensors = [(stored[writer.name], dim) for writer, dim in writers if writer.op == "placeholder"]
+        folds = (SetTensor(name, Centered(Scaled(Read(name), Read(vector), dim), dim)) for name, dim in tensors)
+        return Step(edits=(*folds, Reroute(node.name, Ref(branch.name))), passed=frozenset(passed for passed, _ in writers))
     return None
 
 
@@ -169,24 +170,24 @@ _RESHAPING = {
 }  # fmt: skip
 
 
-def _sole_writers(facts: Facts, node: Node, axis: int) -> list[tuple[str, int]] | None:
-    """The stored tensors that write a value, each with its dim, if nothing on the way has another reader."""
-    writers: list[tuple[str, int]] = []
+def _sole_writers(facts: Facts, node: Node, axis: int) -> list[Key] | None:
+    """All values on the way from a value back to the stored tensors that write it, if none has another reader."""
+    way: list[Key] = []
     frontier = [(node, axis)]
     while frontier:
         value, own = frontier.pop()
         if sum(1 for user in value.users if user.target not in METADATA) != 1:
             return None
+        way.append((value, own))
         if value.op == "placeholder":
             if not _editable(facts, value):
                 return None
-            writers.append((facts.program.stored[value.name], own))
             continue
         carried = carries(value, own)
         if not carried:
             return None
         frontier.extend(carried)
-    return writers
+    return way
 
 
 def _kind(facts: Facts, node: Node) -> str:
@@ -312,16 +313,17 @@ def _region(norms: tuple[Norm, ...], keys: list[Key], paid: set[Key], steps: dic
                 case Reroute():
                     reroutes.append(edit)
     nodes = {key[0] for key in keys} | {node for norm in norms for node in norm.inner}
+    nodes |= {node for key in keys if key not in paid for node in steps[key].passed}
     edits = (*(SetTensor(name, formula) for name, formula in tensors.items()), *dict.fromkeys(reroutes))
     return Region(norms, edits, frozenset(nodes), copies)
 
 
-def _explicit(
-    key: Key, name: str, keys: list[Key], paid: set[Key], steps: dict[Key, Step], norms: tuple[Norm, ...]
-) -> Reroute:
+def _explicit(key: Key, name: str, keys: list[Key], paid: set[Key], steps: dict[Key, Step], norms: tuple[Norm, ...]) -> Reroute:
     """An explicit mean-subtraction for those readers that want the centred value."""
     node, axis = key
     readers = {reader.name for reader, own in keys if (reader, own) not in paid and key in steps[reader, own].operands}
-    readers |= {inner.name for norm in norms if (norm.x, norm.axes[0]) == key for inner in norm.inner if node in inner.all_input_nodes}
+    readers |= {
+        inner.name for norm in norms if (norm.x, norm.axes[0]) == key for inner in norm.inner if node in inner.all_input_nodes
+    }
     mean = Call("mean.dim", (Ref(node.name), (axis,), True))
     return Reroute(node.name, Call("sub.Tensor", (Ref(node.name), mean)), tuple(sorted(readers)), name)

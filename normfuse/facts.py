@@ -1,8 +1,8 @@
 """What is proven of a program's values: one loop forward, one loop backward, over the table of `normfuse.rules`.
 
-    facts.unseen[node]      axes along which no reader can see the mean of this value
-    facts.centered[node]    axes along which the mean of this value is zero by construction
-    facts.norms             every norm, hand-written ones included
+facts.unseen[node]      axes along which no reader can see the mean of this value
+facts.centered[node]    axes along which the mean of this value is zero by construction
+facts.norms             every norm, hand-written ones included
 """
 
 from __future__ import annotations
@@ -107,11 +107,7 @@ class Facts:
             for reader in node.users:
                 if own in self.hidden_by(reader, node):
                     continue
-                onward = [
-                    out_axis
-                    for out_axis in range(rank(reader))
-                    if (node, own) in (carries(reader, out_axis) or ())
-                ]
+                onward = [out_axis for out_axis in range(rank(reader)) if (node, own) in (carries(reader, out_axis) or ())]
                 if not onward:
                     return reader
                 if own not in self._passed_on(reader, node, self.unseen.get(reader, NOTHING)):

@@ -28,7 +28,8 @@ class Rewrite:
     Attributes:
         pass_name: the pass that proposes.
         sites: the norms that it changes; more than one where they share writers.
-        becomes: what each of the norms will be, such as ``rms_norm`` (checked after the edits are made).
+        was: the kind of each of the norms, such as ``layer_norm``.
+        becomes: what each of them will be, such as ``rms_norm`` (counted after the edits are made).
         edits: the changes.
         region: names of the nodes whose values the rewrite reasons about; every reader of a changed tensor must be one.
         claim: how close it stays to the original.
@@ -37,6 +38,7 @@ class Rewrite:
 
     pass_name: str
     sites: tuple[Site, ...]
+    was: str
     becomes: str
     edits: tuple[Edit, ...]
     region: frozenset[str]

@@ -206,6 +206,7 @@ def _rewrite_to_dict(rewrite: Rewrite) -> dict[str, Any]:
     return {
         "pass": rewrite.pass_name,
         "sites": [site.to_dict() for site in rewrite.sites],
+        "was": rewrite.was,
         "becomes": rewrite.becomes,
         "edits": [editing.to_json(edit) for edit in rewrite.edits],
         "region": sorted(rewrite.region),
@@ -218,6 +219,7 @@ def _rewrite_from_dict(data: Mapping[str, Any]) -> Rewrite:
     return Rewrite(
         data["pass"],
         tuple(_site_from_dict(each) for each in data["sites"]),
+        data["was"],
         data["becomes"],
         tuple(editing.from_json(each) for each in data["edits"]),
         frozenset(data["region"]),

@@ -88,9 +88,7 @@ class Program:
         """
         with _eval_mode(module), _quiet():
             try:
-                exported = torch.export.export(
-                    module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False
-                )
+                exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
             except Exception as error:  # torch.export raises anything that the user's forward raises
                 raise TraceError(
                     f"torch.export could not trace {type(module).__name__}: {_first_line(error)}",
@@ -240,7 +238,13 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (
+        tensor.untyped_storage()._cdata,
+        tensor.storage_offset(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
 
 
 def _like(new: Tensor, old: Tensor) -> Tensor:

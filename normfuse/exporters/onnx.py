@@ -15,6 +15,7 @@ import ast
 import contextlib
 import importlib
 import logging
+import math
 import os
 import re
 import tempfile
@@ -87,10 +88,7 @@ def export(
     """
     for package in ("onnx", "onnxscript"):
         _package(package, "onnx")
-    signature = exported.graph_signature
-    if state := sorted({**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}.values()):
-        text = f"an ONNX file keeps no state: the program's updates of {', '.join(state)} are left out"
-        warnings.warn(text, NormfuseWarning, stacklevel=2)
+    _check_outputs(exported)
     path, model = Path(path), _convert(exported, opset)
     _rename(model, model.graph.inputs, input_names or [spec.arg.name for spec in _inputs(exported)])
     _rename(model, model.graph.outputs, output_names or [value.name for value in model.graph.outputs])
@@ -178,6 +176,17 @@ def compare(
 # -- the model ---------------------------------------------------------------------------------------------------------
 
 
+def _check_outputs(exported: ExportedProgram) -> None:
+    """Refuse what ONNX cannot return, and say what it cannot keep."""
+    signature = exported.graph_signature
+    for value in (spec.arg.value for spec in signature.output_specs if isinstance(spec.arg, ConstantArgument)):
+        if value is not None:
+            raise ExportError(f"the program returns {value!r}; an ONNX file returns tensors only")
+    if state := sorted({**signature.buffers_to_mutate, **signature.user_inputs_to_mutate}.values()):
+        text = f"an ONNX file keeps no state: the program's updates of {', '.join(state)} are left out"
+        warnings.warn(text, NormfuseWarning, stacklevel=3)
+
+
 def _convert(exported: ExportedProgram, opset: int) -> Any:
     """The program as an ``onnx_ir.Model`` that holds nothing of this machine."""
     rms_norm: Callable[..., Any] = _spelled_rms_norm if opset < NATIVE_RMS_OPSET else _native_rms_norm
@@ -188,8 +197,16 @@ def _convert(exported: ExportedProgram, opset: int) -> Any:
     try:
         with _quiet(), _tagged(exported):
             converted: Any = torch.onnx.export(
-                exported, (), dynamo=True, opset_version=opset, verbose=False, custom_translation_table=table
+                exported,
+                (),
+                dynamo=True,
+                opset_version=opset,
+                verbose=False,
+                optimize=False,
+                custom_translation_table=table,
             )
+            _shield_small_numbers(converted.model)
+            converted.optimize()
     except Exception as error:  # torch.onnx raises whatever its translations raise
         raise _in_plain_words(error, exported) from error
     if converted.model.opset_imports.get("") != opset:
@@ -207,7 +224,8 @@ def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any =
     x = input if input.dtype == wide else op.Cast(input, to=wide)
     square = op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=wide))) if fusible else op.Mul(x, x)
     mean = op.ReduceMean(square, op.Constant(value_ints=list(range(-len(normalized_shape), 0))), keepdims=1)
-    y = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value=ir.tensor(_eps(eps, wide), dtype=wide)))))
+    # eps as a vector of one, for the reason in `_shield_small_numbers`
+    y = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value=ir.tensor([_eps(eps, wide)], dtype=wide)))))
     if weight is not None:
         y = op.Mul(y, weight if weight.dtype == wide else op.Cast(weight, to=wide))
     elif fusible and len(normalized_shape) == 1:  # the fused operator has a weight
@@ -238,6 +256,24 @@ def _ones(x: Any, dtype: Any, normalized_shape: Sequence[Any]) -> Any:
     """A weight of ones; torch.onnx makes it a constant where the sizes are known."""
     ir, op = _package("onnx_ir", "onnx"), _package("onnxscript", "onnx").opset18
     return op.Expand(op.Constant(value=ir.tensor(1.0, dtype=dtype)), op.Shape(x, start=-len(normalized_shape)))
+
+
+def _shield_small_numbers(model: Any) -> None:
+    """Make vectors of the scalars that torch.onnx's optimizer takes for 0 or 1 without their being it, such as an eps.
+
+    It would drop ``+ 1e-12`` as it drops ``+ 0``, and a row of zeros would become NaN; it looks at scalars only.
+    """
+    ir = _package("onnx_ir", "onnx")
+    for node in [node for node in _nodes(model) if node.op_type in ("Add", "Sub", "Mul", "Div")]:
+        for index, value in enumerate(node.inputs):
+            tensor, other = ir.convenience.get_const_tensor(value), node.inputs[1 - index]
+            if tensor is None or tensor.shape.rank() or other.shape is None or not other.shape.rank():
+                continue
+            number = float(tensor.numpy())
+            if any(number != taken and math.isclose(number, taken, rel_tol=1e-5, abs_tol=1e-8) for taken in (0, 1)):
+                vector = ir.node("Constant", [], {"value": ir.tensor(tensor.numpy().reshape(1), dtype=tensor.dtype)})
+                node.prepend(vector)
+                node.replace_input_with(index, vector.outputs[0])
 
 
 @contextlib.contextmanager
@@ -316,19 +352,24 @@ def _type(value: Any) -> str:
 
 
 def _save(model: Any, path: Path) -> Path | None:
-    """Check the file in a folder beside its place, then move it there; gives the data file if there is one."""
+    """Write the file, checked, with its data file first if it needs one; gives the data file."""
     onnx, ir = _package("onnx", "onnx"), _package("onnx_ir", "onnx")
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE
     data = path.with_name(path.name + ".data") if large else None
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".normfuse-") as folder:
-        staged = Path(folder)
-        ir.save(model, staged / path.name, external_data=data and data.name)
-        try:
-            onnx.checker.check_model(str(staged / path.name), full_check=True)
-        except Exception as error:  # the checker's exceptions are not public
-            raise ExportError(f"torch.onnx made an invalid file: {_first_line(error)}") from error
-        for each in filter(None, (data, path)):
-            write_atomically(each, partial(os.replace, staged / each.name))
+
+    def write(temporary: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".normfuse-") as folder:
+            staged = Path(folder) / path.name  # the data file's name goes into this one
+            ir.save(model, staged, external_data=data and data.name)
+            try:
+                onnx.checker.check_model(str(staged), full_check=True)
+            except Exception as error:  # the checker's exceptions are not public
+                raise ExportError(f"torch.onnx made an invalid file: {_first_line(error)}") from error
+            if data is not None:
+                write_atomically(data, partial(os.replace, staged.with_name(data.name)))
+            staged.replace(temporary)
+
+    write_atomically(path, write)
     return data
 
 
@@ -393,7 +434,7 @@ def _call(session: Any, inputs: Sequence[Array] | Mapping[str, Array]) -> list[A
     except Exception as error:  # one class per status, none of them public
         blame = InputError if "INVALID_ARGUMENT" in str(error) else ExportError
         raise blame(f"ONNX Runtime cannot run this: {_first_line(error)}") from error
-    return [_array(torch.utils.dlpack.from_dlpack(value._get_c_value())) for value in values]
+    return [_numpy(value) for value in values]
 
 
 def _ort_value(array: Array) -> Any:
@@ -402,6 +443,12 @@ def _ort_value(array: Array) -> Any:
     if array.dtype.name == "bfloat16":
         return make.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx_element_type=BFLOAT16)
     return make.ortvalue_from_numpy(array)
+
+
+def _numpy(value: Any) -> Array:
+    if value.element_type() == BFLOAT16:
+        return _array(torch.utils.dlpack.from_dlpack(value._get_c_value()))
+    return np.asarray(value.numpy())
 
 
 def _array(value: Any) -> Array:

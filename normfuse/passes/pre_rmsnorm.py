@@ -42,7 +42,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from normfuse.edits import Call, Expression, Ref, Reroute
+from normfuse.edits import Call, Expression, Ref, Reroute, SetTensor
 from normfuse.establish import Obstacle, Region, center
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
@@ -66,13 +66,14 @@ def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
 
 def _rewrite(program: Program, region: Region) -> Rewrite:
     paid = len(region.centered_copies)
-    writers = len(region.edits) - paid
-    because = f"nobody else sees the mean of their inputs; {writers} writers are centred" + (
+    writers = sum(isinstance(edit, SetTensor) for edit in region.edits)
+    because = f"nobody else sees the mean of their inputs; {writers} stored tensors are centred" + (
         f" and {paid} explicit mean-subtraction{'s' if paid > 1 else ''} inserted" if paid else ""
     )
     return Rewrite(
         pass_name="pre_rmsnorm",
         sites=tuple(program.site(norm.out) for norm in region.norms),
+        was="layer_norm",
         becomes="rms_norm",
         edits=(*region.edits, *(_as_rms(norm, region) for norm in region.norms)),
         region=frozenset(node.name for node in region.nodes),
@@ -127,7 +128,10 @@ def _explain(program: Program, norm: Norm, obstacle: Obstacle) -> Refusal:
         case "norm":
             code, reason = "NF205", f"its input is written by another norm ({at}), whose gain gives it a mean{_ALONE}"
         case "gate":
-            code, reason = "NF208", f"its input is scaled channel by channel with run-time values ({op} at {at}){_ALONE}"
+            code, reason = (
+                "NF208",
+                f"its input is scaled channel by channel with run-time values ({op} at {at}){_ALONE}",
+            )
         case _:
             code, reason = "NF202", f"its input is written by {op} ({at}), which cannot be centred{_ALONE}"
     return _refuse(program, norm, code, reason, at=at, hint=_HINTS.get(code, ""))

@@ -1,0 +1,341 @@
+"""The Python surface: `rewrite`, `inspect`, `verify`, `export`. Each is a few calls of the parts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+from torch.export import ExportedProgram
+
+from normfuse.cases import Case, cases
+from normfuse.errors import InputError, NormfuseError
+from normfuse.evidence import Evidence, Progress, Runner, compare, compare_runtime, failed, prove
+from normfuse.facts import analyze
+from normfuse.findings import Claim, Refusal
+from normfuse.inputs import Inputs, found_on
+from normfuse.interpret import flat_inputs
+from normfuse.loading import load, write_atomically
+from normfuse.planner import Plan, plan
+from normfuse.program import Program
+from normfuse.registry import passes as all_passes
+from normfuse.report import Report, norms_table
+from normfuse.views import Norm
+
+Model: TypeAlias = nn.Module | ExportedProgram | Program | str | Path
+"""Anything that normfuse takes for a model; a path is loaded without executing a stranger's code."""
+
+LEVELS = ("full", "structure", "none")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A rewritten model.
+
+    Attributes:
+        program: the rewritten program, its new weights evaluated.
+        report: what was done, refused and proven.
+        inputs: the example inputs that it was proven on.
+        sources: files that `save` must not overwrite.
+    """
+
+    program: Program
+    report: Report
+    inputs: Inputs
+    sources: tuple[Path, ...] = ()
+
+    def module(self) -> nn.Module:
+        """A module that is called with the same arguments as the original."""
+        return self.program.module()
+
+    def save(self, path: str | Path) -> Path:
+        """Write ``.pt2`` atomically; `torch.export.load` opens it without normfuse.
+
+        Raises:
+            InputError: the path is the input file, or its folder does not exist.
+        """
+        write_atomically(Path(path), self.program.save, never_over=self.sources)
+        return Path(path)
+
+
+def rewrite(
+    model: Model,
+    passes: str | Sequence[str],
+    inputs: tuple[Any, ...] | Inputs | None = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    verify: str = "full",
+    allow: str = "rounding",
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Rewrite the norms of a trained model, and prove that its outputs stay the same.
+
+    Args:
+        model: an `nn.Module`, an `ExportedProgram`, a `Program`, or the path of a saved one. It is not changed.
+        passes: names of passes, or ``"all"``.
+        inputs: example positional inputs; found on the model (timm, transformers, ``.pt2``) when None.
+        kwargs: example keyword inputs.
+        dynamic_shapes: as for `torch.export.export`.
+        verify: ``full`` (structure, float64 algebra, rounding), ``structure`` (nothing is run), or ``none``.
+        allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
+        trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
+        progress: told (what, done, total) while the proof runs.
+
+    Returns:
+        The rewritten program with its report; with no rewrite possible, the original and the reasons.
+
+    Raises:
+        LoadError: the file cannot or may not be read.
+        InputError: no example inputs are known, or they do not fit.
+        TraceError: torch.export cannot trace the model.
+        VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
+    """
+    if verify not in LEVELS:
+        raise NormfuseError(f"there is no verification level '{verify}'", hint=f"the levels are: {', '.join(LEVELS)}")
+    clock = _Clock()
+    name, original, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    clock.lap("trace")
+    chosen = plan(original, _names(passes), allow=_claim(allow))
+    rewritten = chosen.apply(original)
+    clock.lap("plan")
+    evidence = Evidence("none")
+    if verify != "none":
+        tried = cases(original, flat_inputs(original, given.args, given.kwargs))
+        evidence = prove(original, rewritten, chosen, tried, level=verify, progress=progress)
+    clock.lap("verify")
+    report = Report(name, chosen, evidence, _kinds(original), _kinds(rewritten), clock.laps)
+    if not evidence.ok:
+        raise failed(evidence, report)
+    baked = rewritten.baked()
+    clock.lap("write")
+    return Result(baked, report, given, (Path(model),) if isinstance(model, (str, Path)) else ())
+
+
+def verify(
+    a: Model,
+    b: Model,
+    inputs: tuple[Any, ...] | Inputs | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Evidence that two models are one function up to the rounding of their weights.
+
+    Args:
+        a: the reference: an `nn.Module`, a program, or the path of one.
+        b: the same, or the path of an ``.onnx`` file, which ONNX Runtime then runs.
+        inputs: example positional inputs; found on the models when None.
+        kwargs: example keyword inputs.
+        trust_pickle: as for `rewrite`.
+        progress: told (what, done, total).
+
+    Returns:
+        The evidence; its ``ok`` is the answer.
+    """
+    _, left, given = _program(a, inputs, kwargs, None, trust_pickle)
+    flat = flat_inputs(left, given.args, given.kwargs)
+    if isinstance(b, (str, Path)) and _is_onnx(Path(b)):
+        return compare_runtime(left, _onnx_runner(left, Path(b), given), cases(left, flat), progress=progress)
+    _, right, _ = _program(b, given, None, None, trust_pickle)
+    return compare(left, right, cases(left, flat), progress=progress)
+
+
+def export(model: Result | Model, path: str | Path, *, opset: int = 20, **load_options: Any) -> Evidence:
+    """Write ONNX, run it in ONNX Runtime after its own optimisations, and compare.
+
+    Args:
+        model: a result of `rewrite`, or any model.
+        path: the ``.onnx`` file to write.
+        opset: the ONNX opset; RMSNorm is written in the form that ONNX Runtime fuses at that opset.
+        load_options: ``inputs``, ``kwargs``, ``dynamic_shapes``, ``trust_pickle`` as for `rewrite`.
+
+    Raises:
+        MissingExtra: the packages for ONNX are not installed.
+        ExportError: torch.onnx refused an operator.
+        VerificationFailed: ONNX Runtime computes something else; the file is removed.
+    """
+    from normfuse.exporters import onnx
+
+    if isinstance(model, Result):
+        program, given = model.program, model.inputs
+    else:
+        options = {"inputs": None, "kwargs": None, "dynamic_shapes": None, "trust_pickle": False} | load_options
+        _, program, given = _program(model, **options)
+    onnx.export(program.baked().exported, Path(path), opset=opset)
+    flat = flat_inputs(program, given.args, given.kwargs)
+    evidence = compare_runtime(program, _onnx_runner(program, Path(path), given), cases(program, flat))
+    if not evidence.ok:
+        Path(path).unlink()
+        raise failed(evidence, evidence)
+    return evidence
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Every norm of a model, and what each pass would do with it.
+
+    Attributes:
+        model: how the user named the model.
+        norms: a row per norm, as JSON types.
+        counts: norms by kind.
+        plan: what all passes together would do.
+    """
+
+    model: str
+    norms: tuple[dict[str, Any], ...]
+    counts: Mapping[str, int]
+    plan: Plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as JSON types."""
+        return {"model": self.model, "counts": dict(self.counts), "norms": list(self.norms)}
+
+    def render(self) -> Iterator[Table | Text]:
+        """The inspection for a terminal."""
+        yield Text(self.model, style="bold")
+        table = Table("norm", "kind", "axis", "eps", "its input is also seen by", "what would happen")
+        for row in self.norms:
+            fate = "\n".join(f"{name}: {what}" for name, what in row["passes"].items())
+            table.add_row(row["site"], row["kind"], str(row["axes"]), f"{row['eps']:g}", row["seen_by"] or "—", fate)
+        yield table
+        yield norms_table(self.counts, _after(self.plan, self.counts))
+
+
+def inspect(
+    model: Model,
+    inputs: tuple[Any, ...] | Inputs | None = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    trust_pickle: bool = False,
+) -> Inspection:
+    """Every norm of a model: kind, axis, who else sees its input's mean, and what each pass would do.
+
+    Args:
+        model: as for `rewrite`.
+        inputs: as for `rewrite`.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        trust_pickle: as for `rewrite`.
+    """
+    name, program, _ = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    plans = {each: plan(program, [each]) for each in all_passes()}
+    facts = analyze(program)
+    rows = tuple(_row(program, norm, facts, plans) for norm in facts.norms)
+    return Inspection(name, rows, _kinds(program), plan(program, list(plans)))
+
+
+def _row(program: Program, norm: Norm, facts: Any, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    site = program.site(norm.out)
+    witness = facts.first_sight(norm.x, norm.axes[0]) if norm.kind == "layer_norm" and len(norm.axes) == 1 else None
+    return {
+        **site.to_dict(),
+        "kind": norm.kind,
+        "by_hand": norm.by_hand,
+        "axes": list(norm.axes),
+        "eps": norm.eps,
+        "gain": norm.gain is not None,
+        "shift": norm.shift is not None,
+        "seen_by": None if witness is None else ("the caller" if witness.op == "output" else str(program.site(witness))),
+        "passes": {each: fate for each, chosen in plans.items() if (fate := _fate(chosen, site.node))},
+    }
+
+
+def _fate(chosen: Plan, node: str) -> str | None:
+    for rewrite_ in chosen.rewrites:
+        if any(site.node == node for site in rewrite_.sites):
+            return f"becomes {rewrite_.becomes}"
+    refusal: Refusal | None = next((each for each in chosen.refusals if each.site.node == node), None)
+    return f"refused, {refusal.code}: {refusal.reason}" if refusal else None
+
+
+def _after(chosen: Plan, before: Mapping[str, int]) -> Counter[str]:
+    after = Counter(before)
+    for each in chosen.rewrites:
+        after[each.was] -= len(each.sites)
+        after[each.becomes] += len(each.sites)
+    return +after
+
+
+# -- from what the user has to a program -------------------------------------------------------------------------------
+
+
+def _program(
+    model: Model, inputs: tuple[Any, ...] | Inputs | None, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool
+) -> tuple[str, Program, Inputs]:
+    name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
+    loaded = load(Path(model), trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
+    given = _given(loaded, inputs, kwargs, dynamic_shapes)
+    if isinstance(loaded, Program):
+        return name, loaded, given
+    if isinstance(loaded, ExportedProgram):
+        return name, Program.from_exported(loaded), given
+    if not isinstance(loaded, nn.Module):
+        raise InputError(f"{name} is not a model", hint="pass an nn.Module, an ExportedProgram, or a path")
+    return name, Program.trace(loaded, given.args, given.kwargs, given.dynamic_shapes), given
+
+
+def _given(model: Any, inputs: tuple[Any, ...] | Inputs | None, kwargs: Any, dynamic_shapes: Any) -> Inputs:
+    if isinstance(inputs, Inputs):
+        return inputs
+    if inputs is not None or kwargs:
+        args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())
+        return Inputs(args, dict(kwargs or {}), dynamic_shapes)
+    found = found_on(model.exported if isinstance(model, Program) else model)
+    if found is None:
+        raise InputError(
+            f"no example inputs are known for {type(model).__name__}",
+            hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
+        )
+    return found
+
+
+def _names(passes: str | Sequence[str]) -> list[str]:
+    if passes == "all":
+        return list(all_passes())
+    return [passes] if isinstance(passes, str) else list(passes)
+
+
+def _claim(name: str) -> Claim:
+    try:
+        return Claim[name.upper()]
+    except KeyError as error:
+        raise NormfuseError(f"there is no claim '{name}'", hint="exact, rounding or approximate") from error
+
+
+def _kinds(program: Program) -> dict[str, int]:
+    return dict(Counter(norm.kind for norm in analyze(program).norms))
+
+
+def _is_onnx(path: Path) -> bool:
+    return path.suffix == ".onnx"
+
+
+def _onnx_runner(program: Program, path: Path, given: Inputs) -> Runner:
+    from normfuse.exporters import onnx
+
+    def run(case: Case) -> list[torch.Tensor]:
+        flat = [value for value in case.flat if isinstance(value, torch.Tensor)]
+        return [torch.as_tensor(each) for each in onnx.run(path, [value.numpy() for value in flat])]
+
+    return run
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage], self._last = now - self._last, now

@@ -1,0 +1,347 @@
+"""Evidence that two programs are one function. The only code that compares.
+
+A rewritten program is proven on three levels:
+
+1. structure: the outputs keep their shapes and dtypes, and every norm became what its rewrite promised.
+2. algebra: the original and the rewritten program both run in float64, the rewritten one from the same formulas without
+   rounding. They must agree to the model's own float64 noise, measured by nudging its weights one part in 10¹⁵.
+3. rounding: both run in their stored dtypes, each against the float64 truth; the report gives the ratio of the errors.
+
+A rewrite that is wrong fails level 2 by many orders of magnitude, so nobody has to choose a tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfuse.cases import Case
+from normfuse.errors import VerificationFailed
+from normfuse.facts import analyze
+from normfuse.interpret import run
+from normfuse.planner import Plan
+from normfuse.program import Program
+from normfuse.views import shape
+
+NUDGE = 1e-15
+MARGIN = 32.0
+"""The noise is a measured sample of a random quantity, and centring changes a weight by up to a few roundings, not one."""
+FLOOR = 2.0**-50
+"""Four roundings of a float64: the least that two orders of the same sums may differ by."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Level 1.
+
+    Attributes:
+        ok: whether the rewritten program has the promised form.
+        problems: what differs, in plain English.
+        norms_before: norms by kind in the original.
+        norms_after: norms by kind in the rewritten program.
+    """
+
+    ok: bool
+    problems: tuple[str, ...]
+    norms_before: dict[str, int]
+    norms_after: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One case of level 2 or 3; all figures are relative to the largest entry of the output.
+
+    Attributes:
+        case: the inputs' name.
+        error: the largest difference.
+        allowed: the largest difference that noise explains.
+        ok: whether every output agrees.
+    """
+
+    case: str
+    error: float
+    allowed: float
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """Level 3 for one case.
+
+    Attributes:
+        case: the inputs' name.
+        before: error of the original in its stored dtype, against the float64 truth, relative.
+        after: error of the rewritten program, likewise.
+    """
+
+    case: str
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times larger the rounding error became; nan where neither has one."""
+        if self.before == 0.0:
+            return math.nan if self.after == 0.0 else math.inf
+        return self.after / self.before
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What `prove` and `compare` found.
+
+    Attributes:
+        level: ``full``, ``structure`` or ``none``.
+        structure: level 1, where a plan was proven.
+        algebra: level 2, a row per case.
+        rounding: level 3, a row per case.
+        notes: cases that could not be run, and why.
+    """
+
+    level: str = "full"
+    structure: Structure | None = None
+    algebra: tuple[Agreement, ...] = ()
+    rounding: tuple[Rounding, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing contradicts equivalence."""
+        return (self.structure is None or self.structure.ok) and all(each.ok for each in self.algebra)
+
+    @property
+    def error(self) -> float:
+        """The largest algebra error of all cases."""
+        return max((each.error for each in self.algebra), default=math.nan)
+
+    @property
+    def noise(self) -> float:
+        """The model's own float64 noise on the case where it is largest."""
+        return max((each.allowed / MARGIN for each in self.algebra), default=math.nan)
+
+    @property
+    def ratio(self) -> float:
+        """The rounding ratio on the user's own inputs."""
+        return self.rounding[0].ratio if self.rounding else math.nan
+
+    def require(self) -> Evidence:
+        """Itself when equivalent.
+
+        Raises:
+            VerificationFailed: it is not.
+        """
+        if not self.ok:
+            raise failed(self, self)
+        return self
+
+    def complaint(self) -> str:
+        """The first thing that contradicts equivalence, as a sentence."""
+        if self.structure is not None and not self.structure.ok:
+            return f"the result does not have the promised form: {self.structure.problems[0]}"
+        bad = next(each for each in self.algebra if not each.ok)
+        return f"outputs differ by {bad.error:.1e} (relative) on the case '{bad.case}', where noise explains {bad.allowed:.1e}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The evidence as JSON types (no NaN, no infinity)."""
+        data = {
+            "ok": self.ok,
+            "level": self.level,
+            "structure": asdict(self.structure) if self.structure else None,
+            "algebra": [asdict(each) for each in self.algebra],
+            "rounding": [{**asdict(each), "ratio": each.ratio} for each in self.rounding],
+            "error": self.error,
+            "noise": self.noise,
+            "rounding_ratio": self.ratio,
+            "notes": list(self.notes),
+        }
+        return _finite(data)
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+# -- the proof of a plan -----------------------------------------------------------------------------------------------
+
+
+def prove(
+    original: Program,
+    rewritten: Program,
+    plan: Plan,
+    cases: Iterable[Case],
+    *,
+    level: str = "full",
+    progress: Progress | None = None,
+) -> Evidence:
+    """Evidence that a plan kept the function.
+
+    Args:
+        original: the program that the plan was made for.
+        rewritten: ``plan.apply(original)``, its formulas not yet evaluated.
+        plan: the plan.
+        cases: inputs to prove on.
+        level: ``full``, or ``structure`` to run nothing.
+        progress: told (what, done, total).
+    """
+    structure = _structure(original, rewritten, plan)
+    if level != "full" or not structure.ok:
+        return Evidence(level, structure)
+    return _measure(original, rewritten, list(cases), progress, Evidence(level, structure))
+
+
+def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
+    before = Counter(norm.kind for norm in analyze(original).norms)
+    after = Counter(norm.kind for norm in analyze(rewritten).norms)
+    expected = Counter(before)
+    for rewrite in plan.rewrites:
+        expected[rewrite.was] -= len(rewrite.sites)
+        expected[rewrite.becomes] += len(rewrite.sites)
+    problems = [
+        f"{expected[kind]} {kind} were promised and {after[kind]} are there"
+        for kind in sorted(expected | after)
+        if expected[kind] != after[kind]
+    ]
+    problems += _output_problems(original, rewritten)
+    return Structure(not problems, tuple(problems), dict(before), dict(after))
+
+
+def _output_problems(original: Program, rewritten: Program) -> list[str]:
+    (old,), (new,) = original.graph.output_node().args, rewritten.graph.output_node().args
+    problems = []
+    for place, (a, b) in enumerate(zip(old, new, strict=True)):  # type: ignore[arg-type]
+        if getattr(a, "meta", None) and (str(shape(a)) != str(shape(b)) or a.meta["val"].dtype != b.meta["val"].dtype):
+            problems.append(f"output {place} changed its shape or dtype")
+    return problems
+
+
+def _measure(a: Program, b: Program, cases: Sequence[Case], progress: Progress | None, so_far: Evidence) -> Evidence:
+    algebra: list[Agreement] = []
+    rounding: list[Rounding] = []
+    notes: list[str] = []
+    baked = b.baked()
+    for done, case in enumerate(cases):
+        if progress:
+            progress(case.name, done, len(cases))
+        try:
+            truth = run(a, case.flat, wide=True)
+        except Exception as error:
+            if done == 0:
+                raise  # the user's own inputs must run
+            notes.append(f"the original does not run on '{case.name}': {str(error).splitlines()[0]}")
+            continue
+        noise = [max(each, FLOOR) for each in _distances(truth, run(a, case.flat, wide=True, nudge=_nudge()))]
+        errors = _distances(truth, run(b, case.flat, wide=True))
+        ok = all(error <= MARGIN * own for error, own in zip(errors, noise, strict=True))
+        algebra.append(Agreement(case.name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
+        try:
+            before, after = (max(_distances(truth, run(each, case.flat)), default=0.0) for each in (a, baked))
+            rounding.append(Rounding(case.name, before, after))
+        except RuntimeError as error:  # an operator that this machine does not have in half precision
+            notes.append(f"not run in the stored dtype on '{case.name}': {str(error).splitlines()[0]}")
+    return Evidence(so_far.level, so_far.structure, tuple(algebra), tuple(rounding), tuple(notes))
+
+
+# -- two programs, or a program and a runtime --------------------------------------------------------------------------
+
+Runner = Callable[[Case], Sequence[Tensor]]
+
+
+def compare(a: Program, b: Program, cases: Iterable[Case], *, progress: Progress | None = None) -> Evidence:
+    """Evidence that two programs with rounded weights are one function.
+
+    Their weights were rounded separately, so they agree only as far as a program agrees with itself after its weights are
+    nudged by one rounding of their stored dtype. That is measured on ``a``; ``b`` may differ by a small multiple.
+    """
+    return _compared(a, lambda case: run(b, case.flat, wide=True), lambda case: run(b, case.flat), cases, progress)
+
+
+def compare_runtime(a: Program, b: Runner, cases: Iterable[Case], *, progress: Progress | None = None) -> Evidence:
+    """Evidence that a runtime computes what a program computes, up to rounding; the truth is ``a`` in float64."""
+    return _compared(a, b, b, cases, progress)
+
+
+def _compared(a: Program, wide: Runner, stored: Runner, cases: Iterable[Case], progress: Progress | None) -> Evidence:
+    algebra: list[Agreement] = []
+    rounding: list[Rounding] = []
+    notes: list[str] = []
+    everything = list(cases)
+    for done, case in enumerate(everything):
+        if progress:
+            progress(case.name, done, len(everything))
+        try:
+            truth = run(a, case.flat, wide=True)
+            own = _distances(truth, run(a, case.flat))
+            nudged = _distances(truth, run(a, case.flat, wide=True, nudge=_nudge_by_dtype(a)))
+        except Exception as error:
+            if done == 0:
+                raise
+            notes.append(f"the first model does not run on '{case.name}': {str(error).splitlines()[0]}")
+            continue
+        noise = [max(x, y, FLOOR) for x, y in zip(own, nudged, strict=True)]
+        errors = _distances(truth, wide(case))
+        ok = len(errors) == len(noise) and all(x <= MARGIN * y for x, y in zip(errors, noise, strict=False))
+        algebra.append(Agreement(case.name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
+        after = max(errors if stored is wide else _distances(truth, stored(case)), default=0.0)
+        rounding.append(Rounding(case.name, max(own, default=0.0), after))
+    return Evidence("full", None, tuple(algebra), tuple(rounding), tuple(notes))
+
+
+def _nudge_by_dtype(program: Program) -> Callable[[Tensor], Tensor]:
+    dtypes = {program.tensor(name).dtype for name in program.stored.values()}
+    return _nudge(max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52))
+
+
+def failed(evidence: Evidence, report: Any) -> VerificationFailed:
+    """The error that carries a report whose evidence is not ok."""
+    return VerificationFailed(evidence.complaint(), report, hint="nothing was written; please report this model")
+
+
+def _nudge(size: float = NUDGE) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(value: Tensor) -> Tensor:
+        return value * (1.0 + size * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+
+    return nudge
+
+
+def _distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    if len(truth) != len(other):
+        return [math.inf]
+    return [distance(a, b) for a, b in zip(truth, other, strict=True)]
+
+
+def distance(truth: Tensor, other: Tensor) -> float:
+    """The largest difference of two outputs relative to the largest finite entry of the first.
+
+    NaN and infinity agree only with themselves in the same places; integer outputs must be equal. Returns inf where the
+    outputs cannot be compared at all.
+    """
+    if truth.shape != other.shape:
+        return math.inf
+    if not truth.is_floating_point() and not truth.is_complex():
+        return 0.0 if torch.equal(truth, other.to(truth.dtype)) else math.inf
+    wide = torch.complex128 if truth.is_complex() else torch.float64
+    truth, other = truth.to(wide), other.to(wide)
+    finite = torch.isfinite(truth)
+    if not torch.equal(finite, torch.isfinite(other)) or not _same_where(~finite, truth, other):
+        return math.inf
+    scale = truth[finite].abs().max().item() if finite.any() else 0.0
+    difference = (truth - other)[finite].abs().max().item() if finite.any() else 0.0
+    return difference / scale if scale > 0.0 else (0.0 if difference == 0.0 else math.inf)
+
+
+def _same_where(where: Tensor, a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a[where].nan_to_num(nan=7.0), b[where].nan_to_num(nan=7.0))

@@ -1,0 +1,258 @@
+"""Read a model file, and write files so that none is ever left half written. The only file that unpickles.
+
+    load(path)             a pickled nn.Module, or an exported program (.pt2); decided by content, not by ending
+    load_data(path)        tensors and plain containers, for example inputs
+    write_atomically(…)    the new file is complete, or the old one is untouched
+
+Loading does not execute what a file brings: the rules are `allowlist`'s, and what no rule allows is refused by name.
+Everything that is not a model is recognised where that is cheap, and answered with what to do instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfuse import allowlist
+from normfuse.errors import InputError, LoadError
+
+TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
+RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
+BUILD = "build the model in Python, load these weights into it, then pass the module or torch.save(model, path)"
+
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+# What is not a model, by its first bytes: (pattern, what it is, what to do). The first that matches is the answer.
+FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (rb"\x80[\x01-\x05]", "is a plain pickle, not a file of torch.save", RESAVE),
+    (rb"\x93NUMPY", "is a NumPy array, not a model", "example inputs are passed with --input"),
+    (rb"GGUF", "is a GGUF file, which holds weights for llama.cpp", BUILD),
+    (rb"\x89HDF\r\n", "is an HDF5 file, such as Keras weights", BUILD),
+    (rb"(?s).{4}TFL3", "is a TensorFlow Lite model", "normfuse reads PyTorch models"),
+    (rb"(?s).{8}\{\s*\"", "is a safetensors file: weights without a model", BUILD),
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file that it points to", "run: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "is a web page", "the download answered with a page; fetch the file again"),
+    (
+        rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]",
+        "looks like an ONNX model",
+        "pass the PyTorch model it came from",
+    ),
+    (rb"(?s)[^\x00-\x08\x0e-\x1a]+$", "is a text file, not a model", RESAVE),
+)
+
+
+def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Module | torch.export.ExportedProgram:
+    """The model in a file, as saved: on the CPU, in the mode (train or eval) that it was saved in.
+
+    Args:
+        path: a file of `torch.save(module)` or `torch.export.save(program)`.
+        trust_pickle: unpickle without any check. The file can then run code of its own.
+
+    Raises:
+        LoadError: the file is not a model, or asks for more than `allowlist` allows.
+    """
+    path = Path(path)
+    head = _first_bytes(path)
+    if head.startswith(LEGACY):
+        return _as_module(path, _load_legacy(path, trust_pickle=trust_pickle))
+    if not head.startswith(b"PK\x03\x04"):
+        raise _foreign(path, head)
+    reader = _archive_reader(path)
+    records = set(reader.get_all_records())
+    if "archive_format" in records:
+        return _load_exported(path, reader, trust_pickle=trust_pickle)
+    if "constants.pkl" in records:
+        raise LoadError(f"{path} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
+    if "data.pkl" not in records:
+        raise LoadError(f"{path} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
+    return _as_module(path, _load_pickled(path, trust_pickle=trust_pickle))
+
+
+def load_data(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote, if it is made of tensors and plain containers only; nothing else is allowed by name."""
+    path = Path(path)
+    _first_bytes(path)
+    with _told_as_load_error(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_atomically(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it there in one step.
+
+    Raises:
+        InputError: `path` is one of `never_over`, also through a link; or no file can be written there.
+    """
+    target = Path(path).resolve()  # a link stays a link, and the file that it points to is replaced
+    if not target.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {target.parent}", hint=f"mkdir -p '{target.parent}'")
+    if target.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder", hint="name a file inside it")
+    for kept in never_over:
+        if target == Path(kept).resolve() or (target.exists() and Path(kept).exists() and target.samefile(kept)):
+            raise InputError(f"cannot write {path}: it is the input {kept}", hint="give another name with -o")
+    # The ending stays: torch.export.save and onnx look at it.
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        write(temporary)
+        _to_disk(temporary)
+        if target.exists():
+            shutil.copymode(target, temporary)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _first_bytes(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise _folder(path)
+        if path.exists() and not path.is_file():
+            raise LoadError(f"{path} is not a regular file", hint="copy the model to a file first")
+        with path.open("rb") as file:
+            head = file.read(512)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise LoadError(f"cannot read {path}: {reason}", hint="check the path and its permissions") from error
+    if not head:
+        raise LoadError(f"{path} is empty", hint="fetch or save the file again")
+    return head
+
+
+def _folder(path: Path) -> LoadError:
+    if (path / "saved_model.pb").exists():
+        return LoadError(f"{path} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
+    if (path / "config.json").exists():
+        hint = "load it with transformers' from_pretrained, then pass the module or torch.save(model, path)"
+        return LoadError(f"{path} is a folder of transformers' save_pretrained", hint=hint)
+    return LoadError(f"{path} is a folder, not a model file", hint=RESAVE)
+
+
+def _foreign(path: Path, head: bytes) -> LoadError:
+    for pattern, what, hint in FOREIGN:
+        if re.match(pattern, head):
+            return LoadError(f"{path} {what}", hint=hint)
+    return LoadError(f"{path} is not a file of torch.save or torch.export.save", hint=RESAVE)
+
+
+def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
+    # The same reader as torch.load's and torch.export.load's: two zip readers can see two contents in one hostile file.
+    try:
+        return torch._C.PyTorchFileReader(os.fspath(path))
+    except RuntimeError as error:
+        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "serialized_exported_program.json" in names:
+                hint = "export it again with this torch, or load it with the old one and save it again"
+                raise LoadError(f"{path} is an exported program in torch's format from before 2.8", hint=hint) from error
+            what = "a NumPy .npz file" if names[:1] and names[0].endswith(".npy") else "a zip file"
+            raise LoadError(f"{path} is {what}, not a model", hint=RESAVE) from error
+        raise LoadError(f"{path} is damaged or cut short", hint="fetch or save the file again") from error
+
+
+def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool) -> torch.export.ExportedProgram:
+    # torch.export.load falls back to another zip reader and an old format; load_pt2 reads what was checked.
+    from torch.export.pt2_archive._package import load_pt2
+
+    with _told_as_load_error(path), path.open("rb") as file:
+        allowed = [] if trust_pickle else _checked_archive(reader)
+        with torch.serialization.safe_globals(allowed):
+            programs = load_pt2(file).exported_programs
+    if set(programs) != {"model"}:
+        raise LoadError(f"{path} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
+    program: torch.export.ExportedProgram = programs["model"]
+    return program
+
+
+def _checked_archive(reader: torch._C.PyTorchFileReader) -> list[tuple[Any, str]]:
+    """What the archive's example inputs may name; refuses the archive if anything in it would execute."""
+    if strangers := dict.fromkeys(allowlist.archive_strangers(reader)):
+        raise allowlist.NotAllowed(*strangers)
+    allowed: list[tuple[Any, str]] = []
+    for record in reader.get_all_records():
+        content = reader.get_record(record) if record.startswith("data/sample_inputs/") else b""
+        if content:
+            entries = allowlist.resolve(torch.serialization.get_unsafe_globals_in_checkpoint(BytesIO(content)))
+            # torch retries with weights_only=False what fails like this; so what fails here must not get there.
+            with torch.serialization.safe_globals(entries):
+                torch.load(BytesIO(content), weights_only=True)
+            allowed += entries
+    return allowed
+
+
+def _load_legacy(path: Path, *, trust_pickle: bool) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # torch can list what a pickle wants only for the newer format
+        what = "holds more than weights in torch's format from before 1.6, and is damaged or not allowed"
+        raise LoadError(f"{path} {what}", hint=f"load and save it with a newer torch. {TRUST}") from error
+
+
+def _load_pickled(path: Path, *, trust_pickle: bool) -> Any:
+    with _told_as_load_error(path):
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        allowed = allowlist.resolve(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(allowed):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
+
+@contextlib.contextmanager
+def _told_as_load_error(path: Path) -> Iterator[None]:
+    """A damaged or hostile file can fail anywhere in torch's readers, with anything: to the user it is one line."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except allowlist.NotAllowed as refused:
+        raise LoadError(f"{path} wants {refused}; refused", hint=_hint(refused.names)) from None
+    except Exception as error:
+        raise LoadError(f"{path} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
+
+
+def _hint(names: Sequence[str]) -> str:
+    tops = {name.partition(".")[0] for name in names if allowlist.is_identifier_path(name)}
+    if "__main__" in tops:
+        return f"export the model with torch.export, or move its classes into an installed package. {TRUST}"
+    missing = sorted(top for top in tops - sys.stdlib_module_names if not allowlist.is_installed(top))
+    return f"install {', '.join(missing)} if these are model classes. {TRUST}" if missing else TRUST
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).rpartition("WeightsUnpickler error:")[2] or str(error)
+    line = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return "".join(character for character in line if character.isprintable())[:200]
+
+
+def _as_module(path: Path, content: Any) -> nn.Module:
+    """`content` if it is a module; otherwise the error that says what it is and how to get from there to a module."""
+    if isinstance(content, nn.Module):
+        return content
+    if not isinstance(content, Mapping):
+        raise LoadError(f"{path} holds a {type(content).__name__}, not a model", hint=RESAVE)
+    modules = [str(key) for key, value in content.items() if isinstance(value, nn.Module)]
+    if modules:
+        entry = f"torch.load(path, weights_only=False)[{modules[0]!r}]"
+        message = f"{path} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
+        raise LoadError(message, hint=f"save that entry alone: torch.save({entry}, 'model.pt')")
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise LoadError(f"{path} is a state dict: weights without a model", hint=BUILD)
+    held = ", ".join(map(str, list(content)[:6])) or "nothing"
+    raise LoadError(f"{path} is a checkpoint dictionary ({held}), without a model", hint=BUILD)
