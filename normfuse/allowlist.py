@@ -119,7 +119,7 @@ SETTINGS_BASES = frozenset(
 CODE_CARRIERS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 
-def resolve(names: Iterable[str]) -> list[tuple[Any, str]]:
+def resolve(names: Iterable[str]) -> list[Any]:
     """What to hand to `torch.serialization.safe_globals` for the names that a pickle uses.
 
     Raises:

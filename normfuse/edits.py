@@ -119,6 +119,8 @@ def _copy(program: Program) -> tuple[GraphModule, dict[str, Node]]:
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(program.graph, mapping, return_output_node=True)
     assert isinstance(output, tuple)
+    for old, new in mapping.items():
+        new.name = old.name  # fx renames nodes that are called like builtins ("input"); the signature knows them by name
     value, old_output = output
     new_output = graph.output(value)
     new_output.meta = dict(old_output.meta)

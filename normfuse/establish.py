@@ -105,6 +105,8 @@ def _step(facts: Facts, key: Key) -> Step:
     node, axis = key
     if axis in facts.centered[node]:
         return Step()
+    if facts.program.stored.get(node.name) in facts.program.written:
+        return Step(obstacle=Obstacle(node, "written"))
     if axis not in facts.unseen[node]:
         kind = "tied" if node.name in facts.program.stored else "seen"
         return Step(obstacle=Obstacle(node, kind, facts.first_sight(node, axis)))
@@ -118,10 +120,8 @@ def _step(facts: Facts, key: Key) -> Step:
 
 def _stored(facts: Facts, node: Node, axis: int) -> Step:
     name = facts.program.stored.get(node.name)
-    if name is None:
-        return Step(obstacle=Obstacle(node, "input"))
-    if not _editable(facts, node):
-        return Step(obstacle=Obstacle(node, "written"))
+    if name is None or not _editable(facts, node):
+        return Step(obstacle=Obstacle(node, "input" if name is None else "op"))
     return Step(edits=(SetTensor(name, Centered(Read(name), axis)),))
 
 

@@ -181,11 +181,11 @@ def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pick
     return program
 
 
-def _checked_archive(reader: torch._C.PyTorchFileReader) -> list[tuple[Any, str]]:
+def _checked_archive(reader: torch._C.PyTorchFileReader) -> list[Any]:
     """What the archive's example inputs may name; refuses the archive if anything in it would execute."""
     if strangers := dict.fromkeys(allowlist.archive_strangers(reader)):
         raise allowlist.NotAllowed(*strangers)
-    allowed: list[tuple[Any, str]] = []
+    allowed: list[Any] = []
     for record in reader.get_all_records():
         content = reader.get_record(record) if record.startswith("data/sample_inputs/") else b""
         if content:

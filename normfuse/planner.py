@@ -108,6 +108,7 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
     names = tuple(each.name for each in chosen)
     rounds: list[tuple[Rewrite, ...]] = []
     judged: list[Refusal] = []
+    first_said: dict[tuple[str, str], Refusal] = {}
     for _ in range(_ROUNDS):
         facts = analyze(program)
         accepted: list[Rewrite] = []
@@ -115,7 +116,8 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
         for each in chosen:
             for finding in each.propose(program, facts):
                 if isinstance(finding, Refusal):
-                    refusals.append(finding)
+                    # what stands in the way is told of the user's model, not of what earlier rounds made of it
+                    refusals.append(first_said.setdefault((each.name, finding.site.node), finding))
                 elif objection := _objection(finding, facts, allow):
                     judged.extend(objection)
                 elif not any(_conflict(finding, other) for other in accepted):

@@ -50,9 +50,10 @@ def norms_of(program: Program) -> tuple[Norm, ...]:
 def _around(root: Node, order: Mapping[Node, int]) -> Norm | None:
     """The norm that a root belongs to: the first result behind it that is proven to be one."""
     for out in _results(root):
-        for x, axis in _operands(out):
-            inner = _between(x, out)
-            if inner is None or root not in inner or not _closed(inner, out):
+        candidates = [(x, axis, inner) for x, axis in _operands(out) if (inner := _between(x, out)) is not None]
+        # the operand furthest back explains most: a centred value under an RMSNorm is a LayerNorm
+        for x, axis, inner in sorted(candidates, key=lambda candidate: -len(candidate[2])):
+            if root not in inner or not _closed(inner, out):
                 continue
             proven = _prove(x, out, sorted(inner, key=order.__getitem__), axis)
             if proven is not None:
@@ -94,8 +95,7 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
                 candidates += [(s, axis) for s in sources if shape(s) == shape(out) and dtype(s) == dtype(out)]
         if node.target in _ARITHMETIC | _MEANS:
             frontier.extend(node.all_input_nodes)
-    # the operand furthest back explains most
-    yield from dict.fromkeys(reversed(candidates))
+    yield from dict.fromkeys(candidates)
 
 
 def _between(x: Node, out: Node) -> frozenset[Node] | None:

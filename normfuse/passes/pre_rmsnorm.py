@@ -48,7 +48,7 @@ from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program
 from normfuse.rules import rank
-from normfuse.views import Norm, shape
+from normfuse.views import Norm, dtype, shape
 
 
 def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
@@ -95,6 +95,8 @@ def _as_rms(norm: Norm, region: Region) -> Reroute:
         scaled = Call("mul.Tensor", (x, root))
     if norm.shift is not None:
         scaled = Call("add.Tensor", (scaled, Ref(norm.shift.name)))
+    if any(dtype(each) != dtype(norm.out) for each in (norm.x, norm.gain, norm.shift) if each is not None):
+        scaled = Call("type_as.default", (scaled, x))  # layer_norm keeps the dtype of x, arithmetic would promote
     return Reroute(norm.out.name, scaled)
 
 

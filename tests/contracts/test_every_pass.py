@@ -1,0 +1,147 @@
+"""What every pass owes its users, whichever it is: these run on every pass there is or will be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from normfuse import registry
+from normfuse.cases import cases
+from normfuse.errors import InvalidPlan
+from normfuse.evidence import prove
+from normfuse.facts import analyze
+from normfuse.findings import Refusal
+from normfuse.interpret import flat_inputs
+from normfuse.planner import Plan, plan
+from normfuse.program import Program
+from tests.models import TRAPS
+
+PASSES = sorted(registry.passes())
+HEADINGS = ("What", "Formula", "Needs", "Refuses", "Claim", "Reference")
+
+
+@pytest.fixture(scope="module", params=TRAPS)
+def trap(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+_TRACED: dict[str, Program] = {}
+
+
+def traced(name: str) -> Program:
+    if name not in _TRACED:
+        _TRACED[name] = Program.trace(TRAPS[name].module(), TRAPS[name].inputs)
+    return _TRACED[name]
+
+
+def flat(name: str) -> list[object]:
+    return flat_inputs(traced(name), TRAPS[name].inputs)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_does_not_change_its_input(name: str, trap: str) -> None:
+    program = traced(trap)
+    graph = str(program.graph)
+    state = {key: program.tensor(key).clone() for key in program.tensor_names()}
+    plan(program, [name]).apply(program).baked()
+    assert str(program.graph) == graph
+    assert not program.formulas
+    for key, value in state.items():
+        assert torch.equal(program.tensor(key), value)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_finds_the_same_twice(name: str, trap: str) -> None:
+    program, propose = traced(trap), registry.find(name).propose
+    assert list(propose(program, analyze(program))) == list(propose(program, analyze(program)))
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_second_run_finds_nothing_to_do(name: str, trap: str) -> None:
+    program = traced(trap)
+    first = plan(program, [name])
+    second = plan(first.apply(program).baked(), [name])
+    assert second.rounds == ()
+    assert {r.site.node for r in second.refusals} == {r.site.node for r in first.refusals}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_plan_survives_json(name: str, trap: str) -> None:
+    program = traced(trap)
+    chosen = plan(program, [name])
+    again = Plan.from_json(chosen.to_json())
+    assert again == chosen
+    assert str(again.apply(program).graph) == str(chosen.apply(program).graph)
+    assert again.apply(program).formulas == chosen.apply(program).formulas
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_edit_is_needed(name: str, trap: str) -> None:
+    """Leaving out any one edit makes verification fail, so the proof sees every edit."""
+    program = traced(trap)
+    chosen = plan(program, [name])
+    edits = list(dict.fromkeys(edit for rewrite in chosen.rewrites for edit in rewrite.edits))
+    tried = list(cases(program, flat(trap)))[:1]
+    for edit in edits:
+        crippled = chosen.without(edit)
+        try:
+            rewritten = crippled.apply(program)
+        except InvalidPlan:
+            continue  # another edit needs it by name: nothing can be applied at all
+        assert not prove(program, rewritten, crippled, tried).ok, f"nobody noticed that '{edit}' was left out"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_refusals_are_documented(name: str, trap: str) -> None:
+    program = traced(trap)
+    for refusal in plan(program, [name]).refusals:
+        assert refusal.code in registry.codes()
+        assert refusal.pass_name == name
+        assert refusal.reason
+        assert refusal.reason.strip() == refusal.reason
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_no_site_is_both_rewritten_and_refused(name: str, trap: str) -> None:
+    chosen = plan(traced(trap), [name])
+    rewritten = {site.node for rewrite in chosen.rewrites for site in rewrite.sites}
+    assert not rewritten & {refusal.site.node for refusal in chosen.refusals}
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_the_file_is_the_manual(name: str) -> None:
+    manual = registry.find(name).manual
+    assert [line for line in manual.splitlines() if line in HEADINGS] == list(HEADINGS)
+    assert manual.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_every_code_in_the_file_has_its_story(name: str) -> None:
+    import inspect
+
+    module = inspect.getmodule(registry.find(name).propose)
+    assert module is not None
+    source = inspect.getsource(module)
+    used = set(re.findall(r"NF\d{3}", source.replace(module.__doc__ or "", "")))
+    assert used <= set(registry.find(name).codes)
+    assert all(len(story) > 40 for story in registry.codes().values())
+
+
+def test_codes_are_unique() -> None:
+    def claimed() -> Iterator[str]:
+        for each in registry.passes().values():
+            yield from each.codes
+
+    everything = list(claimed())
+    assert len(everything) == len(set(everything))
+
+
+def test_a_refusal_never_stands_for_an_exception() -> None:
+    """A pass that has nothing to say of a program without norms says nothing."""
+    program = Program.trace(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
+    for each in registry.passes().values():
+        findings = list(each.propose(program, analyze(program)))
+        assert not [finding for finding in findings if isinstance(finding, Refusal)]

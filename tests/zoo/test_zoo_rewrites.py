@@ -1,0 +1,26 @@
+"""pre_rmsnorm on every architecture of the zoo: all convertible norms are converted, exactly, and no other."""
+
+from __future__ import annotations
+
+import pytest
+
+import normfuse
+from tests.zoo.models import ZOO, ZooModel
+
+pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("zoo_model", ZOO.values(), ids=list(ZOO))
+def test_rewrites(zoo_model: ZooModel) -> None:
+    model = zoo_model.build()
+    args, kwargs = zoo_model.inputs(model)
+    result = normfuse.rewrite(model, ["pre_rmsnorm"], inputs=args, kwargs=kwargs)
+    report = result.report.to_dict()
+    before, after = report["norms"]["before"], report["norms"]["after"]
+    assert before.get("layer_norm", 0) == zoo_model.layer_norms
+    assert before.get("layer_norm", 0) - after.get("layer_norm", 0) == zoo_model.convertible, zoo_model.note
+    assert after.get("rms_norm", 0) - before.get("rms_norm", 0) == zoo_model.convertible
+    assert len(report["refusals"]) == zoo_model.layer_norms - len(report["rewrites"])
+    evidence = result.report.evidence
+    assert evidence.ok
+    assert evidence.error <= 1e-11
