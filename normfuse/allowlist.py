@@ -123,14 +123,20 @@ def resolve(names: Iterable[str]) -> list[Any]:
     """What to hand to `torch.serialization.safe_globals` for the names that a pickle uses.
 
     Raises:
-        NotAllowed: with all names that no rule allows. No module is imported unless every name's package is installed.
+        NotAllowed: with all names that no rule allows. Unless every name's package is installed, nothing is imported.
     """
-    names = sorted(set(names))
-    homes = {name: name in PLAIN or is_installed(name.rpartition(".")[0]) for name in names}
-    found = {name: _permitted(name) if all(homes.values()) else homes[name] for name in names}
-    if strangers := [name for name, thing in found.items() if thing is None or thing is False]:
+    installed = {name: name in PLAIN or is_installed(name.rpartition(".")[0]) for name in sorted(set(names))}
+    may_import = all(installed.values())
+    found: list[Any] = []
+    strangers = []
+    for name, known in installed.items():
+        if known and (may_import or name.rpartition(".")[0] in sys.modules):
+            found.append((_permitted(name), name))
+        if not known or (found and found[-1] == (None, name)):
+            strangers.append(name)
+    if strangers:
         raise NotAllowed(*strangers)
-    return [(thing, name) for name, thing in found.items()]
+    return found
 
 
 def is_installed(module: str) -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from rich.table import Table
+from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind
 
 from normfuse.cases import Case, cases
 from normfuse.errors import InputError, NormfuseError
@@ -26,7 +27,7 @@ from normfuse.loading import load, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
 from normfuse.registry import passes as all_passes
-from normfuse.report import Report, norms_table
+from normfuse.report import Report, norms_table, plain_table, refusals_lines
 from normfuse.views import Norm
 
 Model: TypeAlias = nn.Module | ExportedProgram | Program | str | Path
@@ -145,7 +146,7 @@ def verify(
     _, left, given = _program(a, inputs, kwargs, None, trust_pickle)
     flat = flat_inputs(left, given.args, given.kwargs)
     if isinstance(b, (str, Path)) and _is_onnx(Path(b)):
-        return compare_runtime(left, _onnx_runner(left, Path(b), given), cases(left, flat), progress=progress)
+        return compare_runtime(left, _onnx_runner(left, Path(b)), cases(left, flat), progress=progress)
     _, right, _ = _program(b, given, None, None, trust_pickle)
     return compare(left, right, cases(left, flat), progress=progress)
 
@@ -173,7 +174,7 @@ def export(model: Result | Model, path: str | Path, *, opset: int = 20, **load_o
         _, program, given = _program(model, **options)
     onnx.export(program.baked().exported, Path(path), opset=opset)
     flat = flat_inputs(program, given.args, given.kwargs)
-    evidence = compare_runtime(program, _onnx_runner(program, Path(path), given), cases(program, flat))
+    evidence = compare_runtime(program, _onnx_runner(program, Path(path)), cases(program, flat))
     if not evidence.ok:
         Path(path).unlink()
         raise failed(evidence, evidence)
@@ -200,14 +201,24 @@ class Inspection:
         """The inspection as JSON types."""
         return {"model": self.model, "counts": dict(self.counts), "norms": list(self.norms)}
 
-    def render(self) -> Iterator[Table | Text]:
-        """The inspection for a terminal."""
+    def render(self) -> Iterator[RenderableType]:
+        """The inspection for a terminal: a row per norm, then the reasons, then the counts."""
         yield Text(self.model, style="bold")
-        table = Table("norm", "kind", "axis", "eps", "its input is also seen by", "what would happen")
+        yield ""
+        if not self.norms:
+            yield Text("no norms found")
+            return
+        table = plain_table("norm", "kind", "axis", "eps", "mean seen by", "would be")
         for row in self.norms:
-            fate = "\n".join(f"{name}: {what}" for name, what in row["passes"].items())
-            table.add_row(row["site"], row["kind"], str(row["axes"]), f"{row['eps']:g}", row["seen_by"] or "—", fate)
+            fates = ", ".join(map(_short, row["passes"].values()))
+            axes = ",".join(map(str, row["axes"]))
+            cells = (row["site"], row["kind"], axes, f"{row['eps']:g}", row["seen_by"] or "—", fates or "—")
+            table.add_row(*map(Text, cells))
         yield table
+        yield ""
+        if self.plan.refusals:
+            yield from refusals_lines(self.plan.refusals)
+            yield ""
         yield norms_table(self.counts, _after(self.plan, self.counts))
 
 
@@ -257,6 +268,10 @@ def _fate(chosen: Plan, node: str) -> str | None:
             return f"becomes {rewrite_.becomes}"
     refusal: Refusal | None = next((each for each in chosen.refusals if each.site.node == node), None)
     return f"refused, {refusal.code}: {refusal.reason}" if refusal else None
+
+
+def _short(fate: str) -> str:
+    return fate.removeprefix("becomes ").removeprefix("refused, ").partition(":")[0]
 
 
 def _after(chosen: Plan, before: Mapping[str, int]) -> Counter[str]:
@@ -321,12 +336,15 @@ def _is_onnx(path: Path) -> bool:
     return path.suffix == ".onnx"
 
 
-def _onnx_runner(program: Program, path: Path, given: Inputs) -> Runner:
-    from normfuse.exporters import onnx
+def _onnx_runner(program: Program, path: Path) -> Runner:
+    from normfuse.exporters import onnxruntime
+
+    specs = [spec for spec in program.exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
 
     def run(case: Case) -> list[torch.Tensor]:
-        flat = [value for value in case.flat if isinstance(value, torch.Tensor)]
-        return [torch.as_tensor(each) for each in onnx.run(path, [value.numpy() for value in flat])]
+        pairs = zip(case.flat, specs, strict=True)
+        given = [onnxruntime.as_array(value) for value, spec in pairs if not isinstance(spec.arg, ConstantArgument)]
+        return [torch.from_numpy(each) for each in onnxruntime.run(path, given)]
 
     return run
 

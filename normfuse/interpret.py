@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError
 from normfuse.program import Program
-from normfuse.views import aten
+from normfuse.views import arguments, aten, default_rms_eps, dtype
 
 _WIDE = {
     torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
@@ -52,6 +52,8 @@ def call(node: Node, values: Mapping[Node, Any], *, wide: bool) -> Any:
         args, kwargs = map_aggregate((args, kwargs), lambda each: widened(each) if isinstance(each, torch.dtype) else each)
         if node.target is aten._softmax.default and args[2:] and args[2]:
             args = (*args[:2], False)  # half_to_float means nothing in float64
+        if node.target is aten.rms_norm.default and arguments(node)["eps"] is None:
+            kwargs = {**kwargs, "eps": default_rms_eps(dtype(arguments(node)["input"]))}  # not float64's own
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -1,20 +1,33 @@
-"""A plan with its evidence: what the user keeps. Data and text; printing is the command line's."""
+"""A plan with its evidence: what the user keeps. Data and text; printing is the command line's.
+
+A report must fit a terminal, so norms that share a fate share an entry, under a name such as ``blocks.0-11.norm1-2``;
+`Report.to_dict` has every norm by itself. What matters most comes last, where the prompt is: counts, then evidence.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeAlias, TypeVar
+from xml.etree import ElementTree as xml
 
 import torch
-from rich.table import Table
+from rich.console import RenderableType
+from rich.table import Column, Table
 from rich.text import Text
 
 from normfuse.evidence import Evidence
+from normfuse.findings import Refusal, Rewrite
 from normfuse.planner import Plan
+from normfuse.program import Site
+
+T = TypeVar("T")
+Name: TypeAlias = tuple[tuple[str, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -82,63 +95,146 @@ class Report:
         """The report as JSON text."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def render(self) -> Iterator[Table | Text]:
-        """The report for a terminal, top down: norms, rewrites, refusals, evidence."""
-        yield Text(f"{self.model}: {' '.join(self.plan.passes)}", style="bold")
-        yield norms_table(self.norms_before, self.norms_after)
-        for group, rewrite in enumerate(self.plan.rewrites):
-            yield _group_table(group, rewrite)
-        for name in self.idle_passes:
-            yield Text(f"{name} rewrote nothing.", style="yellow")
+    def render(self) -> Iterator[RenderableType]:
+        """The report for a terminal, top down: rewrites, refusals, norms, evidence."""
+        yield Text(f"{self.model}: {', '.join(self.plan.passes)}", style="bold")
+        yield ""
+        if rewrites := list(self.plan.rewrites):
+            yield from rewrites_lines(rewrites)
+            yield ""
         if self.plan.refusals:
-            yield refusals_table(self.plan)
+            yield from refusals_lines(self.plan.refusals)
+            yield ""
+        if self.idle_passes:
+            yield Text(f"rewrote nothing: {', '.join(self.idle_passes)}", style="yellow")
+            yield ""
+        yield norms_table(self.norms_before, self.norms_after)
+        yield ""
         yield from evidence_lines(self.evidence)
 
 
 def norms_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
     """Norms by kind, before and after."""
-    table = Table("norm", "before", "after", title="Norms", title_justify="left")
+    table = plain_table("norms", "before", "after")
+    table.columns[1].justify = table.columns[2].justify = "right"
     for kind in sorted({*before, *after}):
         table.add_row(kind, str(before.get(kind, 0)), str(after.get(kind, 0)))
     return table
 
 
-def _group_table(group: int, rewrite: Any) -> Table:
-    table = Table("norm", "was", "becomes", "source", title_justify="left")
-    table.title = f"Rewrite {group + 1} ({rewrite.pass_name}): {rewrite.because}"
-    for site in rewrite.sites:
-        table.add_row(str(site), rewrite.was, rewrite.becomes, site.source)
-    return table
+def plain_table(*columns: str) -> Table:
+    """A table without lines, that a pipe can read; give it `Text`, because text in brackets is markup to rich."""
+    return Table(*(Column(each, overflow="fold") for each in columns), box=None, pad_edge=False, padding=(0, 1))
 
 
-def refusals_table(plan: Plan) -> Table:
-    """Every refusal; `normfuse explain CODE` tells more."""
-    table = Table("norm", "code", "reason", title="Refused", title_justify="left")
-    for refusal in plan.refusals:
-        reason = refusal.reason + (f"\n→ {refusal.hint}" if refusal.hint else "")
-        table.add_row(str(refusal.site), refusal.code, reason)
-    return table
+def rewrites_lines(rewrites: Iterable[Rewrite]) -> Iterator[RenderableType]:
+    """What was rewritten; rewrites of one kind, for one reason, are one entry."""
+    for by_pass in _grouped(rewrites, key=lambda each: each.pass_name):
+        yield Text(f"Rewritten by {by_pass[0].pass_name}", style="bold")
+        grid = _entries()
+        for same in _grouped(by_pass, key=lambda each: (each.was, each.becomes, _pattern(each.because))):
+            sites = [site for each in same for site in each.sites]
+            what = Text.assemble((f"{same[0].was} → {same[0].becomes}", "green"), f"  {sites_text(sites)}")
+            grid.add_row(str(len(sites)), what + _reason(same[0].because, sites[0], of_many=len(same) > 1))
+        yield grid
 
 
-def evidence_lines(evidence: Evidence) -> Iterator[Text]:
+def refusals_lines(refusals: Iterable[Refusal]) -> Iterator[RenderableType]:
+    """What was refused, and why; sites refused for the same reason are one entry."""
+    for by_pass in _grouped(refusals, key=lambda each: each.pass_name):
+        yield Text.assemble((f"Refused by {by_pass[0].pass_name}", "bold"), ("  (normfuse explain CODE tells more)", "dim"))
+        grid = _entries()
+        for same in _grouped(by_pass, key=lambda each: (each.code, _pattern(each.reason), each.hint)):
+            what = Text.assemble((same[0].code, "yellow"), f"  {sites_text(each.site for each in same)}")
+            what += _reason(same[0].reason, same[0].site, of_many=len(same) > 1)
+            grid.add_row(str(len(same)), what + (f"\nhint: {same[0].hint}" if same[0].hint else ""))
+        yield grid
+
+
+def _entries() -> Table:
+    """A grid of a count and what there are so many of."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(justify="right", min_width=4)
+    grid.add_column(overflow="fold")
+    return grid
+
+
+def _reason(reason: str, site: Site, *, of_many: bool) -> Text:
+    return Text(f"\n{site}: {reason}" if of_many else f"\n{reason}")
+
+
+def _pattern(sentence: str) -> str:
+    """The sentence without its names in quotes and its numbers: equal for reasons that differ only in the place."""
+    return re.sub(r"\d+", "0", re.sub(r"'[^']*'", "''", sentence))
+
+
+def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The items with equal keys together, in the order in which they come."""
+    groups: dict[Hashable, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def sites_text(sites: Iterable[Site]) -> str:
+    """Names of sites, those that differ only in one number as one: ``blocks.0-11.norm1-2, norm``."""
+    # Text, numbers, text, … for every name; the numbers of names that are otherwise alike are merged, the last ones first.
+    names: list[Name] = [tuple((part,) for part in re.split(r"(\d+)", str(site))) for site in sites]
+    for place in reversed(range(1, max(map(len, names), default=0), 2)):
+        alike = _grouped(names, key=lambda name: (len(name), name[:place], name[place + 1 :]))
+        names = [_merged(same, place) for same in alike]
+    return ", ".join("".join(_ranges(part) for part in name) for name in names)
+
+
+def _merged(names: Sequence[Name], place: int) -> Name:
+    first = names[0]
+    if place >= len(first):  # names without a number there are alike only if they are the same
+        return first
+    numbers = {number for name in names for number in name[place]}
+    return (*first[:place], tuple(sorted(numbers, key=int)), *first[place + 1 :])
+
+
+def _ranges(numbers: Sequence[str]) -> str:
+    """``0-3,7`` for 0, 1, 2, 3, 7."""
+    if len(numbers) == 1:
+        return numbers[0]
+    runs = [list(run) for _, run in groupby(enumerate(map(int, numbers)), key=lambda pair: pair[1] - pair[0])]
+    return ",".join(f"{run[0][1]}-{run[-1][1]}" if len(run) > 1 else f"{run[0][1]}" for run in runs)
+
+
+def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
     """The three levels of evidence, a line each."""
+    grid = Table.grid(padding=(0, 2))
     if evidence.structure is not None:
         problems = "; ".join(evidence.structure.problems) or "outputs and norms are as promised"
-        yield _line("structure", evidence.structure.ok, problems)
+        _level(grid, "structure", evidence.structure.ok, problems)
     if evidence.algebra:
         worst = max(evidence.algebra, key=lambda each: each.error / each.allowed)
-        said = f"float64 error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases"
+        said = f"error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases"
         said += "" if worst.ok else f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
-        yield _line("algebra", all(each.ok for each in evidence.algebra), said)
+        _level(grid, "algebra", all(each.ok for each in evidence.algebra), said)
     if evidence.rounding:
         own = evidence.rounding[0]
-        ratio = "none in either" if math.isnan(own.ratio) else f"{own.ratio:.2f} times the original's"
-        yield _line("rounding", True, f"{ratio} ({own.before:.1e} before, {own.after:.1e} after, in the stored dtype)")
+        ratio = f"{own.ratio:.2f} times the original's" if math.isfinite(own.ratio) else "no error in the original"
+        _level(grid, "rounding", True, f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)")
+    yield grid
     if evidence.level != "full":
-        yield Text(f"verification level: {evidence.level}", style="yellow")
+        yield Text(f"not proven: the verification level is '{evidence.level}'", style="yellow")
     for note, times in Counter(evidence.notes).items():
         yield Text(f"note: {note}" + (f" ({times} times)" if times > 1 else ""), style="dim")
 
 
-def _line(level: str, ok: bool, said: str) -> Text:
-    return Text.assemble((f"{level:9} ", "bold"), ("ok    " if ok else "FAILED", "green" if ok else "red"), f" {said}")
+def _level(grid: Table, level: str, ok: bool, said: str) -> None:
+    grid.add_row(Text(level, "bold"), Text("ok", "green") if ok else Text("FAILED", "red"), Text(said))
+
+
+def junit(evidence: Evidence, name: str) -> str:
+    """The algebra cases as JUnit XML, for CI systems."""
+    failures = sum(not each.ok for each in evidence.algebra)
+    suite = xml.Element("testsuite", name=name, tests=str(len(evidence.algebra)), failures=str(failures))
+    for each in evidence.algebra:
+        case = xml.SubElement(suite, "testcase", classname=name, name=each.case)
+        if not each.ok:
+            xml.SubElement(case, "failure", message=f"outputs differ by {each.error:.1e}, allowed {each.allowed:.1e}")
+    xml.indent(suite)
+    return xml.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"

@@ -102,8 +102,13 @@ def _layer_norm(node: Node, out: Node) -> Norm:
 def _rms_norm(node: Node, out: Node) -> Norm:
     a = arguments(node)
     x = a["input"]
-    eps = torch.finfo(dtype(x) or torch.float32).eps if a["eps"] is None else float(a["eps"])
+    eps = default_rms_eps(dtype(x)) if a["eps"] is None else float(a["eps"])
     return Norm(out, "rms_norm", x, _trailing(x, a["normalized_shape"]), a["weight"], None, eps, frozenset({node, out}))
+
+
+def default_rms_eps(kind: torch.dtype | None) -> float:
+    """The eps that torch's rms_norm takes when none is given: float64's own, float32's for everything narrower."""
+    return torch.finfo(torch.float64 if kind == torch.float64 else torch.float32).eps
 
 
 def _batch_norm(node: Node, out: Node) -> Norm:

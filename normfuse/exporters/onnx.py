@@ -1,4 +1,4 @@
-"""Write a program as an ONNX file, run the file in ONNX Runtime, and measure how far it is from the program.
+"""Write a program as an ONNX file.
 
 RMSNorm below opset 23 is spelled ``x / sqrt(mean(x²) + eps) * w``: ONNX Runtime fuses that into one
 SimplifiedLayerNormalization, while torch's own spelling (``x * reciprocal(sqrt(…))``) stays seven nodes, slower than
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import logging
 import math
 import os
@@ -32,7 +31,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseWarning
+from normfuse.errors import ExportError, InputError, NormfuseWarning
+from normfuse.exporters.onnxruntime import Array, as_array, first_line, package
 from normfuse.loading import write_atomically
 from normfuse.program import Program
 
@@ -40,8 +40,6 @@ OLDEST_OPSET = 18
 NATIVE_RMS_OPSET = 23
 LARGEST_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
 KEY = "normfuse"
-BFLOAT16 = 16  # as ONNX counts dtypes
-Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ def export(
         MissingExtra: onnx or onnxscript is not installed.
         ExportError: ONNX, at this opset, cannot say the program; names the node.
     """
-    for package in ("onnx", "onnxscript"):
-        _package(package, "onnx")
+    for name in ("onnx", "onnxscript"):
+        package(name, "onnx")
     _check_outputs(exported)
     path, model = Path(path), _convert(exported, opset)
     _rename(model, model.graph.inputs, input_names or [spec.arg.name for spec in _inputs(exported)])
@@ -97,9 +95,7 @@ def export(
     return OnnxModelInfo(path, opset, inputs, outputs, _count(model), data)
 
 
-def onnx_inputs(
-    exported: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-) -> dict[str, Array]:
+def onnx_inputs(exported: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Array]:
     """The arguments of a call as ONNX inputs, in the order of the file; None and constants are left out.
 
     Raises:
@@ -108,69 +104,10 @@ def onnx_inputs(
     try:
         leaves = exported.call_spec.in_spec.flatten_up_to((tuple(args), dict(kwargs or {})))
     except (ValueError, KeyError) as error:
-        raise InputError(f"the inputs do not fit the program: {_first_line(error)}") from error
+        raise InputError(f"the inputs do not fit the program: {first_line(error)}") from error
     names = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     values = dict(zip(names, leaves, strict=True))
-    return {spec.arg.name: _array(values[spec.arg.name]) for spec in _inputs(exported)}
-
-
-def run(path: str | Path, inputs: Sequence[Array] | Mapping[str, Array], *, optimized: bool = True) -> list[Array]:
-    """Run a file in ONNX Runtime, on one thread of the CPU.
-
-    Args:
-        path: the file.
-        inputs: in the file's order, or by name; bfloat16 as ``ml_dtypes.bfloat16``.
-        optimized: let ONNX Runtime rewrite the graph first, as it does unless told otherwise.
-
-    Raises:
-        MissingExtra: onnxruntime is not installed.
-        InputError: the inputs do not fit the file.
-        ExportError: ONNX Runtime cannot run the file.
-    """
-    return _call(_session(path, optimized), inputs)
-
-
-def fused_ops(path: str | Path) -> dict[str, int]:
-    """Operator -> number of nodes after ONNX Runtime's own optimisation, so what really runs.
-
-    Raises:
-        MissingExtra: onnxscript or onnxruntime is not installed.
-        ExportError: ONNX Runtime cannot load the file.
-    """
-    ir = _package("onnx_ir", "onnx")
-    with tempfile.TemporaryDirectory() as folder:
-        _session(path, True, save_as=Path(folder) / "optimized.onnx")
-        return _count(ir.load(Path(folder) / "optimized.onnx"))
-
-
-def compare(
-    path: str | Path, reference: Sequence[torch.Tensor], inputs: Sequence[Array] | Mapping[str, Array]
-) -> list[dict[str, Any]]:
-    """How far a file's outputs are from the reference, with ONNX Runtime's optimisation and without it.
-
-    Args:
-        path: the file.
-        reference: the expected outputs in order, in any dtype; the float64 truth is best.
-        inputs: as for `run`.
-
-    Returns:
-        One ``{"output": name, "optimized": error, "unoptimized": error}`` per output, where an error is
-        ``{"max_abs": …, "max_rel": …}``, the latter relative to the largest reference value. Both are infinite where
-        the shapes differ and where only one of the two is finite.
-
-    Raises:
-        InputError: the inputs, or the number of references, do not fit the file.
-        ExportError: ONNX Runtime cannot run the file.
-    """
-    sessions = {"optimized": _session(path, True), "unoptimized": _session(path, False)}
-    names = [value.name for value in sessions["optimized"].get_outputs()]
-    if len(names) != len(reference):
-        raise InputError(f"the file has {len(names)} outputs, the reference {len(reference)}")
-    got = {mode: _call(session, inputs) for mode, session in sessions.items()}
-    return [
-        {"output": name} | {mode: _error(arrays[i], _array(reference[i])) for mode, arrays in got.items()}
-        for i, name in enumerate(names)
-    ]
+    return {spec.arg.name: as_array(values[spec.arg.name]) for spec in _inputs(exported)}
 
 
 # -- the model ---------------------------------------------------------------------------------------------------------
@@ -218,7 +155,7 @@ def _convert(exported: ExportedProgram, opset: int) -> Any:
 
 def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
     """``aten.rms_norm`` in small operators; half precisions accumulate in float32, as in torch."""
-    ir, op = _package("onnx_ir", "onnx"), _package("onnxscript", "onnx").opset18
+    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
     wide = _accumulator(input)
     fusible = wide != ir.DataType.DOUBLE
     x = input if input.dtype == wide else op.Cast(input, to=wide)
@@ -239,7 +176,7 @@ def _native_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = 
     if wide == type(wide).DOUBLE or (weight is not None and weight.dtype != input.dtype):
         return _spelled_rms_norm(input, normalized_shape, weight, eps)
     scale = _ones(input, input.dtype, normalized_shape) if weight is None else weight
-    op = _package("onnxscript", "onnx").opset23
+    op = package("onnxscript", "onnx").opset23
     return op.RMSNormalization(input, scale, axis=-len(normalized_shape), epsilon=_eps(eps, wide))
 
 
@@ -254,7 +191,7 @@ def _eps(eps: float | None, accumulator: Any) -> float:
 
 def _ones(x: Any, dtype: Any, normalized_shape: Sequence[Any]) -> Any:
     """A weight of ones; torch.onnx makes it a constant where the sizes are known."""
-    ir, op = _package("onnx_ir", "onnx"), _package("onnxscript", "onnx").opset18
+    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
     return op.Expand(op.Constant(value=ir.tensor(1.0, dtype=dtype)), op.Shape(x, start=-len(normalized_shape)))
 
 
@@ -263,7 +200,7 @@ def _shield_small_numbers(model: Any) -> None:
 
     It would drop ``+ 1e-12`` as it drops ``+ 0``, and a row of zeros would become NaN; it looks at scalars only.
     """
-    ir = _package("onnx_ir", "onnx")
+    ir = package("onnx_ir", "onnx")
     for node in [node for node in _nodes(model) if node.op_type in ("Add", "Sub", "Mul", "Div")]:
         for index, value in enumerate(node.inputs):
             tensor, other = ir.convenience.get_const_tensor(value), node.inputs[1 - index]
@@ -353,7 +290,7 @@ def _type(value: Any) -> str:
 
 def _save(model: Any, path: Path) -> Path | None:
     """Write the file, checked, with its data file first if it needs one; gives the data file."""
-    onnx, ir = _package("onnx", "onnx"), _package("onnx_ir", "onnx")
+    onnx, ir = package("onnx", "onnx"), package("onnx_ir", "onnx")
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE
     data = path.with_name(path.name + ".data") if large else None
 
@@ -364,7 +301,7 @@ def _save(model: Any, path: Path) -> Path | None:
             try:
                 onnx.checker.check_model(str(staged), full_check=True)
             except Exception as error:  # the checker's exceptions are not public
-                raise ExportError(f"torch.onnx made an invalid file: {_first_line(error)}") from error
+                raise ExportError(f"torch.onnx made an invalid file: {first_line(error)}") from error
             if data is not None:
                 write_atomically(data, partial(os.replace, staged.with_name(data.name)))
             staged.replace(temporary)
@@ -380,14 +317,12 @@ def _in_plain_words(error: BaseException, exported: ExportedProgram) -> ExportEr
         root = root.__cause__
     node = re.search(r"translating node %(\w+) :.*?call_function\[target=(?:torch\.ops\.)?([^\]]+)\]", text)
     if node is None:
-        return ExportError(f"torch.onnx failed: {_first_line(root)}")
+        return ExportError(f"torch.onnx failed: {first_line(root)}")
     program = Program(exported)
     site = program.site(program.nodes[node[1]]) if node[1] in program.nodes else None
     where = f"node {node[1]}" + (f" of {site} ({site.source or 'source unknown'})" if site else "")
-    reason = "has no ONNX counterpart" if "No ONNX function" in text else f"failed: {_first_line(root)}"
-    return ExportError(
-        f"{node[2]}, {where}, {reason}", hint="another opset may have it; a .pt2 file keeps any operator"
-    )
+    reason = "has no ONNX counterpart" if "No ONNX function" in text else f"failed: {first_line(root)}"
+    return ExportError(f"{node[2]}, {where}, {reason}", hint="another opset may have it; a .pt2 file keeps any operator")
 
 
 @contextlib.contextmanager
@@ -401,88 +336,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-# -- ONNX Runtime ------------------------------------------------------------------------------------------------------
-
-
-def _session(path: str | Path, optimized: bool, save_as: Path | None = None) -> Any:
-    ort = _package("onnxruntime", "cpu")
-    options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
-    options.log_severity_level = 4
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
-    if save_as is not None:
-        options.optimized_model_filepath = str(save_as)
-        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
-    try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # one class per status, none of them public
-        raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {_first_line(error)}") from error
-    if session.get_providers() != ["CPUExecutionProvider"]:
-        raise ExportError(f"ONNX Runtime chose {session.get_providers()[0]} instead of its CPU provider")
-    return session
-
-
-def _call(session: Any, inputs: Sequence[Array] | Mapping[str, Array]) -> list[Array]:
-    names = [value.name for value in session.get_inputs()]
-    feed = dict(inputs) if isinstance(inputs, Mapping) else dict(zip(names, inputs, strict=False))
-    if set(feed) != set(names) or len(inputs) != len(names):
-        raise InputError(f"the file wants {len(names)} inputs ({', '.join(names)}), not these {len(inputs)}")
-    try:
-        values = session.run_with_ort_values(None, {name: _ort_value(array) for name, array in feed.items()})
-    except Exception as error:  # one class per status, none of them public
-        blame = InputError if "INVALID_ARGUMENT" in str(error) else ExportError
-        raise blame(f"ONNX Runtime cannot run this: {_first_line(error)}") from error
-    return [_numpy(value) for value in values]
-
-
-def _ort_value(array: Array) -> Any:
-    """NumPy has no bfloat16 of its own, so ONNX Runtime takes its bits."""
-    make, array = _package("onnxruntime", "cpu").OrtValue, np.asarray(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return make.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), onnx_element_type=BFLOAT16)
-    return make.ortvalue_from_numpy(array)
-
-
-def _numpy(value: Any) -> Array:
-    if value.element_type() == BFLOAT16:
-        return _array(torch.utils.dlpack.from_dlpack(value._get_c_value()))
-    return np.asarray(value.numpy())
-
-
-def _array(value: Any) -> Array:
-    """A tensor (or a dynamic int, float or bool) as ONNX has it: complex as pairs, bfloat16 as ``ml_dtypes``."""
-    if not isinstance(value, torch.Tensor):
-        return np.asarray(value, dtype=np.float32 if isinstance(value, float) else None)
-    value = value.detach().cpu().resolve_conj().contiguous()
-    if value.is_complex():
-        value = torch.view_as_real(value)
-    if value.dtype is torch.bfloat16:
-        return np.asarray(value.view(torch.uint16).numpy().view(_package("ml_dtypes", "onnx").bfloat16))
-    return np.asarray(value.numpy())
-
-
-def _error(actual: Array, expected: Array) -> dict[str, float]:
-    got, want = actual.astype(np.float64), expected.astype(np.float64)
-    if got.shape != want.shape:
-        return {"max_abs": np.inf, "max_rel": np.inf}
-    same = (got == want) | (np.isnan(got) & np.isnan(want))
-    with np.errstate(invalid="ignore"):
-        distance = np.abs(got - want)[~same]
-    worst = float(np.where(np.isnan(distance), np.inf, distance).max(initial=0.0))
-    scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
-    return {"max_abs": worst, "max_rel": worst / scale if scale else (np.inf if worst else 0.0)}
-
-
-def _first_line(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", line)
-
-
-def _package(name: str, extra: str) -> Any:
-    """Import a package when it is needed, or say which extra brings it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtra(name, extra) from error

@@ -6,6 +6,7 @@ import copy
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,30 @@ from torch.export import Dim, ExportedProgram
 
 from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseWarning
 from normfuse.exporters import onnx as exporter
+from normfuse.exporters import onnxruntime as runtime
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+
+
+def compare(path: Path, reference: Sequence[Tensor], inputs: Any) -> list[dict[str, Any]]:
+    """How far each output is from the reference, with ONNX Runtime's own optimisation and without it."""
+    got = {mode: runtime.run(path, inputs, optimized=mode == "optimized") for mode in ("optimized", "unoptimized")}
+    assert all(len(arrays) == len(reference) for arrays in got.values())
+    expected = [runtime.as_array(each) for each in reference]
+    return [{mode: _error(arrays[i], expected[i]) for mode, arrays in got.items()} for i in range(len(reference))]
+
+
+def _error(actual: Any, expected: Any) -> dict[str, float]:
+    got, want = actual.astype(np.float64), expected.astype(np.float64)
+    assert got.shape == want.shape
+    same = (got == want) | (np.isnan(got) & np.isnan(want))
+    with np.errstate(invalid="ignore"):
+        distance = np.abs(got - want)[~same]
+    worst = float(np.where(np.isnan(distance), np.inf, distance).max(initial=0.0))
+    scale = float(np.abs(want[np.isfinite(want)]).max(initial=0.0))
+    return {"max_abs": worst, "max_rel": worst / scale if scale else (np.inf if worst else 0.0)}
 
 
 @torch.library.custom_op("normfuse_test::untranslated", mutates_args=())
@@ -99,9 +120,7 @@ def program() -> ExportedProgram:
     """A block with a dynamic batch and sequence, and its first linear and its RMSNorm marked as a pass marks them."""
     args, kwargs = block()
     dims = {0: Dim("batch"), 1: Dim("seq")}
-    exported = traced(
-        Block(), *args, **kwargs, dynamic={"x": dims, "extra": None, "masks": {"keep": dims, "add": dims}}
-    )
+    exported = traced(Block(), *args, **kwargs, dynamic={"x": dims, "extra": None, "masks": {"keep": dims, "add": dims}})
     for node in exported.graph.nodes:
         if node.name in ("linear", "rms_norm"):
             node.meta["normfuse"] = ("pre_rmsnorm", f"at {node.name}")
@@ -118,19 +137,21 @@ def path(tmp_path: Path) -> Path:
 # -- numbers -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("opset", [18, 20, 22, 23])
+@pytest.mark.parametrize(
+    ("opset", "dtype"),
+    [*((opset, torch.float32) for opset in (18, 20, 22, 23)), (20, torch.float16), (23, torch.float16)],
+)
 def test_norms_are_as_exact_as_their_dtype(path: Path, opset: int, dtype: torch.dtype) -> None:
     module, x = Norms(dtype), Norms.values(dtype)
     exported = traced(module, x, dynamic=({0: Dim("batch")},))
     info = exporter.export(exported, path, opset=opset)
     assert info.opset == opset
-    errors = exporter.compare(path, module.truth(x), exporter.onnx_inputs(exported, (x,)))
+    errors = compare(path, module.truth(x), exporter.onnx_inputs(exported, (x,)))
     for error in errors:
         for mode in ("optimized", "unoptimized"):
             assert error[mode]["max_rel"] <= 8 * torch.finfo(dtype).eps, error
     assert info.ops["LayerNormalization"] == 5
-    fused = exporter.fused_ops(path)
+    fused = runtime.fused_ops(path)
     if opset < 23:
         assert fused["SimplifiedLayerNormalization"] == 5
         assert "RMSNormalization" not in info.ops
@@ -142,7 +163,7 @@ def test_norms_are_as_exact_as_their_dtype(path: Path, opset: int, dtype: torch.
 def test_float64_keeps_its_eps(path: Path, opset: int) -> None:
     module, x = Norms(torch.float64, layer_norms=False), Norms.values(torch.float64)
     exporter.export(traced(module, x), path, opset=opset)
-    for error in exporter.compare(path, module.truth(x), [x.numpy()]):
+    for error in compare(path, module.truth(x), [x.numpy()]):
         assert max(error["optimized"]["max_rel"], error["unoptimized"]["max_rel"]) < 1e-14, error
 
 
@@ -152,7 +173,7 @@ def test_a_weight_of_another_dtype(path: Path, opset: int, value: torch.dtype, w
     module, x = nn.RMSNorm(16, 1e-3, dtype=weight), torch.randn(3, 16).to(value)
     info = exporter.export(traced(module, x), path, opset=opset)
     assert list(info.outputs.values()) == [f"{value}[3,16]".removeprefix("torch.")]
-    (error,) = exporter.compare(path, [module.double()(x.double())], [x.numpy()])
+    (error,) = compare(path, [module.double()(x.double())], [x.numpy()])
     assert error["optimized"]["max_rel"] <= torch.finfo(value).eps
 
 
@@ -161,9 +182,9 @@ def test_bfloat16_goes_in_and_out(path: Path) -> None:
     exported = traced(module, x)
     exporter.export(exported, path)
     inputs = exporter.onnx_inputs(exported, (x,))
-    (error,) = exporter.compare(path, [module(x)], inputs)
+    (error,) = compare(path, [module(x)], inputs)
     assert error["optimized"]["max_rel"] <= torch.finfo(torch.bfloat16).eps
-    assert [array.dtype.name for array in (*inputs.values(), *exporter.run(path, inputs))] == ["bfloat16"] * 2
+    assert [array.dtype.name for array in (*inputs.values(), *runtime.run(path, inputs))] == ["bfloat16"] * 2
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -175,7 +196,7 @@ def test_a_tiny_eps_written_by_hand_is_kept(path: Path, opset: int) -> None:
 
     x = Norms.values()
     info = exporter.export(traced(ByHand(), x), path, opset=opset)
-    for error in exporter.compare(path, ByHand()(x.double()), [x.numpy()]):
+    for error in compare(path, ByHand()(x.double()), [x.numpy()]):
         assert max(error["optimized"]["max_rel"], error["unoptimized"]["max_rel"]) < 1e-6, error
     assert info.ops["Add"] == 2  # a true zero may go
 
@@ -183,7 +204,7 @@ def test_a_tiny_eps_written_by_hand_is_kept(path: Path, opset: int) -> None:
 # -- inputs and outputs ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("opset", [18, 23])
 def test_dynamic_dims_and_keyword_inputs(path: Path, program: ExportedProgram, opset: int) -> None:
     info = exporter.export(program, path, opset=opset)
     assert info.inputs["x"] == "float32[batch,seq,16]"
@@ -193,9 +214,9 @@ def test_dynamic_dims_and_keyword_inputs(path: Path, program: ExportedProgram, o
         kwargs["masks"] = dict(reversed(kwargs["masks"].items()))  # by name, not by position
         inputs = exporter.onnx_inputs(program, args, kwargs)
         assert list(inputs) == list(info.inputs)
-        number, _ = exporter.compare(path, program.module()(*args, **kwargs), inputs)
+        number, _ = compare(path, program.module()(*args, **kwargs), inputs)
         assert number["optimized"]["max_rel"] < 1e-6
-        assert exporter.run(path, list(inputs.values()), optimized=False)[1].dtype == np.bool_
+        assert runtime.run(path, list(inputs.values()), optimized=False)[1].dtype == np.bool_
 
 
 def test_inputs_of_another_structure(program: ExportedProgram) -> None:
@@ -230,7 +251,7 @@ def test_names_may_be_chosen_and_never_clash(path: Path) -> None:
     names = ["one", "two", "three", "four"]
     info = exporter.export(exported, path, input_names=["mul", "x"], output_names=names)
     assert (list(info.inputs), list(info.outputs)) == (["mul", "x"], names)
-    outputs = exporter.run(path, {"x": unused.numpy(), "mul": x.numpy()})
+    outputs = runtime.run(path, {"x": unused.numpy(), "mul": x.numpy()})
     for got, expected in zip(outputs, (2 * x, x, 2 * x, x), strict=True):
         assert np.array_equal(got, expected.numpy())
     for wrong in (["a"], ["a", "a"]):
@@ -244,29 +265,9 @@ def test_what_does_not_fit_the_file(path: Path, program: ExportedProgram) -> Non
     wrong = {**inputs, "x": inputs["x"].astype(np.float64)}
     for bad in (wrong, list(inputs.values())[:-1], {**inputs, "more": inputs["x"]}, [*inputs.values(), inputs["x"]]):
         with pytest.raises(InputError):
-            exporter.run(path, bad)
-    with pytest.raises(InputError, match="2 outputs, the reference 1"):
-        exporter.compare(path, [torch.zeros(1)], inputs)
+            runtime.run(path, bad)
     with pytest.raises(ExportError, match=r"cannot load missing\.onnx"):
-        exporter.run(path.with_name("missing.onnx"), [])
-
-
-def test_a_wrong_output_is_infinitely_wrong(path: Path) -> None:
-    exporter.export(traced(nn.ReLU(), torch.randn(2)), path)
-    values = np.array([np.inf, 1.0], dtype=np.float32)
-    for reference, expected in (
-        (torch.tensor([torch.inf, 1.0]), 0.0),
-        (torch.tensor([torch.inf, 2.0]), 0.5),
-        (torch.tensor([torch.inf, 0.0]), np.inf),
-        (torch.tensor([torch.nan, 1.0]), np.inf),
-        (torch.tensor([0.0, 1.0]), np.inf),
-        (torch.tensor([torch.inf]), np.inf),
-    ):
-        (error,) = exporter.compare(path, [reference], [values])
-        assert error["optimized"]["max_rel"] == error["unoptimized"]["max_rel"] == expected
-
-
-# -- the file ----------------------------------------------------------------------------------------------------------
+        runtime.run(path.with_name("missing.onnx"), [])
 
 
 def test_same_bytes_and_no_trace_of_the_machine(path: Path, program: ExportedProgram) -> None:
@@ -309,18 +310,16 @@ def test_a_tag_survives_torchs_own_fusions(path: Path) -> None:
     assert {note.value for note in gemm.metadata_props if note.key == "normfuse"} == {"fold_affine: linear"}
 
 
-def test_large_weights_go_beside_the_file(
-    path: Path, monkeypatch: pytest.MonkeyPatch, program: ExportedProgram
-) -> None:
+def test_large_weights_go_beside_the_file(path: Path, monkeypatch: pytest.MonkeyPatch, program: ExportedProgram) -> None:
     monkeypatch.setattr(exporter, "LARGEST_FILE", 100)
     info = exporter.export(program, path)
     assert info.data == path.with_name("model.onnx.data")
     assert sorted(file.name for file in path.parent.iterdir()) == ["model.onnx", "model.onnx.data"]
     args, kwargs = block()
     inputs = exporter.onnx_inputs(program, args, kwargs)
-    number, _ = exporter.compare(path, program.module()(*args, **kwargs), inputs)
+    number, _ = compare(path, program.module()(*args, **kwargs), inputs)
     assert number["unoptimized"]["max_rel"] < 1e-6
-    assert exporter.fused_ops(path)["SimplifiedLayerNormalization"] == 1
+    assert runtime.fused_ops(path)["SimplifiedLayerNormalization"] == 1
 
 
 def test_branches_are_counted(path: Path) -> None:
@@ -335,7 +334,7 @@ def test_branches_are_counted(path: Path) -> None:
 
     info = exporter.export(traced(Branch(), torch.randn(2, 4)), path)
     assert info.ops["If"] == info.ops["Sqrt"] == 1
-    assert exporter.fused_ops(path)["SimplifiedLayerNormalization"] == 1
+    assert runtime.fused_ops(path)["SimplifiedLayerNormalization"] == 1
 
 
 # -- what cannot be done -----------------------------------------------------------------------------------------------
@@ -405,5 +404,5 @@ def test_a_missing_package_names_its_extra(
     exporter.export(program, path)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingExtra, match=f"'{package}'") as raised:
-        exporter.run(path, []) if package == "onnxruntime" else exporter.export(program, path)
+        runtime.run(path, []) if package == "onnxruntime" else exporter.export(program, path)
     assert raised.value.hint == f"pip install 'normfuse[{extra}]'"

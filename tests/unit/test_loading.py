@@ -71,8 +71,8 @@ def encoder() -> nn.Module:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, activation="gelu", batch_first=True), 2)
 
 
-def with_settings() -> nn.Module:
-    model = tiny()
+def with_settings() -> Any:
+    model: Any = tiny()
     model.activation = partial(F.gelu, approximate="tanh")
     model.norm_layer = partial(nn.LayerNorm, eps=1e-6)
     model.kind = nn.BatchNorm2d
@@ -185,7 +185,7 @@ def nested(sentinel: Path) -> str:
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_call_in_a_pickle_is_refused_by_name(name: str, hidden: bool, sentinel: Path, tmp_path: Path) -> None:
     payload: object = ATTACKS[name](sentinel)
-    model = tiny()
+    model: Any = tiny()
     model[0].extra = [{"deep": (payload,)}]
     torch.save(model if hidden else payload, tmp_path / "evil.pt")
     error = refused(tmp_path / "evil.pt")
@@ -261,7 +261,7 @@ def test_not_even_by_way_of_a_tensor_subclass(tmp_path: Path) -> None:
 
 
 def test_a_partial_of_an_allowed_class_is_inert(tmp_path: Path) -> None:
-    model = tiny()
+    model: Any = tiny()
     model.later = partial(parametrize.ParametrizationList, [], torch.ones(1))
     torch.save(model, tmp_path / "model.pt")
     loaded: Any = load(tmp_path / "model.pt")
@@ -384,6 +384,10 @@ def in_record(record: str, change: Callable[[dict[str, Any]], None]) -> Callable
     return edit
 
 
+def with_record(name: str, content: bytes) -> Callable[[dict[str, bytes]], None]:
+    return lambda records: records.update({name: content})
+
+
 def evil_pickle(sentinel: Path) -> bytes:
     return pickle.dumps(Call(os.system, f"touch {sentinel}"))
 
@@ -399,12 +403,8 @@ def graph_of(program: dict[str, Any]) -> dict[str, Any]:
     return graph
 
 
-def rename(program: Any, old: str, new: str) -> Any:
-    return json.loads(json.dumps(program).replace(json.dumps(old), json.dumps(new)))
-
-
 def evil_inputs(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
-    return lambda records: records.update({"data/sample_inputs/model.pt": evil_torch_file(sentinel)})
+    return with_record("data/sample_inputs/model.pt", evil_torch_file(sentinel))
 
 
 def evil_weight(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
@@ -430,12 +430,12 @@ def evil_constant(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
 
 
 def evil_legacy_weights(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
-    return lambda records: records.update({"data/weights/model.pt": evil_torch_file(sentinel)})
+    return with_record("data/weights/model.pt", evil_torch_file(sentinel))
 
 
 def evil_size(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
     size = {"as_expr": {"expr_str": f"exec({touch(sentinel)!r}) or 3", "hint": {"as_int": 3}}}
-    return in_program(lambda program: graph_of(program)["tensor_values"]["x"]["sizes"].__setitem__(0, size))
+    return in_program(lambda program: graph_of(program)["tensor_values"]["input"]["sizes"].__setitem__(0, size))
 
 
 def evil_size_under_a_free_name(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
@@ -461,30 +461,63 @@ def evil_guard_string(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
     return in_program(lambda program: program.update(guards_code=[guard]))
 
 
-def evil_target(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
+def evil_operator(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
+    # Not code, but a program that creates a file of its choice when it runs.
+    path, shared, size = {"as_string": str(sentinel)}, {"as_bool": True}, {"as_int": 4}
+    return extra_node("torch.ops.aten.from_file.default", filename=path, shared=shared, size=size)
+
+
+def extra_node(target: str, **arguments: dict[str, Any]) -> Callable[[dict[str, bytes]], None]:
+    """A program with one more call, whose result is one more output."""
+    hop = "higher_order" in target
+    result = {"as_tensor": {"name": "made"}}
+    node: dict[str, Any] = {
+        "target": target,
+        "inputs": [{"name": "" if hop else name, "arg": arg, "kind": 1} for name, arg in arguments.items()],
+        "outputs": [result],
+        "metadata": {},
+        "is_hop_single_tensor_return": hop or None,
+    }
+
     def change(program: dict[str, Any]) -> None:
-        node = graph_of(program)["nodes"][0]
-        node["target"] = "torch.os.system"
-        node["inputs"] = [{"name": "", "arg": {"as_string": f"touch {sentinel}"}, "kind": 1}]
+        graph, signature = graph_of(program), program["graph_module"]["signature"]
+        graph["nodes"].insert(0, node)
+        graph["tensor_values"]["made"] = graph["tensor_values"]["p_0_bias"]
+        graph["outputs"].append(result)
+        signature["output_specs"].append({"user_output": {"arg": result}})
+        entry = program["graph_module"]["module_call_graph"][0]["signature"]
+        entry["out_spec"] = json.dumps([1, tree("builtins.tuple", "null", LEAF, LEAF)])
 
     return in_program(change)
 
 
-def evil_name(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
-    def edit(records: dict[str, bytes]) -> None:
-        program = json.loads(records["models/model.json"])
-        name = f"linear = {touch(sentinel)} and None; gelu"
-        records["models/model.json"] = json.dumps(rename(program, "gelu", name)).encode()
+def evil_input_name(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
+    name = f"x={touch(sentinel)}"  # def forward(self, …, x=open(…)): a default is evaluated when the source is
 
-    return edit
+    def change(program: dict[str, Any]) -> None:
+        argument = {"as_tensor": {"name": name}}
+        graph_of(program)["inputs"].append(argument)
+        graph_of(program)["tensor_values"][name] = graph_of(program)["tensor_values"]["p_0_bias"]
+        program["graph_module"]["signature"]["input_specs"].append({"user_input": {"arg": argument}})
+
+    return in_program(change)
 
 
 def evil_argument_name(sentinel: Path) -> Callable[[dict[str, bytes]], None]:
+    # The name is pasted into the signature and again into the first statement; the quotes swallow what is between.
+    name = f"x={touch(sentinel)}):\n    '''#"
+
     def change(program: dict[str, Any]) -> None:
-        signature = program["graph_module"]["module_call_graph"][0]["signature"]
-        signature["forward_arg_names"] = [f"x={touch(sentinel)}"]
+        program["graph_module"]["module_call_graph"][0]["signature"]["forward_arg_names"] = [name]
 
     return in_program(change)
+
+
+LEAF: dict[str, Any] = {"type": None, "context": None, "children_spec": []}
+
+
+def tree(kind: str, context: object, *children: dict[str, Any]) -> dict[str, Any]:
+    return {"type": kind, "context": context, "children_spec": list(children)}
 
 
 def evil_tree(kind: str, context: object) -> Callable[[Path], Callable[[dict[str, bytes]], None]]:
@@ -493,9 +526,8 @@ def evil_tree(kind: str, context: object) -> Callable[[Path], Callable[[dict[str
         module.write_text(f"import enum\n{touch(sentinel)}\nclass E(enum.Enum):\n  A = 1\n")
 
         def change(program: dict[str, Any]) -> None:
-            leaf = {"type": None, "context": None, "children_spec": []}
             packed = json.dumps(context) if kind == "builtins.dict" else context
-            spec = [1, {"type": kind, "context": packed, "children_spec": [leaf]}]
+            spec = [1, tree(kind, packed, LEAF)]
             program["graph_module"]["module_call_graph"][0]["signature"]["out_spec"] = json.dumps(spec)
 
         return in_program(change)
@@ -514,8 +546,8 @@ ARCHIVE_ATTACKS: dict[str, Callable[[Path], Callable[[dict[str, bytes]], None]]]
     "a size": evil_size,
     "a size under a free name": evil_size_under_a_free_name,
     "a guard": evil_guard,
-    "a target": evil_target,
-    "a node's name": evil_name,
+    "an operator that writes files": evil_operator,
+    "an input's name": evil_input_name,
     "an argument's name": evil_argument_name,
     "a tree's default factory": evil_tree("collections.defaultdict", FACTORY),
     "a tree's enum": evil_tree("builtins.dict", ENUM),
@@ -537,8 +569,10 @@ def test_an_exported_program_cannot_execute_either(name: str, sentinel: Path, cw
 @pytest.mark.parametrize(
     ("edit", "named"),
     [
-        (lambda records: records.update({"data/aotinductor/model/model.so": b"\x7fELF"}), "compiled code"),
-        (in_program(lambda p: graph_of(p)["nodes"][0].update(target="torch.ops.aten.from_file.default")), "from_file"),
+        (with_record("data/aotinductor/model/model.so", b"\x7fELF"), "compiled code"),
+        (extra_node("torch.ops.higher_order.cond", f={"as_operator": "torch.os.system"}), "torch.os.system"),
+        (extra_node("torch.ops.higher_order.strict_mode"), "strict_mode"),
+        (extra_node("torch.os.system", a={"as_string": "true"}), "torch.os.system"),
         (in_program(lambda p: graph_of(p)["nodes"][0].update(target="torch.ops.load_library")), "load_library"),
         (in_program(lambda p: graph_of(p)["nodes"][0].update(target="_operator.methodcaller")), "methodcaller"),
         (in_program(lambda p: graph_of(p)["nodes"][0].update(target="#ns:op")), "#ns:op"),
@@ -555,8 +589,7 @@ def test_what_a_program_wants_is_named(edit: Callable[[dict[str, bytes]], None],
 
 def test_a_broken_program_is_one_line(tmp_path: Path) -> None:
     for number, record in enumerate((b"", b"{}", b"[]", b"\xff\xfe", b'{"graph_module": {}}', b"[" * 100_000)):
-        path = tampered(tmp_path / f"{number}.pt2", lambda records, r=record: records.update({"models/model.json": r}))
-        refused(path)
+        refused(tampered(tmp_path / f"{number}.pt2", with_record("models/model.json", record)))
 
 
 # ---- what is not a model
@@ -692,8 +725,8 @@ def test_load_data_allows_no_names(tmp_path: Path) -> None:
 # ---- writing
 
 
-def text(content: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(content) and None
+def text(content: str) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(content)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -367,8 +367,16 @@ TRANSFORMERS = (
     ZooModel("hf_opt_postnorm", tiny(_opt, do_layer_norm_before=False), input_ids, 4, 0, f"none (OPT-350m): {POST}"),
     ZooModel(
         "hf_bloom", tiny(_transformers, "BloomForCausalLM", "eager", **SPECIAL, hidden_size=24, n_layer=2, n_head=3),
-        input_ids, 6, 6,
-        "all 2L+2: untie for the embedding norm, 1 op after it (or fold norm and centring into the untied table)",
+        input_ids, 6, 5,
+        "all but the embedding norm, whose table is the head's (1 op for 1 norm pays nothing); 1 op behind it",
+    ),
+    ZooModel(
+        "hf_bloom_untied",
+        tiny(
+            _transformers, "BloomForCausalLM", "eager", **SPECIAL,
+            hidden_size=24, n_layer=2, n_head=3, tie_word_embeddings=False,
+        ),
+        input_ids, 6, 6, "all 2L+2: the embedding norm's table is its own; 1 op behind it",
     ),
     ZooModel(
         "hf_gpt_neox", tiny(_decoder, "GPTNeoXForCausalLM", use_parallel_residual=True), input_ids, 5, 5,
@@ -436,9 +444,12 @@ TRANSFORMERS = (
         "pre_layrnorm only: last_hidden_state is the stream itself, before post_layernorm",
     ),
     ZooModel(
-        "hf_bert", tiny(_decoder, "BertForMaskedLM"), input_ids, 6, 1,
-        f"the embedding norm, if the MLM decoder is untied (1 op for 1 norm pays nothing); 2L are {POST}; the MLM "
+        "hf_bert", tiny(_decoder, "BertForMaskedLM"), input_ids, 6, 0,
+        f"not the embedding norm, whose table is the head's (1 op for 1 norm pays nothing); 2L are {POST}; the MLM "
         "head's reads a GELU",
+    ),
+    ZooModel(
+        "hf_bert_model", tiny(_decoder, "BertModel"), input_ids, 5, 1, f"the embedding norm; 2L are {POST}",
     ),
     ZooModel(
         "hf_vit", tiny(_transformers, "ViTForImageClassification", **VISION, num_labels=7), pixel_values, 5, 5,

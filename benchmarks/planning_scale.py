@@ -1,0 +1,75 @@
+"""Does planning scale? Time of torch.export, of analysis and plan, and of applying the plan, for GPT-2 XL at 12 to 96 layers.
+
+The weights are on the meta device: planning never reads them. Prints a Markdown table.
+
+    python benchmarks/planning_scale.py [--layers 12 24 48 96] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from rich.progress import track
+
+from normfuse.planner import plan
+from normfuse.program import Program
+from tests.zoo import torchvision_shim
+
+
+def gpt2_xl(layers: int) -> torch.nn.Module:
+    """GPT-2 XL's shape at another depth, without memory."""
+    torchvision_shim.install()
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        return GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=layers, n_head=25, use_cache=False)).eval()
+
+
+def timed(work: Callable[[], object]) -> tuple[float, object]:
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def measure(layers: int, repeats: int) -> tuple[int, int, float, float, float]:
+    """Nodes, norms converted, and medians of the seconds of export, plan and apply."""
+    model, ids = gpt2_xl(layers), torch.zeros(1, 64, dtype=torch.long, device="meta")
+    export_s, exported = timed(lambda: torch.export.export(model, (), {"input_ids": ids}, strict=False))
+    program = Program.from_exported(exported)  # type: ignore[arg-type]
+    rows = []
+    for _ in range(repeats):
+        fresh = Program(program.exported)
+        plan_s, chosen = timed(lambda fresh=fresh: plan(fresh, ["pre_rmsnorm"]))  # type: ignore[misc]
+        apply_s, _ = timed(lambda chosen=chosen: chosen.apply(program))  # type: ignore[misc, attr-defined]
+        rows.append((plan_s, apply_s))
+    norms = sum(len(each.sites) for each in chosen.rewrites)  # type: ignore[attr-defined]
+    plans, applies = zip(*rows, strict=True)
+    return len(program.graph.nodes), norms, export_s, statistics.median(plans), statistics.median(applies)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96])
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    measure(2, 1)  # first-use costs of torch.export
+    rows = [(each, *measure(each, options.repeats)) for each in track(options.layers, "measuring")]
+    print(f"torch {torch.__version__}, one thread, median of {options.repeats}; seconds\n")
+    print("| layers | graph nodes | norms converted | torch.export | analysis + plan | plan / export | µs per node | apply |")
+    print("|---|---|---|---|---|---|---|---|")
+    for layers, nodes, norms, export_s, plan_s, apply_s in rows:
+        print(
+            f"| {layers} | {nodes} | {norms} | {export_s:.2f} | {plan_s:.2f} | {plan_s / export_s:.2f} "
+            f"| {1e6 * plan_s / nodes:.0f} | {apply_s:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The comparison itself: what counts as a difference, and that wrong rewrites are noticed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse
+from normfuse.edits import SetTensor
+from normfuse.errors import VerificationFailed
+from normfuse.evidence import distance
+from normfuse.formula import Centered, Read
+from tests.models import IDS, TRAPS, Stream, Trap, noise
+
+inf, nan = torch.inf, torch.nan
+
+
+@pytest.mark.parametrize(
+    ("truth", "other", "expected"),
+    [
+        ([1.0, 4.0], [1.0, 4.0], 0.0),
+        ([1.0, 4.0], [1.0, 5.0], 0.25),
+        ([inf, 1.0], [inf, 1.0], 0.0),
+        ([inf, 1.0], [inf, 2.0], 1.0),
+        ([inf, 1.0], [-inf, 1.0], math.inf),
+        ([nan, 1.0], [nan, 1.0], 0.0),
+        ([nan, 1.0], [0.0, 1.0], math.inf),
+        ([0.0, 1.0], [nan, 1.0], math.inf),
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([0.0, 0.0], [0.0, 1e-30], math.inf),
+        ([1.0], [1.0, 1.0], math.inf),
+        ([], [], 0.0),
+    ],
+)
+def test_distance(truth: list[float], other: list[float], expected: float) -> None:
+    assert distance(torch.tensor(truth), torch.tensor(other)) == expected
+
+
+def test_integers_must_be_equal() -> None:
+    assert distance(torch.tensor([1, 2]), torch.tensor([1, 2])) == 0.0
+    assert distance(torch.tensor([1, 2]), torch.tensor([1, 3])) == math.inf
+
+
+def test_a_module_is_equivalent_to_itself_and_to_its_rewrite() -> None:
+    model = TRAPS["plain"].module()
+    rewritten = normfuse.rewrite(model, "pre_rmsnorm", inputs=IDS).module()
+    assert normfuse.verify(model, model, inputs=IDS).ok
+    assert normfuse.verify(model, rewritten, inputs=IDS).ok
+
+
+def _scaled_channel(model: Stream) -> None:
+    model.mlps[0].up.weight[0] *= 1.001
+
+
+def _dropped_bias(model: Stream) -> None:
+    model.mlps[1].down.bias.zero_()
+
+
+def _half_centred(model: Stream) -> None:
+    model.mlps[0].down.weight -= model.mlps[0].down.weight.mean(0, keepdim=True)
+
+
+def _eps(model: Stream) -> None:
+    model.norms[0].eps = 1e-3
+
+
+@pytest.mark.parametrize("mutate", [_scaled_channel, _dropped_bias, _eps])
+def test_wrong_models_are_noticed(mutate: object) -> None:
+    right, wrong = TRAPS["plain"].module(), TRAPS["plain"].module()
+    with torch.no_grad():
+        mutate(wrong)  # type: ignore[operator]
+    evidence = normfuse.verify(right, wrong, inputs=IDS)
+    assert not evidence.ok
+    with pytest.raises(VerificationFailed, match="differ by"):
+        evidence.require()
+
+
+def test_a_harmless_change_is_no_alarm() -> None:
+    """Centring a writer of a LayerNorm changes the weight and not the function."""
+    right, other = TRAPS["plain"].module(), TRAPS["plain"].module()
+    with torch.no_grad():
+        _half_centred(other)  # type: ignore[arg-type]
+    assert normfuse.verify(right, other, inputs=IDS).ok
+
+
+def test_a_wrong_rewrite_is_refused_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass that forgets the biases: the proof stops it."""
+    from dataclasses import replace
+
+    from normfuse import api
+    from normfuse.planner import Plan, plan
+
+    def forgetful(program: normfuse.Program, names: list[str], **options: object) -> Plan:
+        chosen = plan(program, names)
+        biases = [e for r in chosen.rewrites for e in r.edits if isinstance(e, SetTensor) and e.name.endswith("down.bias")]
+        for edit in biases:
+            chosen = chosen.without(edit)
+        return replace(chosen)
+
+    monkeypatch.setattr(api, "plan", forgetful)
+    with pytest.raises(VerificationFailed) as caught:
+        normfuse.rewrite(TRAPS["plain"].module(), "pre_rmsnorm", inputs=IDS)
+    assert caught.value.exit_code == 1
+    assert not caught.value.report.evidence.ok
+
+
+def test_the_planner_does_not_trust_a_pass_with_tied_tensors() -> None:
+    """A pass that overlooks the tied head's reading of the table is refused, whole."""
+    from normfuse.findings import Claim, Rewrite
+    from normfuse.planner import plan
+    from normfuse.registry import Pass
+
+    program = normfuse.Program.trace(TRAPS["tied head"].module(), IDS)
+    (name,) = [each for each in program.stored.values() if each in ("embed.weight", "head.weight") and _is_read(program, each)]
+
+    def careless(program: normfuse.Program, facts: object) -> object:
+        site = program.site(next(node for node in program.graph.nodes if node.name == "layer_norm"))
+        edits = (SetTensor(name, Centered(Read(name), 1)),)
+        yield Rewrite("careless", (site,), "layer_norm", "layer_norm", edits, frozenset({"embedding"}), Claim.ROUNDING, "")
+
+    chosen = plan(program, [Pass("careless", careless, "")])  # type: ignore[arg-type]
+    assert chosen.rounds == ()
+    assert [refusal.code for refusal in chosen.refusals] == ["NF101"]
+
+
+def _is_read(program: normfuse.Program, name: str) -> bool:
+    return bool(program.reader_of(name).users)
+
+
+def test_noise_is_the_models_own() -> None:
+    """An ill-conditioned model is allowed the noise that it has, and no more."""
+
+    class Touchy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.write, self.norm, self.head = nn.Linear(8, 8), nn.LayerNorm(8, eps=1e-12), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.sin(1e6 * self.norm(self.write(x))))
+
+    model = Trap(Touchy, (), 1).module()
+    evidence = normfuse.rewrite(model, "pre_rmsnorm", inputs=(noise(4, 8),)).report.evidence
+    assert evidence.ok
+    assert evidence.noise > 1e-11
