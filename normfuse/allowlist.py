@@ -19,8 +19,9 @@ another pickle. So the unpickler gets a `Blueprint` in place of the class, which
 only allocate. Enums, partial and the builtins above are called by honest pickles, and calling them is harmless; what a
 partial holds is itself under these rules and is not called while loading.
 
-What remains: `__setstate__`, and whatever a module's forward does, are code of installed packages that runs on the
-file's data. Nothing here judges that code, only whose it is.
+What remains: `__setstate__` and a module's forward are code of installed packages that runs on the file's data, while
+loading too (torch's own `_rebuild_from_type_v2`, which is always allowed, calls what it is given, and that can be a
+module). Nothing here judges that code, only whose it is.
 
 An exported program (.pt2) is JSON and raw tensors, but `torch.export.load` and the program that it returns turn text of
 that JSON into code in more places than its pickles (torch 2.13), so `archive_strangers` reads it first:
@@ -126,17 +127,15 @@ def resolve(names: Iterable[str]) -> list[Any]:
         NotAllowed: with all names that no rule allows. Unless every name's package is installed, nothing is imported.
     """
     installed = {name: name in PLAIN or is_installed(name.rpartition(".")[0]) for name in sorted(set(names))}
-    may_import = all(installed.values())
-    found: list[Any] = []
-    strangers = []
-    for name, known in installed.items():
-        if known and (may_import or name.rpartition(".")[0] in sys.modules):
-            found.append((_permitted(name), name))
-        if not known or (found and found[-1] == (None, name)):
-            strangers.append(name)
-    if strangers:
+    judged = [
+        name
+        for name, known in installed.items()
+        if known and (all(installed.values()) or name.rpartition(".")[0] in sys.modules)
+    ]
+    found = {name: _permitted(name) for name in judged}
+    if strangers := [name for name, known in installed.items() if not known or found.get(name, name) is None]:
         raise NotAllowed(*strangers)
-    return found
+    return [(thing, name) for name, thing in found.items()]
 
 
 def is_installed(module: str) -> bool:
@@ -227,8 +226,8 @@ def _is_tensor_function(thing: Any, module: str) -> bool:
 
 # ---- exported programs
 
-_WORD = re.compile(r"[\w.:/+-]*", re.ASCII)
-_TREE_TEXT = re.compile(r"[\w. -]*", re.ASCII)
+_WORD = re.compile(r"[\w.:/+-]*")
+_TREE_TEXT = re.compile(r"[\w. -]*")
 _SYMBOL = re.compile(r"[a-z]+\d+", re.ASCII)
 
 
@@ -299,10 +298,14 @@ def _strangers(value: Any, key: str = "", *, in_node: bool = False) -> Iterator[
             named = key in _NAMED
             yield from (name for name in value if not _is_word(name))
             for field, item in value.items():
-                if field == "metadata" and not named and all(isinstance(text, str) for text in item.values()):
-                    continue
+                free_text = field == "metadata" and not named and _is_flat(item)
                 inside = in_node or (field == "nodes" and not named)
-                yield from _strangers(item, "" if named else field, in_node=inside)
+                if not free_text:
+                    yield from _strangers(item, "" if named else field, in_node=inside)
+
+
+def _is_flat(item: Any) -> bool:
+    return isinstance(item, dict) and all(isinstance(text, str) for text in item.values())
 
 
 def _is_word(text: str) -> bool:
@@ -310,7 +313,7 @@ def _is_word(text: str) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    return not text or _IDENTIFIER.fullmatch(text) is not None
+    return not text or text.isidentifier()
 
 
 def _is_operator(target: str) -> bool:

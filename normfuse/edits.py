@@ -140,10 +140,17 @@ def _reroute(draft: GraphModule, nodes: dict[str, Node], edit: Reroute, origin: 
     node = _find(nodes, edit.node)
     readers = list(node.users) if edit.readers is None else [_find(nodes, name) for name in edit.readers]
     new = _Emitter(draft.graph, nodes, node, origin).emit(edit.by)
+    if _form(new) != _form(node):
+        raise InvalidPlan(f"'{edit.by}' has another shape or dtype than '{edit.node}', which it would replace")
     for reader in readers:
         reader.replace_input_with(node, new)
     if edit.name is not None:
         nodes[edit.name] = new
+
+
+def _form(node: Node) -> tuple[str, torch.dtype]:
+    value = node.meta["val"]
+    return str(tuple(value.shape)), value.dtype
 
 
 def _find(nodes: Mapping[str, Node], name: str) -> Node:

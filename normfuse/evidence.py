@@ -309,10 +309,12 @@ def failed(evidence: Evidence, report: Any) -> VerificationFailed:
 
 
 def _nudge(size: float = NUDGE) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generators: dict[torch.device, torch.Generator] = {}
 
     def nudge(value: Tensor) -> Tensor:
-        return value * (1.0 + size * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+        generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(0))
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device=value.device)
+        return value * (1.0 + size * noise)
 
     return nudge
 

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -297,7 +296,7 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
         leaves = pytree.tree_leaves((args, kwargs))
     except LoadError as error:
         raise InputError(str(error), hint=error.hint) from error
-    except (OSError, ValueError, TypeError, SafetensorError, zipfile.BadZipFile) as error:
+    except Exception as error:  # each of the readers has its own ways to fail
         raise InputError(f"cannot read inputs from {path}: {error}", hint="save them with torch.save") from error
     strangers = [leaf for leaf in leaves if not isinstance(leaf, Tensor | bool | int | float | str | None)]
     if strangers or not any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -311,9 +310,12 @@ def _content(path: Path) -> Any:
         head = file.read(16)
     if head.startswith(b"\x93NUMPY"):
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    if head.startswith(b"PK") and zipfile.ZipFile(path).namelist()[0].endswith(".npy"):
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays}
+    if head.startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            numpy = all(name.endswith(".npy") for name in archive.namelist())
+        if numpy:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays}
     if head[8:9] == b"{":
         return load_file(path)
     return load_data(path)

@@ -73,7 +73,8 @@ def run_graph(graph: Graph, fetch: Callable[[Node], Any], *, wide: bool = False)
         for operand in node.all_input_nodes:
             last_reader[operand] = node
     values: dict[Node, Any] = {}
-    with torch.no_grad(), _default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+    with torch.no_grad(), torch.random.fork_rng(), _default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+        torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
         for node in graph.nodes:
             for operand in node.all_input_nodes:
                 if operand.op == "placeholder" and operand not in values:

@@ -43,11 +43,7 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (rb"(?s).{8}\{\s*\"", "is a safetensors file: weights without a model", BUILD),
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file that it points to", "run: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "is a web page", "the download answered with a page; fetch the file again"),
-    (
-        rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]",
-        "looks like an ONNX model",
-        "pass the PyTorch model it came from",
-    ),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "looks like an ONNX model", "pass the PyTorch model instead"),
     (rb"(?s)[^\x00-\x08\x0e-\x1a]+$", "is a text file, not a model", RESAVE),
 )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,8 +110,9 @@ class Report:
             yield Text(f"rewrote nothing: {', '.join(self.idle_passes)}", style="yellow")
             yield ""
         yield norms_table(self.norms_before, self.norms_after)
-        yield ""
-        yield from evidence_lines(self.evidence)
+        if rewrites:  # what was not changed needs no proof
+            yield ""
+            yield from evidence_lines(self.evidence)
 
 
 def norms_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
@@ -238,3 +240,27 @@ def junit(evidence: Evidence, name: str) -> str:
             xml.SubElement(case, "failure", message=f"outputs differ by {each.error:.1e}, allowed {each.allowed:.1e}")
     xml.indent(suite)
     return xml.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def wrapped(manual: str, width: int) -> Iterator[str]:
+    """The lines of a manual, its paragraphs filled anew for a terminal; everything else in them stays as written."""
+    paragraphs = [""]
+    last = ""
+    for line in manual.splitlines():
+        first_word = (line.split() or [""])[0]
+        continues = len(last) + 1 + len(first_word) >= _FILLED and line.startswith(_hang(paragraphs[-1]) + first_word)
+        if continues and first_word:  # it did not fit into the last line
+            paragraphs[-1] += f" {line.strip()}"
+        else:
+            paragraphs.append(line)
+        last = line
+    for each in paragraphs[1:]:
+        yield from textwrap.wrap(each, width, subsequent_indent=_hang(each), break_on_hyphens=False) or [""]
+
+
+_FILLED = 110  # manuals are written in lines of 110 to 120 characters
+
+
+def _hang(paragraph: str) -> str:
+    """The indentation of a paragraph's lines after the first."""
+    return " " * re.match(r" *(NF\d{3}  )?", paragraph).end()  # type: ignore[union-attr]

@@ -1,0 +1,753 @@
+"""Every row of the table against numbers: what it says is carried is carried, what it says is hidden is hidden.
+
+A case draws one call of an operator. The rows are asked about the call, and what they answer is tried in float64: any
+linear map along an axis of the result must equal the same map applied to the operands that the row names. A new row
+needs a case here; rows that are wrong on purpose show that the cases find them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, reject, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from normfuse import rules
+from normfuse.interpret import call
+from normfuse.rules import METADATA, carries, hides, known_ops, rank
+from normfuse.views import aten
+
+EXAMPLES = 30
+quick = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+unshrunk = settings(quick, max_examples=100, phases=[Phase.generate])
+
+
+# -- drawing calls -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operator call by the names of its schema; operands are tensors (placeholders) or calls themselves."""
+
+    op: Any
+    named: dict[str, Any]
+
+
+class Draw:
+    """Random arguments. Half of all shapes are square, so that no row gets away with guessing an axis from its size."""
+
+    def __init__(self, data: st.DataObject) -> None:
+        self._data = data
+        self._generator = torch.Generator().manual_seed(self.of(range(100)))
+
+    def of(self, options: Any) -> Any:
+        return self._data.draw(st.sampled_from(list(options)))
+
+    def flag(self) -> bool:
+        return bool(self.of((False, True)))
+
+    def shuffled(self, options: Any) -> list[Any]:
+        return self._data.draw(st.permutations(list(options)))
+
+    def some(self, options: Any) -> list[Any]:
+        return [each for each in options if self.flag()]
+
+    def shape(self, low: int = 1, high: int = 4) -> tuple[int, ...]:
+        axes = self.of(range(low, high + 1))
+        square = self.of((2, 3)) if self.flag() else None
+        return tuple(square or self.of((1, 2, 3, 4)) for _ in range(axes))
+
+    def dim(self, axes: int) -> int:
+        dim = self.of(range(axes))
+        return dim - axes if self.flag() else dim
+
+    def dims(self, axes: Any) -> list[int]:
+        return [dim - len(axes) if self.flag() else dim for dim in self.some(range(len(axes)))]
+
+    def normal(self, *sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=self._generator, dtype=torch.float64)
+
+    def mask(self, *sizes: int) -> Tensor:
+        return self.normal(*sizes) > 0
+
+    def below(self, limit: int, *sizes: int) -> Tensor:
+        return torch.randint(limit, sizes, generator=self._generator)
+
+    def partner(self, shape: tuple[int, ...], make: Callable[..., Tensor] | None = None) -> Any:
+        """An operand that broadcasts to a shape: of lower rank, with axes of size 1, expanded, or neither."""
+        make = make or self.normal
+        own = shape[self.of(range(len(shape) + 1)) :] if self.flag() else shape
+        kind = self.of(("full", "thin", "expanded", "expanded", "copied"))
+        if kind == "full":
+            return make(*own)
+        thin = make(*(1 if self.flag() else size for size in own))
+        if kind == "thin":
+            return thin
+        full = own if self.flag() else shape
+        expanded = Call(aten.expand.default, {"self": thin, "size": list(full)})
+        return expanded if kind == "expanded" else Call(aten.clone.default, {"self": expanded})
+
+
+Case = Callable[[Draw, Any], Any]
+CASES: dict[Any, Case] = {}
+HIDING: dict[Any, Case] = {}
+
+
+def case(*ops: Any, table: dict[Any, Case] = CASES) -> Callable[[Case], Case]:
+    def add(builder: Case) -> Case:
+        table.update(dict.fromkeys(ops, builder))
+        return builder
+
+    return add
+
+
+class Built:
+    """The graph of one call, with real tensors where the tracer would put fake ones."""
+
+    def __init__(self, outer: Call, draw: Draw | None = None) -> None:
+        self._graph, self._draw = Graph(), draw
+        self.values: dict[Node, Any] = {}
+        self._made: dict[int, Node] = {}
+        self.node = self._make(outer, outermost=True)
+
+    def of(self, operand: Any) -> Node:
+        """The node of a tensor or call."""
+        return self._made[id(operand)]
+
+    def _make(self, each: Any, outermost: bool = False) -> Any:
+        if isinstance(each, (list, tuple)):
+            return type(each)(self._make(inner) for inner in each)
+        if not isinstance(each, (Tensor, Call)):
+            return each
+        if id(each) not in self._made:
+            if isinstance(each, Tensor):
+                node, value = self._graph.placeholder(f"x{len(self._made)}"), each
+            else:
+                node = self._graph.call_function(each.op, *self._written(each, outermost))
+                # the graph knows the dtypes that the model has; numbers are compared in float64
+                node.meta["val"] = call(node, self.values, wide=False)
+                value = call(node, self.values, wide=True)
+            node.meta.setdefault("val", value)
+            self._made[id(each)], self.values[node] = node, value
+        return self._made[id(each)]
+
+    def _written(self, each: Call, outermost: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments, defaults left out or spelled out."""
+        named = {name: self._make(value) for name, value in each.named.items()}
+        if each.op is operator.getitem:
+            return tuple(named.values()), {}
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        free = self._draw is not None and outermost
+        keywords = free and self._draw.flag()  # type: ignore[union-attr]
+        for argument in each.op._schema.arguments:
+            if argument.name not in named:
+                if not (free and argument.has_default_value() and self._draw.flag()):  # type: ignore[union-attr]
+                    keywords = True
+                    continue
+                named[argument.name] = argument.default_value
+            keywords = keywords or (free and self._draw.of(range(4)) == 0)  # type: ignore[union-attr]
+            if keywords or argument.kwarg_only:
+                kwargs[argument.name] = named.pop(argument.name)
+            else:
+                args.append(named.pop(argument.name))
+        assert not named, f"{each.op} has no arguments {list(named)}"
+        return tuple(args), kwargs
+
+
+def drawn(op: Any, data: st.DataObject, table: dict[Any, Case]) -> Built:
+    draw = Draw(data)
+    built = Built(Call(op, table[op](draw, op)), draw)
+    value = built.values[built.node]
+    if table is HIDING and isinstance(value, tuple):
+        for index in draw.some(range(len(value))):
+            built.node.graph.call_function(operator.getitem, (built.node, index))
+    return built
+
+
+# -- the two properties ------------------------------------------------------------------------------------------------
+
+
+def applied(matrix: Tensor, value: Any, axis: int) -> Any:
+    """A matrix along an axis, of every tensor where there are several."""
+    if isinstance(value, (list, tuple)):
+        return [applied(matrix, each, axis) for each in value]
+    assert 0 <= axis < value.dim(), f"axis {axis} of a value of rank {value.dim()}"
+    assert value.shape[axis] == len(matrix), f"a map of size {len(matrix)} along an axis of size {value.shape[axis]}"
+    return torch.tensordot(matrix, value.double(), dims=([1], [axis])).movedim(0, axis)
+
+
+def maps(size: int) -> Iterator[Tensor]:
+    """Centring, a diagonal, and a linear map of no structure."""
+    generator = torch.Generator().manual_seed(size)
+    yield torch.eye(size, dtype=torch.float64) - 1 / size
+    yield torch.diag(torch.randn(size, generator=generator, dtype=torch.float64))
+    yield torch.randn(size, size, generator=generator, dtype=torch.float64)
+
+
+def flat(value: Any) -> list[Tensor]:
+    return [value] if isinstance(value, Tensor) else [each for each in value if each is not None]
+
+
+def agree(a: Any, b: Any) -> bool:
+    pairs = list(zip(flat(a), flat(b), strict=True))
+    return all(
+        one.shape == other.shape
+        and torch.allclose(
+            one.double(),
+            other.double(),
+            rtol=1e-10,
+            atol=1e-10 * max(1.0, float(other.double().nan_to_num().abs().max()) if other.numel() else 1.0),
+            equal_nan=True,
+        )
+        for one, other in pairs
+    )
+
+
+def check_carries(built: Built) -> int:
+    """Try everything that the rows say of one call; how many axes they had something to say about."""
+    node, said = built.node, 0
+    result = call(node, built.values, wide=True)
+    assert carries(node, rank(node)) is None
+    for axis in range(rank(node)):
+        carried = carries(node, axis)
+        if carried is None:
+            continue
+        size = flat(result)[0].shape[axis]
+        said += size > 1
+        if not carried:
+            means = [each.double().mean(axis) for each in flat(result)]
+            assert agree(means, [torch.zeros_like(mean) for mean in means]), f"mean along {axis} is not zero"
+        for matrix in maps(size) if carried else ():
+            changed = {operand: applied(matrix, built.values[operand], own) for operand, own in dict(carried).items()}
+            mapped = call(node, {**built.values, **changed}, wide=True)
+            assert agree(mapped, applied(matrix, result, axis)), f"axis {axis} is not carried to {carried}"
+    return said
+
+
+def check_hides(built: Built) -> int:
+    """Shift each operand along each axis that is said to be hidden; how many there were."""
+    node, said = built.node, 0
+    result = call(node, built.values, wide=True)
+    for operand in dict.fromkeys(node.all_input_nodes):
+        value = built.values[operand]
+        for axis in hides(node, operand):
+            shift = torch.randn([1 if own == axis else size for own, size in enumerate(value.shape)], dtype=torch.float64)
+            shifted = call(node, {**built.values, operand: value + 3 * shift}, wide=True)
+            said += value.dim() > 0 and value.shape[axis] > 1
+            assert agree(read(node, shifted), read(node, result)), f"{operand} along {axis} is seen"
+    return said
+
+
+def read(node: Node, result: Any) -> list[Tensor]:
+    """The tensors of a result that somebody reads."""
+    if not isinstance(result, (tuple, list)):
+        return [result] if isinstance(result, Tensor) else []
+    return [result[user.args[1]] for user in node.users]  # type: ignore[index]
+
+
+def check(op: Any, table: dict[Any, Case], how: Callable[[Built], int], effort: settings) -> int:
+    """Try many calls of an operator; how often the table had something to say."""
+    said = 0
+
+    @effort
+    @given(st.data())
+    def examples(data: st.DataObject) -> None:
+        nonlocal said
+        said += how(drawn(op, data, table))
+
+    examples()
+    return said
+
+
+def by_name(ops: Any) -> list[Any]:
+    return sorted(ops, key=str)
+
+
+# -- cases: elementwise ------------------------------------------------------------------------------------------------
+
+
+@case(aten.clone.default, aten.alias.default, aten.detach.default, aten.neg.default)
+def _unary(d: Draw, op: Any) -> Any:
+    return {"self": d.partner(d.shape(0, 4))}
+
+
+@case(aten._to_copy.default)
+def _to_copy(d: Draw, op: Any) -> Any:
+    x = d.normal(*d.shape(0, 4))
+    if d.of(range(4)) == 0:
+        x = (4 * x).long()
+    return {"self": x, "dtype": d.of((None, torch.float64, torch.float32, torch.float16, torch.int64, torch.bool))}
+
+
+@case(aten.type_as.default)
+def _type_as(d: Draw, op: Any) -> Any:
+    return {"self": d.normal(*d.shape()), "other": d.normal(2).to(d.of((torch.float64, torch.float32, torch.int64)))}
+
+
+@case(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+def _add(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    x = d.normal(*shape)
+    kind = d.of(("partner", "partner", "number", "mean", "mean", "itself"))
+    other = x
+    if kind == "partner":
+        other = d.partner(shape)
+    if kind == "number":
+        other = d.of((0, 0.0, 1.5))
+    if kind == "mean":
+        keepdim = len(set(shape)) > 1 or d.flag()  # in a square, a mean without its axis still broadcasts
+        dims = [d.dim(len(shape))] if d.flag() else d.shuffled(range(len(shape)))[:2]
+        other = Call(aten.mean.dim, {"self": x if d.flag() else d.normal(*shape), "dim": dims, "keepdim": keepdim})
+    alpha = {"alpha": d.of((1, 2, -0.5))} if d.flag() else {}
+    swap = kind != "number" and d.of(range(4)) == 0
+    return {"self": other, "other": x, **alpha} if swap else {"self": x, "other": other, **alpha}
+
+
+@case(aten.mul.Tensor, aten.div.Tensor)
+def _mul(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    x = d.normal(*shape)
+    kind = d.of(("partner", "partner", "partner", "number", "itself", "mask"))
+    other = {"number": 1.5, "itself": x, "mask": x > 0}.get(kind)
+    if other is None or (kind == "mask" and op is aten.div.Tensor):
+        other = d.partner(shape)
+    return {"self": other, "other": x} if kind == "partner" and d.flag() else {"self": x, "other": other}
+
+
+@case(aten.mul.Scalar, aten.div.Scalar)
+def _mul_scalar(d: Draw, op: Any) -> Any:
+    return {"self": d.partner(d.shape()), "other": d.of((2, 0.5))}
+
+
+@case(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+def _where(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    condition = d.partner(shape, d.mask)
+    left, right = d.normal(*shape), d.partner(shape)
+    if op is aten.where.self and d.flag():
+        left, right = right, left
+    number = d.of((0, 0.0, 1.5))
+    if op is aten.where.ScalarOther:
+        left, right = (left if d.flag() else right), number
+    if op is aten.where.ScalarSelf:
+        left, right = number, (left if d.flag() else right)
+    return {"condition": condition, "self": left, "other": right}
+
+
+@case(aten.masked_fill.Scalar)
+def _masked_fill(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    x, mask = (d.normal(*shape), d.partner(shape, d.mask)) if d.flag() else (d.partner(shape), d.mask(*shape))
+    return {"self": x, "mask": mask, "value": d.of((0, 0.0, 1.5))}
+
+
+@case(aten.zeros.default, aten.full.default)
+def _zeros(d: Draw, op: Any) -> Any:
+    value = {"fill_value": d.of((0, 0.0, 1, 1.5))} if op is aten.full.default else {}
+    return {"size": list(d.shape(0, 3)), **value}
+
+
+@case(aten.zeros_like.default, aten.new_zeros.default)
+def _zeros_like(d: Draw, op: Any) -> Any:
+    size = {"size": list(d.shape(0, 3))} if op is aten.new_zeros.default else {}
+    return {"self": d.normal(*d.shape(0, 3)), **size}
+
+
+# -- cases: moving axes ------------------------------------------------------------------------------------------------
+
+
+def grouped(d: Draw, factors: list[int]) -> list[int]:
+    """Sizes that are products of neighbouring factors, with some axes of size 1 between them."""
+    sizes, current = [], 1
+    for factor in factors:
+        current *= factor
+        if d.flag():
+            sizes.append(current)
+            current = 1
+        if d.of(range(8)) == 0:
+            sizes.append(1)
+    return sizes if current == 1 else [*sizes, current]
+
+
+@case(aten.view.default, aten._unsafe_view.default, aten._reshape_copy.default)
+def _reshape(d: Draw, op: Any) -> Any:
+    factors = [2] * d.of(range(1, 5)) if d.flag() else [d.of((1, 2, 3)) for _ in range(d.of(range(5)))]
+    own, size = grouped(d, factors), grouped(d, factors)
+    if size and d.flag() and op is not aten._reshape_copy.default:
+        size[d.of(range(len(size)))] = -1
+    return {"self": d.normal(*own), "size": size}
+
+
+@case(aten.permute.default)
+def _permute(d: Draw, op: Any) -> Any:
+    shape = d.shape(0)
+    return {"self": d.normal(*shape), "dims": [dim - len(shape) * d.flag() for dim in d.shuffled(range(len(shape)))]}
+
+
+@case(aten.transpose.int)
+def _transpose(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    return {"self": d.normal(*shape), "dim0": d.dim(len(shape)), "dim1": d.dim(len(shape))}
+
+
+@case(aten.t.default)
+def _t(d: Draw, op: Any) -> Any:
+    return {"self": d.normal(*d.shape(0, 2))}
+
+
+@case(aten.unsqueeze.default)
+def _unsqueeze(d: Draw, op: Any) -> Any:
+    shape = d.shape(0, 3)
+    return {"self": d.normal(*shape), "dim": d.dim(len(shape) + 1)}
+
+
+@case(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default)
+def _squeeze(d: Draw, op: Any) -> Any:
+    shape = tuple(1 if d.of(range(3)) == 0 else size for size in d.shape())
+    dim: dict[str, Any] = {} if op is aten.squeeze.default else {"dim": d.dim(len(shape))}
+    return {"self": d.normal(*shape), **({"dim": d.dims(shape)} if op is aten.squeeze.dims else dim)}
+
+
+@case(aten.expand.default)
+def _expand(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    own = tuple(1 if d.of(range(3)) == 0 else size for size in shape[d.of((0, 0, 1)) :])
+    kept = [-1 if d.flag() and size == mine else size for mine, size in zip(own[::-1], shape[::-1], strict=False)]
+    return {"self": d.normal(*own), "size": [*shape[: len(shape) - len(own)], *kept[::-1]]}
+
+
+@case(aten.repeat.default)
+def _repeat(d: Draw, op: Any) -> Any:
+    shape = d.shape(0, 3)
+    return {"self": d.normal(*shape), "repeats": [d.of((1, 1, 2)) for _ in range(len(shape) + d.of((0, 0, 1)))]}
+
+
+# -- cases: picking and joining ----------------------------------------------------------------------------------------
+
+
+@case(aten.cat.default)
+def _cat(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    tensors = [d.normal(*shape[:dim], d.of((1, 2, shape[dim])), *shape[dim + 1 :]) for _ in range(d.of((1, 2, 3)))]
+    legacy = [d.normal(0)] if d.of(range(4)) == 0 else []
+    return {"tensors": [*legacy, *tensors], "dim": dim - len(shape) if d.flag() and len(shape) > 1 else dim}
+
+
+@case(aten.stack.default)
+def _stack(d: Draw, op: Any) -> Any:
+    shape = d.shape(0, 3)
+    return {"tensors": [d.normal(*shape) for _ in range(d.of((1, 2, 3)))], "dim": d.dim(len(shape) + 1)}
+
+
+@case(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.select.int)
+def _split(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.dim(len(shape))
+    more: dict[str, Any] = {}
+    if op is aten.split.Tensor:
+        more = {"split_size": d.of((1, 2))}
+    if op is aten.split_with_sizes.default:
+        first = d.of(range(1, shape[dim] + 1))
+        more = {"split_sizes": [first, shape[dim] - first]}
+    if op is aten.select.int:
+        more = {"index": d.of((0, -1))}
+    return {"self": d.normal(*shape), "dim": dim, **more}
+
+
+@case(operator.getitem)
+def _getitem(d: Draw, op: Any) -> Any:
+    source = d.of((aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.native_layer_norm.default))
+    if source is aten.native_layer_norm.default:
+        return {"source": Call(source, _norm(d, source)), "index": d.of((0, 1, 2))}
+    return {"source": Call(source, _split(d, source)), "index": 0}
+
+
+@case(aten.slice.Tensor)
+def _slice(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    end = d.of((None, 1, 2, -1, 2**63 - 1))
+    return {"self": d.normal(*shape), "dim": d.dim(len(shape)), "start": d.of((None, 0, 1, -3)), "end": end, "step": d.of((1, 2))}
+
+
+@case(aten.index_select.default)
+def _index_select(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.dim(len(shape))
+    index = torch.arange(shape[dim]) if d.flag() else d.below(shape[dim], d.of((1, 2, 3)))
+    return {"self": d.normal(*shape), "dim": dim, "index": index}
+
+
+@case(aten.gather.default)
+def _gather(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    full = tuple(size if own == dim or d.of(range(4)) else d.of(range(1, size + 1)) for own, size in enumerate(shape))
+    index: Any = d.below(shape[dim], *(1 if d.flag() else size for size in full))
+    if d.flag():
+        index = Call(aten.expand.default, {"self": index, "size": list(full)})
+    return {"self": d.normal(*shape), "dim": dim - len(shape) * d.flag(), "index": index}
+
+
+@case(aten.index.Tensor)
+def _index(d: Draw, op: Any) -> Any:
+    shape = d.shape(2, 4)
+    joint = tuple(d.of((1, 2, 3)) for _ in range(d.of(range(3))))
+    indices: list[Any] = []
+    kind = d.of(("integers", "integers", "integers", "mask", "bytes", "square mask"))
+    if kind == "integers":
+        for own in range(d.of(range(1, len(shape) + 1))):
+            if d.flag():
+                sizes = joint[d.of(range(len(joint) + 1)) :]
+                indices.append(d.below(shape[own], *sizes).to(d.of((torch.int64, torch.int32))))
+            else:
+                indices.append(None)
+        if not any(isinstance(each, Tensor) for each in indices):
+            indices[-1] = d.below(shape[len(indices) - 1], *joint)
+    else:
+        first = d.of(range(len(shape) - 1))
+        sizes = shape[first : first + (2 if kind == "square mask" else 1 + d.of((0, 1)))]
+        mask = d.mask(*sizes)
+        indices = [*[None] * first, mask.to(torch.uint8) if kind == "bytes" else mask]
+    return {"self": d.normal(*shape), "indices": indices}
+
+
+@case(aten.pad.default, aten.constant_pad_nd.default)
+def _pad(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    constant = {"value": d.of((0, 0.0, 1.5))} if d.flag() else {}
+    if op is aten.pad.default and len(shape) > 2 and d.of(range(4)) == 0:
+        return {"self": d.normal(*shape), "pad": [d.of((0, 1)) for _ in range(2)], "mode": d.of(("replicate", "circular"))}
+    pads = [d.of((0, 0, 1, 2)) for _ in range(2 * d.of(range(1, len(shape) + 1)))]
+    for place in range(0, len(pads), 2):
+        if shape[-1 - place // 2] > 2 and d.of(range(4)) == 0:
+            pads[place] = -1
+    return {"self": d.normal(*shape), "pad": pads, **constant}
+
+
+@case(aten.roll.default)
+def _roll(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dims = d.dims(shape)
+    return {"self": d.normal(*shape), "shifts": [d.of((1, -1, 2)) for _ in dims or (0,)], "dims": dims}
+
+
+@case(aten.flip.default)
+def _flip(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    return {"self": d.normal(*shape), "dims": d.dims(shape)}
+
+
+# -- cases: sums over axes ---------------------------------------------------------------------------------------------
+
+
+@case(aten.mean.dim, aten.sum.dim_IntList)
+def _reduce(d: Draw, op: Any) -> Any:
+    shape = d.shape(0)
+    dims = None if d.of(range(8)) == 0 else d.dims(shape)
+    more = {"dtype": d.of((None, torch.float64, torch.float32))} if d.flag() else {}
+    return {"self": d.normal(*shape), "dim": dims, "keepdim": d.flag(), **more}
+
+
+@case(aten.cumsum.default)
+def _cumsum(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    return {"self": d.normal(*shape), "dim": d.dim(len(shape))}
+
+
+def _picture(d: Draw, dims: int) -> Tensor:
+    """Batched or not, with as many channels as pixels now and then."""
+    square = d.flag()
+    lead = [4 if square else d.of((1, 2, 3)) for _ in range(d.of((1, 2)))]
+    return d.normal(*lead, *(4 if square else d.of((2, 3, 4)) for _ in range(dims)))
+
+
+@case(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
+def _avg_pool(d: Draw, op: Any) -> Any:
+    dims = int(str(op)[len("aten.avg_pool")])
+    return {
+        "self": _picture(d, dims),
+        "kernel_size": [d.of((1, 2)) for _ in range(dims)],
+        "stride": [d.of((1, 2))] * dims if d.flag() else [],
+        "padding": [0] * dims,
+        "ceil_mode": d.flag(),
+    }
+
+
+@case(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+      aten.adaptive_avg_pool3d.default)  # fmt: skip
+def _adaptive(d: Draw, op: Any) -> Any:
+    dims = int(str(op).split("pool")[1][0])
+    return {"self": _picture(d, dims), "output_size": [d.of((1, 2, 3, 4)) for _ in range(dims)]}
+
+
+@case(aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
+      aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec)  # fmt: skip
+def _upsample(d: Draw, op: Any) -> Any:
+    align = {} if op is aten.upsample_nearest2d.vec else {"align_corners": d.flag()}
+    size = {"output_size": [d.of((2, 4, 5)), d.of((2, 4, 5))], "scale_factors": None}
+    scale = {"output_size": None, "scale_factors": [d.of((2.0, 1.5)), d.of((2.0, 1.5))]}
+    return {"input": d.normal(d.of((1, 2, 4)), d.of((1, 2, 4)), 4, 4), **align, **(size if d.flag() else scale)}
+
+
+# -- cases: products with weights --------------------------------------------------------------------------------------
+
+
+@case(aten.linear.default)
+def _linear(d: Draw, op: Any) -> Any:
+    inner, outer = (4, 4) if d.flag() else (d.of((1, 2, 3)), d.of((1, 2, 4)))
+    x = d.normal(*(4 if d.flag() else 2 for _ in range(d.of(range(4)))), inner)
+    weight = d.normal(inner) if d.of(range(8)) == 0 else d.normal(outer, inner)
+    if weight.dim() == 1:
+        return {"input": x, "weight": weight}
+    bias = d.of(("none", "plain", "plain", "one", "scalar", "table", "thin table"))
+    rows = x.shape[0] if x.dim() == 2 else 1
+    shapes = {"plain": (outer,), "one": (1,), "scalar": (), "table": (rows, outer), "thin table": (rows, 1)}
+    if bias in ("table", "thin table") and x.dim() != 2:
+        bias = "plain"
+    named = {"input": x, "weight": weight}
+    return named if bias == "none" else {**named, "bias": d.normal(*shapes[bias])}
+
+
+@case(aten.addmm.default)
+def _addmm(d: Draw, op: Any) -> Any:
+    n, m, p = (3, 3, 3) if d.flag() else (d.of((1, 2)), d.of((1, 4)), d.of((1, 3)))
+    scale = {"alpha": 2.0, "beta": -0.5} if d.flag() else {}
+    return {"self": d.partner((n, p)), "mat1": d.normal(n, m), "mat2": d.normal(m, p), **scale}
+
+
+@case(aten.mm.default, aten.bmm.default, aten.matmul.default)
+def _matmul(d: Draw, op: Any) -> Any:
+    n, m, p = (3, 3, 3) if d.flag() else (d.of((1, 2)), d.of((1, 4)), d.of((1, 3)))
+    if op is aten.mm.default:
+        return {"self": d.normal(n, m), "mat2": d.normal(m, p)}
+    batch = d.of((1, 3))
+    if op is aten.bmm.default:
+        return {"self": d.normal(batch, n, m), "mat2": d.normal(batch, m, p)}
+    left, right = (d.of(((), (1,), (3,), (3, 3), (1, 3))) for _ in range(2))
+    a = d.normal(m) if d.of(range(6)) == 0 else d.normal(*left, n, m)
+    b = d.normal(m) if d.of(range(6)) == 0 else d.normal(*right, m, p)
+    return {"self": a, "other": b}
+
+
+def _conv_named(d: Draw, dims: int, transposed: bool, batched: bool | None = None) -> dict[str, Any]:
+    groups = d.of((1, 1, 2))
+    inner, outer = (4, 4) if d.flag() else (groups * d.of((1, 2)), groups * d.of((1, 2)))
+    batch = [] if (d.of(range(4)) == 0 if batched is None else not batched) else [d.of((1, 2, 4))]
+    x = d.normal(*batch, inner, *(4 for _ in range(dims)))
+    kernel = [d.of((1, 2)) for _ in range(dims)]
+    weight = d.normal(inner, outer // groups, *kernel) if transposed else d.normal(outer, inner // groups, *kernel)
+    named: dict[str, Any] = {"weight": weight, "groups": groups}
+    if d.flag():
+        named["bias"] = d.normal(outer)
+    return {("self" if transposed is None else "input"): x, **named}
+
+
+@case(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+      aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)  # fmt: skip
+def _conv(d: Draw, op: Any) -> Any:
+    named = _conv_named(d, int(str(op)[len("aten.conv")]), transposed=False)
+    if op._overloadname == "padding":
+        return {**named, "padding": d.of(("same", "valid"))}
+    return {**named, "padding": [d.of((0, 1))]} if d.flag() else named
+
+
+@case(aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+def _conv_transpose(d: Draw, op: Any) -> Any:
+    return _conv_named(d, int(str(op)[len("aten.conv_transpose")]), transposed=True)
+
+
+@case(aten.convolution.default)
+def _convolution(d: Draw, op: Any) -> Any:
+    dims, transposed = d.of((1, 2)), d.flag()
+    named = _conv_named(d, dims, transposed, batched=True)
+    same = {"stride": [1] * dims, "padding": [0] * dims, "dilation": [1] * dims, "output_padding": [0] * dims}
+    return {"bias": None, **named, **same, "transposed": transposed}
+
+
+@case(aten.embedding.default)
+def _embedding(d: Draw, op: Any) -> Any:
+    rows, width = (3, 3) if d.flag() else (d.of((1, 4)), d.of((1, 2)))
+    return {"weight": d.normal(rows, width), "indices": d.below(rows, *d.shape(0, 2))}
+
+
+@case(aten.layer_norm.default, aten.native_layer_norm.default, table=HIDING)
+@case(aten.layer_norm.default)
+def _norm(d: Draw, op: Any) -> Any:
+    shape = (*d.shape(0, 2), d.of((2, 3, 4)))
+    sizes = shape[-d.of(range(1, len(shape) + 1)) :] if d.of(range(3)) == 0 else shape[-1:]
+    x = d.normal(*shape)
+    affine = d.of(("none", "none", "gain", "shift", "both", "itself"))
+    weight = d.normal(*sizes) if affine in ("gain", "both") else None
+    bias = d.normal(*sizes) if affine in ("shift", "both") else None
+    if affine == "itself" and sizes == shape:
+        weight, bias = (x, None) if d.flag() else (None, x)
+    return {"input": x, "normalized_shape": list(sizes), "weight": weight, "bias": bias, "eps": d.of((1e-5, 0.1))}
+
+
+# -- cases: readers that cannot see a shift ----------------------------------------------------------------------------
+
+
+@case(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default, table=HIDING)
+def _softmax(d: Draw, op: Any) -> Any:
+    shape = d.shape(0)
+    more = {"half_to_float": False} if str(op).startswith("aten._") else {}
+    return {"self": d.normal(*shape), "dim": d.dim(max(len(shape), 1)), **more}
+
+
+@case(aten.var.correction, aten.std.correction, aten.var.dim, aten.std.dim, table=HIDING)
+def _spread(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dims = d.of(([d.dim(len(shape))], [d.dim(len(shape))], d.dims(shape), None))
+    correction = {"correction": d.of((0, 1, None))} if op._overloadname == "correction" else {"unbiased": d.flag()}
+    return {"self": d.normal(*shape), "dim": dims, "keepdim": d.flag(), **correction}
+
+
+@case(aten.sym_size.int, table=HIDING)
+def _sym_size(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    return {"self": d.normal(*shape), "dim": d.dim(len(shape))}
+
+
+@case(aten._assert_tensor_metadata.default, table=HIDING)
+def _assert_metadata(d: Draw, op: Any) -> Any:
+    return {"a": d.normal(*d.shape(0)), "dtype": torch.float64}
+
+
+case(aten.zeros_like.default, aten.new_zeros.default, table=HIDING)(_zeros_like)
+
+
+# -- the rows as they are ----------------------------------------------------------------------------------------------
+
+ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default, aten.full.default}
+
+
+def test_every_row_has_a_case_and_every_case_a_row() -> None:
+    assert set(CASES) == known_ops()
+    assert set(HIDING) == METADATA | set(rules._HIDES)
+
+
+@pytest.mark.parametrize("op", by_name(CASES), ids=str)
+def test_what_is_carried_is_carried(op: Any) -> None:
+    assert check(op, CASES, check_carries, quick), "no example ever passed anything: the row, or its case, is of no use"
+
+
+@pytest.mark.parametrize("op", by_name(HIDING), ids=str)
+def test_what_is_hidden_is_hidden(op: Any) -> None:
+    assert check(op, HIDING, check_hides, quick)
