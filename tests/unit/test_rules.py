@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from normfuse import rules
-from normfuse.interpret import call
+from normfuse.interpret import call, widened
 from normfuse.rules import METADATA, carries, hides, known_ops, rank
 from normfuse.views import aten
 
@@ -32,6 +32,7 @@ quick = settings(
     derandomize=True,
     database=None,
     report_multiple_bugs=False,
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
 )
 unshrunk = settings(quick, max_examples=100, phases=[Phase.generate])
@@ -136,13 +137,13 @@ class Built:
             return each
         if id(each) not in self._made:
             if isinstance(each, Tensor):
-                node, value = self._graph.placeholder(f"x{len(self._made)}"), each
+                node, value = self._graph.placeholder(f"x{len(self._made)}"), widened(each)
+                node.meta["val"] = each
             else:
                 node = self._graph.call_function(each.op, *self._written(each, outermost))
                 # the graph knows the dtypes that the model has; numbers are compared in float64
                 node.meta["val"] = call(node, self.values, wide=False)
                 value = call(node, self.values, wide=True)
-            node.meta.setdefault("val", value)
             self._made[id(each)], self.values[node] = node, value
         return self._made[id(each)]
 
@@ -309,7 +310,7 @@ def _add(d: Draw, op: Any) -> Any:
     if kind == "partner":
         other = d.partner(shape)
     if kind == "number":
-        other = d.of((0, 0.0, 1.5))
+        other = d.normal() if op is aten.rsub.Tensor else d.of((0, 0.0, 1.5))
     if kind == "mean":
         keepdim = len(set(shape)) > 1 or d.flag()  # in a square, a mean without its axis still broadcasts
         dims = [d.dim(len(shape))] if d.flag() else d.shuffled(range(len(shape)))[:2]
@@ -532,7 +533,7 @@ def _index(d: Draw, op: Any) -> Any:
 def _pad(d: Draw, op: Any) -> Any:
     shape = d.shape()
     constant = {"value": d.of((0, 0.0, 1.5))} if d.flag() else {}
-    if op is aten.pad.default and len(shape) > 2 and d.of(range(4)) == 0:
+    if op is aten.pad.default and len(shape) in (2, 3) and d.of(range(4)) == 0:
         return {"self": d.normal(*shape), "pad": [d.of((0, 1)) for _ in range(2)], "mode": d.of(("replicate", "circular"))}
     pads = [d.of((0, 0, 1, 2)) for _ in range(2 * d.of(range(1, len(shape) + 1)))]
     for place in range(0, len(pads), 2):
