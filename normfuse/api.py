@@ -113,7 +113,7 @@ def rewrite(
         tried = cases(original, flat_inputs(original, given.args, given.kwargs))
         evidence = prove(original, rewritten, chosen, tried, level=verify, progress=progress)
     clock.lap("verify")
-    report = Report(name, chosen, evidence, _kinds(original), _kinds(rewritten), clock.laps)
+    report = Report(name, chosen, evidence, _kinds(original), _kinds(rewritten), clock.laps, original.notes)
     if not evidence.ok:
         raise failed(evidence, report)
     baked = rewritten.baked()

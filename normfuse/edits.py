@@ -44,7 +44,8 @@ class Call:
     def target(self) -> torch._ops.OpOverload:
         """The operator; only those of the aten namespace exist here."""
         try:
-            return operator.attrgetter(self.op)(torch.ops.aten)
+            found: torch._ops.OpOverload = operator.attrgetter(self.op)(torch.ops.aten)
+            return found
         except AttributeError as error:
             raise InvalidPlan(f"this torch has no operator aten.{self.op}") from error
 
@@ -111,7 +112,7 @@ def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[st
     graph = draft.graph
     _drop_unread(graph)
     graph.lint()
-    return Program(program.rebuilt(draft, graph), formulas)
+    return Program(program.rebuilt(draft, graph), formulas, program.notes)
 
 
 def _copy(program: Program) -> tuple[GraphModule, dict[str, Node]]:
@@ -164,7 +165,7 @@ class _Emitter:
 
     def __init__(self, graph: Graph, nodes: Mapping[str, Node], at: Node, origin: tuple[str, str] | None) -> None:
         self.graph, self.nodes, self.at = graph, nodes, at
-        kept = {key: at.meta[key] for key in ("nn_module_stack", "stack_trace") if key in at.meta}
+        kept: dict[str, Any] = {key: at.meta[key] for key in ("nn_module_stack", "stack_trace") if key in at.meta}
         self.meta = {**kept, "normfuse": origin} if origin else kept
         self.cursor = at
 

@@ -151,7 +151,7 @@ class Evidence:
 
     def to_dict(self) -> dict[str, Any]:
         """The evidence as JSON types (no NaN, no infinity)."""
-        data = {
+        data: dict[str, Any] = {
             "ok": self.ok,
             "level": self.level,
             "structure": asdict(self.structure) if self.structure else None,
@@ -162,7 +162,7 @@ class Evidence:
             "rounding_ratio": self.ratio,
             "notes": list(self.notes),
         }
-        return _finite(data)
+        return {key: _finite(value) for key, value in data.items()}
 
 
 def _finite(data: Any) -> Any:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfuse import allowlist
+from normfuse import allowlist, archive
 from normfuse.errors import InputError, LoadError
 
 TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
@@ -179,7 +179,7 @@ def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pick
 
 def _checked_archive(reader: torch._C.PyTorchFileReader) -> list[Any]:
     """What the archive's example inputs may name; refuses the archive if anything in it would execute."""
-    if strangers := dict.fromkeys(allowlist.archive_strangers(reader)):
+    if strangers := dict.fromkeys(archive.archive_strangers(reader)):
         raise allowlist.NotAllowed(*strangers)
     allowed: list[Any] = []
     for record in reader.get_all_records():
@@ -219,6 +219,8 @@ def _told_as_load_error(path: Path) -> Iterator[None]:
         raise
     except allowlist.NotAllowed as refused:
         raise LoadError(f"{path} wants {refused}; refused", hint=_hint(refused.names)) from None
+    except allowlist.Broken as broken:
+        raise LoadError(f"{path} needs {broken}", hint="repair that installation; the file itself may be fine") from broken
     except Exception as error:
         raise LoadError(f"{path} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
 

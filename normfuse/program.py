@@ -60,10 +60,12 @@ class Program:
     Attributes:
         exported: the lifted, functional graph with the *original* tensors.
         formulas: what stored tensors become, by tensor name, over the original tensors.
+        notes: what the user should know of how the model was traced.
     """
 
     exported: ExportedProgram
     formulas: Mapping[str, Formula] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     # -- making one ----------------------------------------------------------------------------------------------------
 
@@ -75,7 +77,9 @@ class Program:
         kwargs: dict[str, Any] | None = None,
         dynamic_shapes: Any = None,
     ) -> Program:
-        """Trace a module as it behaves at inference; its training flags are put back afterwards.
+        """Trace a module as it behaves at inference; its training flags and its config are put back afterwards.
+
+        A transformers model is traced without its key-value cache, which torch.export cannot return; a note says so.
 
         Args:
             module: the trained model.
@@ -86,7 +90,7 @@ class Program:
         Raises:
             TraceError: torch.export could not trace the model.
         """
-        with _eval_mode(module), _quiet():
+        with _at_inference(module) as notes, _quiet():
             try:
                 exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
             except Exception as error:  # torch.export raises anything that the user's forward raises
@@ -94,20 +98,21 @@ class Program:
                     f"torch.export could not trace {type(module).__name__}: {_first_line(error)}",
                     hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
                 ) from error
-            return cls.from_exported(exported)
+            return cls.from_exported(exported, tuple(notes))
 
     @classmethod
-    def from_exported(cls, exported: ExportedProgram) -> Program:
+    def from_exported(cls, exported: ExportedProgram, notes: tuple[str, ...] = ()) -> Program:
         """Make a program functional (in-place ops, ``no_grad`` blocks) without decomposing linear, conv or norms."""
         with _quiet():
-            return cls(exported.run_decompositions({}))
+            return cls(exported.run_decompositions({}), notes=notes)
 
     # -- looking at it -------------------------------------------------------------------------------------------------
 
     @property
     def graph(self) -> Graph:
         """The graph; treat it as read-only."""
-        return self.exported.graph
+        graph: Graph = self.exported.graph
+        return graph
 
     @cached_property
     def nodes(self) -> dict[str, Node]:
@@ -134,7 +139,8 @@ class Program:
     def tensor(self, name: str) -> Tensor:
         """The original stored tensor of this name."""
         state = self.exported.state_dict
-        return state[name] if name in state else self.exported.constants[name]
+        tensor: Tensor = state[name] if name in state else self.exported.constants[name]
+        return tensor
 
     def tensor_names(self) -> Iterator[str]:
         """Names of all stored tensors, unused ones included."""
@@ -193,7 +199,7 @@ class Program:
             for each in (name, *self.twins(name)):
                 home = state if each in state else constants
                 home[each] = _like(new, home[each])
-        return Program(self.rebuilt(self.exported.graph_module, self.graph, state, constants))
+        return Program(self.rebuilt(self.exported.graph_module, self.graph, state, constants), notes=self.notes)
 
     def rebuilt(
         self,
@@ -267,15 +273,23 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _eval_mode(module: nn.Module) -> Iterator[None]:
+def _at_inference(module: nn.Module) -> Iterator[list[str]]:
+    """The module with training off and no key-value cache; yields what to tell the user of it."""
     training = [child for child in module.modules() if child.training]
+    configs = {id(config): config for child in module.modules() if (config := getattr(child, "config", None)) is not None}
+    caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
         for child in training:
             child.training = False
-        yield
+        for config in caching:
+            config.use_cache = False
+        notes = ["the model was in training mode; it was traced in evaluation mode"] if module.training else []
+        yield notes + (["the model was traced without its key-value cache (config.use_cache)"] if caching else [])
     finally:
         for child in training:
             child.training = True
+        for config in caching:
+            config.use_cache = True
 
 
 @contextlib.contextmanager

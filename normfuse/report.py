@@ -42,6 +42,7 @@ class Report:
         norms_before: norms by kind.
         norms_after: norms by kind.
         seconds: time spent by stage.
+        notes: what the user should know of how the model was traced.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Report:
     norms_before: Mapping[str, int]
     norms_after: Mapping[str, int]
     seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def idle_passes(self) -> tuple[str, ...]:
@@ -76,6 +78,7 @@ class Report:
             ],
             "refusals": [refusal.to_dict() for refusal in self.plan.refusals],
             "evidence": self.evidence.to_dict(),
+            "notes": list(self.notes),
             "seconds": {stage: round(value, 3) for stage, value in self.seconds.items()},
         }
 
@@ -113,6 +116,7 @@ class Report:
         if rewrites:  # what was not changed needs no proof
             yield ""
             yield from evidence_lines(self.evidence)
+        yield from (Text(f"note: {note}", style="dim") for note in self.notes)
 
 
 def norms_table(before: Mapping[str, int], after: Mapping[str, int]) -> Table:
@@ -181,7 +185,7 @@ def _grouped(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 def sites_text(sites: Iterable[Site]) -> str:
     """Names of sites, those that differ only in one number as one: ``blocks.0-11.norm1-2, norm``."""
     # Text, numbers, text, … for every name; the numbers of names that are otherwise alike are merged, the last ones first.
-    names: list[Name] = [tuple((part,) for part in re.split(r"(\d+)", str(site))) for site in sites]
+    names: list[Name] = [tuple((part,) for part in re.split(r"(\d+)", site)) for site in dict.fromkeys(map(str, sites))]
     for place in reversed(range(1, max(map(len, names), default=0), 2)):
         alike = _grouped(names, key=lambda name: (len(name), name[:place], name[place + 1 :]))
         names = [_merged(same, place) for same in alike]

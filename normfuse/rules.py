@@ -383,7 +383,7 @@ def _spatial(dims: int) -> Row:
     """Ops that treat every channel alike and mix only the last ``dims`` axes."""
 
     def rule(node: Node, a: dict[str, Any], axis: int) -> Carried:
-        return ((a.get("self", a.get("input")), axis),) if axis < rank(node) - dims else None
+        return ((a["self"] if "self" in a else a["input"], axis),) if axis < rank(node) - dims else None
 
     return rule
 
@@ -430,7 +430,7 @@ def _addmm(node: Node, a: dict[str, Any], axis: int) -> Carried:
 
 @_row(aten.mm.default, aten.bmm.default, aten.matmul.default)
 def _matmul(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    left, right = a["self"], a.get("mat2", a.get("other"))
+    left, right = a["self"], a["mat2"] if "mat2" in a else a["other"]
     if rank(left) < 2 or rank(right) < 2:
         return None
     if axis == rank(node) - 1:

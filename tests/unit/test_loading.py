@@ -228,7 +228,7 @@ def test_all_names_are_told_at_once(sentinel: Path, tmp_path: Path) -> None:
         partial(os.system, "true"),
         importlib.import_module,
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", "partial"),
 )
 def test_names_of_installed_things_that_are_no_model_are_refused(value: object, tmp_path: Path) -> None:
     torch.save({"value": value}, tmp_path / "evil.pt")
