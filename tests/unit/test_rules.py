@@ -73,7 +73,7 @@ class Draw:
         return tuple(square or self.of((1, 2, 3, 4)) for _ in range(axes))
 
     def dim(self, axes: int) -> int:
-        dim = self.of(range(axes))
+        dim: int = self.of(range(axes))
         return dim - axes if self.flag() else dim
 
     def dims(self, axes: Any) -> list[int]:
@@ -304,15 +304,15 @@ def _type_as(d: Draw, op: Any) -> Any:
 def _add(d: Draw, op: Any) -> Any:
     shape = d.shape()
     x = d.normal(*shape)
-    kind = d.of(("partner", "partner", "number", "own mean", "own mean", "another mean", "itself"))
-    other = x
+    kind = d.of(("own mean", "own mean", "own mean", "partner", "partner", "number", "another mean", "itself"))
+    other: Any = x
     if kind == "partner":
         other = d.partner(shape)
     if kind == "number":
         other = d.normal() if op is aten.rsub.Tensor else d.of((0, 0.0, 1.5))
     if kind.endswith("mean"):
         keepdim = len(set(shape)) > 1 or d.of(range(4)) > 0  # in a square, a mean without its axis still broadcasts
-        dims = [d.dim(len(shape))] if d.flag() else d.shuffled(range(len(shape)))[:2]
+        dims = [d.dim(len(shape))] if d.of(range(4)) else d.shuffled(range(len(shape)))[:2]
         source = x if kind == "own mean" else d.normal(*shape)
         other = Call(aten.mean.dim, {"self": source, "dim": dims, "keepdim": keepdim})
     alpha = {"alpha": d.of((1, 2, -0.5))} if d.flag() else {}
@@ -803,7 +803,9 @@ MUST: dict[str, tuple[Any, dict[str, Any], int, tuple[tuple[Any, int], ...]]] = 
     "mm, features": (aten.mm.default, {"self": noise(3, 4), "mat2": (M := noise(4, 8))}, 1, ((M, 1),)),
     "conv, channels": (aten.conv2d.default, {"input": PICTURE, "weight": KERNEL, "bias": B}, 1, ((KERNEL, 0), (B, 0))),
     "conv, channels, unbatched": (aten.conv2d.default, {"input": PICTURE[0], "weight": KERNEL}, 0, ((KERNEL, 0),)),
-    "transposed conv, channels": (aten.conv_transpose2d.input, {"input": noise(2, 8, 3, 3), "weight": KERNEL}, 1, ((KERNEL, 1),)),
+    "transposed conv, channels": (
+        aten.conv_transpose2d.input, {"input": noise(2, 8, 3, 3), "weight": KERNEL}, 1, ((KERNEL, 1),),
+    ),
     "embedding, features": (aten.embedding.default, {"weight": TABLE, "indices": IDS}, 2, ((TABLE, 1),)),
     "index into a table, features": (aten.index.Tensor, {"self": TABLE, "indices": [IDS]}, 2, ((TABLE, 1),)),
     "index of a batch and a token": (aten.index.Tensor, {"self": X, "indices": [IDS[0], IDS[1]]}, 1, ((X, 2),)),
