@@ -3,21 +3,54 @@
     result = normfuse.rewrite(model, passes=["pre_rmsnorm"], inputs=(x,))
     result.report.to_dict()
     result.save("model.rms.pt2")
+
+The names are imported when they are first used, so that ``normfuse --help`` does not wait for torch.
 """
 
-from normfuse.api import Inspection, Result, export, inspect, rewrite, verify
-from normfuse.errors import NormfuseError, VerificationFailed
-from normfuse.findings import Claim
-from normfuse.inputs import Inputs
-from normfuse.loading import load
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
-from normfuse.report import Report
-from normfuse.evidence import Evidence
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from normfuse.api import Inspection, Result, export, inspect, rewrite, verify
+    from normfuse.errors import NormfuseError, VerificationFailed
+    from normfuse.evidence import Evidence
+    from normfuse.findings import Claim
+    from normfuse.inputs import Inputs
+    from normfuse.loading import load
+    from normfuse.planner import Plan, plan
+    from normfuse.program import Program
+    from normfuse.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "__version__", "export", "inspect", "load", "plan", "rewrite", "verify",
+    "VerificationFailed", "export", "inspect", "load", "plan", "rewrite", "verify",
 ]  # fmt: skip
+
+_HOMES = {
+    "api": ("Inspection", "Result", "export", "inspect", "rewrite", "verify"),
+    "errors": ("NormfuseError", "VerificationFailed"),
+    "evidence": ("Evidence",),
+    "findings": ("Claim",),
+    "inputs": ("Inputs",),
+    "loading": ("load",),
+    "planner": ("Plan", "plan"),
+    "program": ("Program",),
+    "report": ("Report",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"normfuse.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'normfuse' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -151,32 +151,50 @@ def verify(
     return compare(left, right, cases(left, flat), progress=progress)
 
 
-def export(model: Result | Model, path: str | Path, *, opset: int = 20, **load_options: Any) -> Evidence:
+def export(
+    model: Result | Model,
+    path: str | Path,
+    *,
+    opset: int = 20,
+    inputs: tuple[Any, ...] | Inputs | None = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Evidence:
     """Write ONNX, run it in ONNX Runtime after its own optimisations, and compare.
 
     Args:
         model: a result of `rewrite`, or any model.
         path: the ``.onnx`` file to write.
         opset: the ONNX opset; RMSNorm is written in the form that ONNX Runtime fuses at that opset.
-        load_options: ``inputs``, ``kwargs``, ``dynamic_shapes``, ``trust_pickle`` as for `rewrite`.
+        inputs: as for `rewrite`; a `Result` brings its own.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        trust_pickle: as for `rewrite`.
+        progress: told (what, done, total).
 
     Raises:
+        InputError: the path is the model's own file, or its folder does not exist.
         MissingExtra: the packages for ONNX are not installed.
         ExportError: torch.onnx refused an operator.
         VerificationFailed: ONNX Runtime computes something else; the file is removed.
     """
     from normfuse.exporters import onnx
 
+    if isinstance(model, (str, Path)) and Path(path).exists() and Path(path).samefile(model):
+        raise InputError(f"{path} is the model itself", hint="name another file for the output")
     if isinstance(model, Result):
         program, given = model.program, model.inputs
     else:
-        options = {"inputs": None, "kwargs": None, "dynamic_shapes": None, "trust_pickle": False} | load_options
-        _, program, given = _program(model, **options)
-    onnx.export(program.baked().exported, Path(path), opset=opset)
-    flat = flat_inputs(program, given.args, given.kwargs)
-    evidence = compare_runtime(program, _onnx_runner(program, Path(path)), cases(program, flat))
+        _, program, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    written = onnx.export(program.baked().exported, Path(path), opset=opset)
+    tried = cases(program, flat_inputs(program, given.args, given.kwargs))
+    evidence = compare_runtime(program, _onnx_runner(program, Path(path)), tried, progress=progress)
     if not evidence.ok:
-        Path(path).unlink()
+        for file in (written.path, written.data):
+            if file is not None:
+                file.unlink()
         raise failed(evidence, evidence)
     return evidence
 

@@ -4,7 +4,9 @@ A rewritten program is proven on three levels:
 
 1. structure: the outputs keep their shapes and dtypes, and every norm became what its rewrite promised.
 2. algebra: the original and the rewritten program both run in float64, the rewritten one from the same formulas without
-   rounding. They must agree to the model's own float64 noise, measured by nudging its weights one part in 10¹⁵.
+   rounding. They must agree to the model's own float64 noise, measured by nudging its weights one part in 10¹⁵. A formula
+   holds for any weights, so they are also compared with other weights, which give the norms a large mean, next to no
+   variance, and biases where the model has none.
 3. rounding: both run in their stored dtypes, each against the float64 truth; the report gives the ratio of the errors.
 
 A rewrite that is wrong fails level 2 by many orders of magnitude, so nobody has to choose a tolerance.
@@ -13,6 +15,7 @@ A rewrite that is wrong fails level 2 by many orders of magnitude, so nobody has
 from __future__ import annotations
 
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,9 +25,10 @@ import torch
 from torch import Tensor
 
 from normfuse.cases import Case
+from normfuse.edits import SetTensor
 from normfuse.errors import VerificationFailed
 from normfuse.facts import analyze
-from normfuse.interpret import run
+from normfuse.interpret import Weights, run
 from normfuse.planner import Plan
 from normfuse.program import Program
 from normfuse.views import shape
@@ -119,8 +123,8 @@ class Evidence:
 
     @property
     def error(self) -> float:
-        """The largest algebra error of all cases."""
-        return max((each.error for each in self.algebra), default=math.nan)
+        """The largest algebra error of all cases; 0 where nothing was changed."""
+        return max((each.error for each in self.algebra), default=0.0)
 
     @property
     def noise(self) -> float:
@@ -196,9 +200,40 @@ def prove(
         progress: told (what, done, total).
     """
     structure = _structure(original, rewritten, plan)
-    if level != "full" or not structure.ok:
+    if level != "full" or not structure.ok or not plan.rounds:
         return Evidence(level, structure)
-    return _measure(original, rewritten, list(cases), progress, Evidence(level, structure))
+    trials = [Trial(case.name, case, None) for case in cases]
+    trials += [Trial(name, trials[0].case, change) for name, change in _other_weights(plan).items()]
+    return _measure(original, rewritten, trials, progress, Evidence(level, structure))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs and, where not the model's own, weights."""
+
+    name: str
+    case: Case
+    weights: Weights | None
+
+
+def _other_weights(plan: Plan) -> dict[str, Weights]:
+    """Changes of all weights that put the norms on trial: formulas must hold for any weights, not for these alone.
+
+    A model's own weights can hide a mistake (a bias that happens to be zero, an eps far below the variance), and a model
+    that reads token ids offers no other way to give its norms a large mean or next to no variance.
+    """
+    changed = {edit.name for rewrite in plan.rewrites for edit in rewrite.edits if isinstance(edit, SetTensor)}
+
+    def shifted(name: str, value: Tensor) -> Tensor:
+        return value + value.std() if value.numel() > 1 else value
+
+    def shrunk(name: str, value: Tensor) -> Tensor:
+        return value * 1e-3 if name in changed else value
+
+    def redrawn(name: str, value: Tensor) -> Tensor:
+        return value * (1.0 + 0.5 * _noise(name, value)) + (0.1 * value.std() if value.numel() > 1 else 0.0)
+
+    return {"weights with a mean": shifted, "writers of tiny variance": shrunk, "other weights": redrawn}
 
 
 def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
@@ -226,30 +261,33 @@ def _output_problems(original: Program, rewritten: Program) -> list[str]:
     return problems
 
 
-def _measure(a: Program, b: Program, cases: Sequence[Case], progress: Progress | None, so_far: Evidence) -> Evidence:
+def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress | None, so_far: Evidence) -> Evidence:
     algebra: list[Agreement] = []
     rounding: list[Rounding] = []
     notes: list[str] = []
     baked = b.baked()
-    for done, case in enumerate(cases):
+    for done, trial in enumerate(trials):
+        name, flat, weights = trial.name, trial.case.flat, trial.weights
         if progress:
-            progress(case.name, done, len(cases))
+            progress(name, done, len(trials))
         try:
-            truth = run(a, case.flat, wide=True)
+            truth = run(a, flat, wide=True, weights=weights)
         except Exception as error:
             if done == 0:
                 raise  # the user's own inputs must run
-            notes.append(f"the original does not run on '{case.name}': {str(error).splitlines()[0]}")
+            notes.append(f"the original does not run on '{name}': {str(error).splitlines()[0]}")
             continue
-        noise = [max(each, FLOOR) for each in _distances(truth, run(a, case.flat, wide=True, nudge=_nudge()))]
-        errors = _distances(truth, run(b, case.flat, wide=True))
+        noise = [max(each, FLOOR) for each in _distances(truth, run(a, flat, wide=True, weights=_nudged(NUDGE, weights)))]
+        errors = _distances(truth, run(b, flat, wide=True, weights=weights))
         ok = all(error <= MARGIN * own for error, own in zip(errors, noise, strict=True))
-        algebra.append(Agreement(case.name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
+        algebra.append(Agreement(name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
+        if weights is not None:
+            continue
         try:
-            before, after = (max(_distances(truth, run(each, case.flat)), default=0.0) for each in (a, baked))
-            rounding.append(Rounding(case.name, before, after))
+            before, after = (max(_distances(truth, run(each, flat)), default=0.0) for each in (a, baked))
+            rounding.append(Rounding(name, before, after))
         except RuntimeError as error:  # an operator that this machine does not have in half precision
-            notes.append(f"not run in the stored dtype on '{case.name}': {str(error).splitlines()[0]}")
+            notes.append(f"not run in the stored dtype on '{name}': {str(error).splitlines()[0]}")
     return Evidence(so_far.level, so_far.structure, tuple(algebra), tuple(rounding), tuple(notes))
 
 
@@ -283,7 +321,7 @@ def _compared(a: Program, wide: Runner, stored: Runner, cases: Iterable[Case], p
         try:
             truth = run(a, case.flat, wide=True)
             own = _distances(truth, run(a, case.flat))
-            nudged = _distances(truth, run(a, case.flat, wide=True, nudge=_nudge_by_dtype(a)))
+            nudged = _distances(truth, run(a, case.flat, wide=True, weights=_nudged_by_dtype(a)))
         except Exception as error:
             if done == 0:
                 raise
@@ -298,9 +336,9 @@ def _compared(a: Program, wide: Runner, stored: Runner, cases: Iterable[Case], p
     return Evidence("full", None, tuple(algebra), tuple(rounding), tuple(notes))
 
 
-def _nudge_by_dtype(program: Program) -> Callable[[Tensor], Tensor]:
+def _nudged_by_dtype(program: Program) -> Weights:
     dtypes = {program.tensor(name).dtype for name in program.stored.values()}
-    return _nudge(max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52))
+    return _nudged(max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52))
 
 
 def failed(evidence: Evidence, report: Any) -> VerificationFailed:
@@ -308,15 +346,18 @@ def failed(evidence: Evidence, report: Any) -> VerificationFailed:
     return VerificationFailed(evidence.complaint(), report, hint="nothing was written; please report this model")
 
 
-def _nudge(size: float = NUDGE) -> Callable[[Tensor], Tensor]:
-    generators: dict[torch.device, torch.Generator] = {}
-
-    def nudge(value: Tensor) -> Tensor:
-        generator = generators.setdefault(value.device, torch.Generator(value.device).manual_seed(0))
-        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64, device=value.device)
-        return value * (1.0 + size * noise)
+def _nudged(size: float, weights: Weights | None = None) -> Weights:
+    def nudge(name: str, value: Tensor) -> Tensor:
+        value = value if weights is None else weights(name, value)
+        return value * (1.0 + size * _noise(f"nudge {name}", value))
 
     return nudge
+
+
+def _noise(name: str, like: Tensor) -> Tensor:
+    """Standard normal numbers, the same ones for the same name in every run."""
+    generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
 
 
 def _distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:

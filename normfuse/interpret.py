@@ -17,6 +17,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError
+from normfuse.formula import evaluate
 from normfuse.program import Program
 from normfuse.views import arguments, aten, default_rms_eps, dtype
 
@@ -117,17 +118,19 @@ def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
     return flat
 
 
-Nudge = Callable[[Tensor], Tensor]
+Weights = Callable[[str, Tensor], Tensor]
+"""Other values for the stored tensors: given a tensor's name and its value, the value to run with."""
 
 
-def run(program: Program, flat: Sequence[Any], *, wide: bool = False, nudge: Nudge | None = None) -> list[Tensor]:
+def run(program: Program, flat: Sequence[Any], *, wide: bool = False, weights: Weights | None = None) -> list[Tensor]:
     """The flat tensor outputs of a program, its formulas included.
 
     Args:
         program: what to run.
         flat: inputs as `flat_inputs` orders them.
         wide: run all of it in float64; formulas are then not rounded at all.
-        nudge: applied to every floating stored tensor, to measure how the outputs answer to a change of weights.
+        weights: changes every floating stored tensor before formulas read it. A formula holds for any weights, so two
+            programs that are one function stay one function under the same change.
     """
     users = iter(flat)
     given = {
@@ -136,12 +139,21 @@ def run(program: Program, flat: Sequence[Any], *, wide: bool = False, nudge: Nud
         if spec.arg.name not in program.stored and spec.kind.name == "USER_INPUT"
     }
 
+    def read(name: str) -> Tensor:
+        value = program.tensor(name)
+        if not value.is_floating_point():
+            return value
+        value = value.detach().to(torch.float64) if wide else value
+        return value if weights is None else weights(name, value)
+
     def fetch(node: Node) -> Any:
         name = program.stored.get(node.name)
         if name is None:
             return given[node.name]
-        value = program.value(name, torch.float64 if wide and program.tensor(name).is_floating_point() else None)
-        return nudge(value) if nudge is not None and value.is_floating_point() else value
+        if name not in program.formulas:
+            return read(name)
+        value = evaluate(program.formulas[name], read)
+        return value if wide else value.to(program.tensor(name).dtype)
 
     outputs = run_graph(program.graph, fetch, wide=wide)
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]

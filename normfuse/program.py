@@ -176,26 +176,16 @@ class Program:
 
     # -- using it ------------------------------------------------------------------------------------------------------
 
-    def value(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """A stored tensor as the program means it: its formula evaluated in float64, then rounded once.
-
-        Args:
-            name: the tensor's name.
-            dtype: the dtype to round to; the stored one when None.
-        """
-        original = self.tensor(name)
-        formula = self.formulas.get(name)
-        if formula is None:
-            return original if dtype is None or not original.is_floating_point() else original.to(dtype)
-        return evaluate(formula, self.tensor).to(dtype or original.dtype)
-
     def baked(self) -> Program:
-        """The program with every formula evaluated (deploy mode); unchanged tensors are shared, not copied."""
+        """The program with every formula evaluated in float64 and rounded once (deploy mode).
+
+        Tensors that no formula changes are shared with the original, not copied.
+        """
         if not self.formulas:
             return self
         state, constants = dict(self.exported.state_dict), dict(self.exported.constants)
         for name in self.formulas:
-            new = self.value(name).contiguous()
+            new = evaluate(self.formulas[name], self.tensor).to(self.tensor(name).dtype).contiguous()
             for each in (name, *self.twins(name)):
                 home = state if each in state else constants
                 home[each] = _like(new, home[each])
