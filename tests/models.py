@@ -33,7 +33,8 @@ class Trap:
     codes: tuple[str, ...] = ()
     paid: int = 0
 
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
+        """The module with spread weights, the same ones every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return spread(self.build()).eval()

@@ -179,9 +179,7 @@ def _timm_convnext() -> Any:
 def _torchvision_vit() -> Any:
     from torchvision.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=7
-    )
+    return VisionTransformer(image_size=32, patch_size=8, num_layers=2, num_heads=3, hidden_dim=24, mlp_dim=48, num_classes=7)
 
 
 def _torchvision_swin(version: int) -> Any:
