@@ -28,7 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Continue a prompt greedily with an exported byte-level model.")
     parser.add_argument("program", type=Path, help="a .pt2 file, as trained or rewritten")
     parser.add_argument("prompt", help="the text to continue, one byte or more")
-    parser.add_argument("--length", type=int, default=200, help="bytes to write (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=100, help="bytes to write (default: %(default)s)")
     options = parser.parse_args()
     if not options.prompt:
         parser.error("the prompt is empty")

@@ -79,8 +79,8 @@ class Facts:
                 if carried is not None and all(own in centered[operand] for operand, own in carried):
                     axes.add(axis)
             norm = self._norm_at.get(node)
-            if norm is not None and norm.kind == "layer_norm" and norm.out is node and norm.gain is norm.shift is None:
-                axes |= set(norm.axes)
+            if norm is not None and norm.out is node and norm.kind == "layer_norm" and norm.gain is norm.shift is None:
+                axes |= set(norm.axes) if len(norm.axes) == 1 else set()  # over several, only their joint mean is zero
             centered[node] = frozenset(axes)
         return centered
 
@@ -105,13 +105,17 @@ class Facts:
                 continue
             visited.add((node, own))
             for reader in node.users:
-                if own in self.hidden_by(reader, node):
+                unseen = self.unseen.get(reader, NOTHING)
+                if own in self.hidden_by(reader, node) | self._passed_on(reader, node, unseen):
                     continue
-                onward = [out_axis for out_axis in range(rank(reader)) if (node, own) in (carries(reader, out_axis) or ())]
+                onward = [
+                    (reader, out_axis)
+                    for out_axis in range(rank(reader))
+                    if out_axis not in unseen and (node, own) in (carries(reader, out_axis) or ())
+                ]
                 if not onward:
                     return reader
-                if own not in self._passed_on(reader, node, self.unseen.get(reader, NOTHING)):
-                    frontier.extend((reader, out_axis) for out_axis in onward)
+                frontier.extend(onward)
         return None
 
 

@@ -3,7 +3,8 @@
 A hand-written norm is not matched by its shape, of which there are too many, but proven: around every root (``rsqrt``,
 ``sqrt``, ``pow``) the few nodes between a value x and a candidate result are run on numbers, in float64, and compared
 with LayerNorm and RMSNorm of x for the eps that occurs among them. Agreement on ordinary, tiny-variance and large-mean
-inputs is the recognition; anything else is not a norm that we know.
+inputs is the recognition; anything else is not a norm that we know. All ops that may take part are rational functions and
+roots: two such functions that agree on generic numbers agree everywhere, which is not so for clamps and other bounds.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from normfuse.views import Norm, arguments, aten, dtype, operator_norm, shape, t
 
 _ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
 _MEANS = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
-          aten.linalg_vector_norm.default, aten.var_mean.correction}  # fmt: skip
+          aten.linalg_vector_norm.default, aten.var_mean.correction, aten.var_mean.dim}  # fmt: skip
 _ARITHMETIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
     aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten._to_copy.default,
-    aten.clone.default, aten.add.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.clamp_min.default,
-    aten.clamp.default, aten.expand.default, aten.maximum.default, operator.getitem,
+    aten.clone.default, aten.add.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.expand.default, operator.getitem,
 }  # fmt: skip
 _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9
 

@@ -495,9 +495,9 @@ def _hide(*targets: Any) -> Callable[[Any], Any]:
 @_hide(aten.layer_norm.default, aten.native_layer_norm.default)
 def _norm_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
     alone = a["input"] is operand and a["weight"] is not operand and a["bias"] is not operand
-    told = node.target is aten.native_layer_norm.default and any(user.args[1:] == (1,) for user in node.users)  # the mean
+    tells = any(user.target is operator.getitem and user.args[1] == 1 for user in node.users)  # native: the mean itself
     # over several axes the norm sees how the means along one of them differ
-    return frozenset({rank(operand) - 1}) if alone and not told and len(a["normalized_shape"]) == 1 else frozenset()
+    return frozenset({rank(operand) - 1}) if alone and not tells and len(a["normalized_shape"]) == 1 else frozenset()
 
 
 @_hide(aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default)

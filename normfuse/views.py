@@ -83,9 +83,7 @@ class Norm:
     @property
     def by_hand(self) -> bool:
         """Whether the model spells the norm in arithmetic rather than by one operator."""
-        return not isinstance(self.out.target, torch._ops.OpOverload) or (
-            self.out.target not in _OPERATORS and self.out.target is not operator.getitem
-        )
+        return self.out.target not in _OPERATORS and self.out.target is not operator.getitem
 
 
 def _trailing(x: Node, normalized_shape: Any) -> tuple[int, ...]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim
@@ -49,9 +50,9 @@ def cube() -> Tensor:
 
 def given_to(facts: Facts, place: int = 0) -> Node:
     """An input of the program."""
-    return [node for node in facts.program.graph.nodes if node.op == "placeholder" and node.name not in facts.program.stored][
-        place
-    ]
+    stored_too = [node for node in facts.program.graph.nodes if node.op == "placeholder"]
+    inputs: list[Node] = [node for node in stored_too if node.name not in facts.program.stored]
+    return inputs[place]
 
 
 def stored(facts: Facts, name: str) -> Node:
@@ -59,11 +60,16 @@ def stored(facts: Facts, name: str) -> Node:
 
 
 def made_by(facts: Facts, op: Any, place: int = 0) -> Node:
-    return [node for node in facts.program.graph.nodes if node.target is op][place]
+    made: list[Node] = [node for node in facts.program.graph.nodes if node.target is op]
+    return made[place]
 
 
 def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:])
+
+
+def norm_by_hand(x: Tensor) -> Tensor:
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
 
 
 # -- unseen ------------------------------------------------------------------------------------------------------------
@@ -80,73 +86,86 @@ def test_a_norm_hides_its_input_and_all_who_write_it() -> None:
     assert facts.unseen[stored(facts, "ln.weight")] == facts.unseen[stored(facts, "ln.bias")] == set()
 
 
-@pytest.mark.parametrize(
-    ("why", "forward"),
-    [
-        ("both factors", lambda m, x: norm(torch.matmul(x, x))),
-        ("both factors", lambda m, x: norm(x * x)),
-        ("its own gate", lambda m, x: norm(x * x.mean(-1, keepdim=True))),
-        ("its own gate, transposed", lambda m, x: norm(x * x.transpose(1, 2))),
-        ("its mean is read beside the norm", lambda m, x: norm(x) + x.mean(-1, keepdim=True)),
-        ("its mean is put back", lambda m, x: norm(norm(x) + x.mean(-1, keepdim=True).expand(-1, -1, D))),
-        ("returned", lambda m, x: (norm(x), x)),
-        ("returned as a view", lambda m, x: (norm(x), x.reshape(-1))),
-        ("returned in part", lambda m, x: (norm(x), x[:, :1])),
-        ("not linear", lambda m, x: norm(F.gelu(x))),
-        ("a norm over several axes", lambda m, x: F.layer_norm(x, (D, D))),
-        ("a norm over the other axis", lambda m, x: norm(x.transpose(1, 2))),
-        ("a norm over half of the features", lambda m, x: norm(x.view(D, D, 2, 2))),
-        ("a norm over features and tokens", lambda m, x: norm(x.reshape(D, D * D))),
-        ("features moved to tokens", lambda m, x: norm(x.view(D, 2, 2, D).transpose(1, 3).reshape(D, D, D))),
-        ("a norm over joined features", lambda m, x: norm(torch.cat([x, x], -1))),
-        ("a norm over padded features", lambda m, x: norm(F.pad(x, (0, 1)))),
-        ("a norm over some features", lambda m, x: norm(x[..., 1:])),
-        ("a norm without a mean", lambda m, x: F.rms_norm(x, (D,))),
-        ("a norm over groups", lambda m, x: F.group_norm(x, 2)),
-        ("another matrix", lambda m, x: norm(m.up(x))),
-        ("softmax over tokens", lambda m, x: x.softmax(1)),
-        ("a mask that differs along the axis", lambda m, x: norm(x.masked_fill(torch.eye(D) > 0, 0.0))),
-        ("the mean that a norm tells", lambda m, x: torch.native_layer_norm(x, (D,), None, None, 1e-5)[:2]),
-    ],
-)
-def test_a_mean_that_is_seen(why: str, forward: Callable[..., Any]) -> None:
-    facts = facts_of(forward, up=nn.Linear(D, D, bias=False))
-    assert 2 not in facts.unseen[given_to(facts)], why
+def batch(forwards: dict[str, Callable[..., Any]], **parts: Any) -> Facts:
+    """Many forwards in one program, each on an input of its own: tracing costs as much for one."""
+    inputs = [cube() for _ in forwards]
+    return facts_of(lambda m, *xs: [forward(m, x) for forward, x in zip(forwards.values(), xs, strict=True)], *inputs, **parts)
 
 
-@pytest.mark.parametrize(
-    ("how", "forward", "axis"),
-    [
-        ("norm", lambda m, x: norm(x), 2),
-        ("norm without its mean told", lambda m, x: torch.native_layer_norm(x, (D,), None, None, 1e-5)[0], 2),
-        (
-            "norm by hand",
-            lambda m, x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt(),
-            2,
-        ),
-        ("softmax", lambda m, x: x.softmax(-1), 2),
-        ("variance", lambda m, x: x.var(-1), 2),
-        ("two norms", lambda m, x: (norm(x), norm(2 * x)), 2),
-        ("transposed", lambda m, x: norm(x.transpose(1, 2)), 1),
-        ("tokens on the left", lambda m, x: norm(torch.matmul(x.transpose(1, 2), m.table).transpose(1, 2)), 2),
-        ("merged batch", lambda m, x: norm(x.reshape(D * D, D)), 2),
-        ("merged tokens of a transpose", lambda m, x: norm(x.transpose(0, 1).reshape(D * D, D)), 2),
-        ("windows", lambda m, x: norm(x.view(D, 2, 2, D).transpose(1, 2).reshape(D, D, D)), 2),
-        ("class token", lambda m, x: norm(torch.cat([m.table[None].expand(D, -1, -1), x], 1)), 2),
-        ("padded tokens", lambda m, x: norm(F.pad(x, (0, 0, 1, 0))), 2),
-        ("rolled tokens", lambda m, x: norm(x.roll(1, 1)), 2),
-        ("one token", lambda m, x: norm(x[:, 0]), 2),
-        ("mean of the tokens", lambda m, x: norm(x.mean(1)), 2),
-        ("gate from elsewhere", lambda m, x: norm(x * m.table[:, :1].sigmoid()), 2),
-        ("both terms", lambda m, x: norm(x + x.roll(1, 1)), 2),
-        ("split and joined", lambda m, x: norm(torch.stack(x.unbind(1), 1)), 2),
-        ("chunks", lambda m, x: [norm(each) for each in x.chunk(2, 1)], 2),
-        ("its size only", lambda m, x: norm(x) + torch.zeros_like(x), 2),
-    ],
-)
-def test_a_mean_that_nobody_sees(how: str, forward: Callable[..., Any], axis: int) -> None:
-    facts = facts_of(forward, table=torch.randn(D, D))
-    assert facts.unseen[given_to(facts)] == {axis}, how
+SEEN: dict[str, Callable[..., Any]] = {
+    "matmul with itself": lambda m, x: norm(torch.matmul(x, x)),
+    "product with itself": lambda m, x: norm(x * x),
+    "its own gate": lambda m, x: norm(x * x.mean(-1, keepdim=True)),
+    "its own gate, transposed": lambda m, x: norm(x * x.transpose(1, 2)),
+    "its mean is read beside the norm": lambda m, x: norm(x) + x.mean(-1, keepdim=True),
+    "its mean is put back": lambda m, x: norm(norm(x) + x.mean(-1, keepdim=True).expand(-1, -1, D)),
+    "returned": lambda m, x: (norm(x), x),
+    "returned as a view": lambda m, x: (norm(x), x.reshape(-1)),
+    "returned in part": lambda m, x: (norm(x), x[:, :1]),
+    "not linear": lambda m, x: norm(F.gelu(x)),
+    "a norm over several axes": lambda m, x: F.layer_norm(x, (D, D)),
+    "a decomposed norm over several axes": lambda m, x: torch.native_layer_norm(x, (D, D), None, None, 1e-5)[0],
+    "a norm over the other axis": lambda m, x: norm(x.transpose(1, 2)),
+    "a norm over half of the features": lambda m, x: norm(x.view(D, D, 2, 2)),
+    "a norm over features and tokens": lambda m, x: norm(x.reshape(D, D * D)),
+    "features moved to tokens": lambda m, x: norm(x.view(D, 2, 2, D).transpose(1, 3).reshape(D, D, D)),
+    "a norm over joined features": lambda m, x: norm(torch.cat([x, x], -1)),
+    "a norm over padded features": lambda m, x: norm(F.pad(x, (0, 1))),
+    "a norm over some features": lambda m, x: norm(x[..., 1:]),
+    "a norm without a mean": lambda m, x: F.rms_norm(x, (D,)),
+    "a norm over groups": lambda m, x: F.group_norm(x, 2),
+    "another matrix": lambda m, x: norm(m.up(x)),
+    "softmax over tokens": lambda m, x: x.softmax(1),
+    "a mask that differs along the axis": lambda m, x: norm(x.masked_fill(torch.eye(D) > 0, 0.0)),
+    "the mean that a norm tells": lambda m, x: torch.native_layer_norm(x, (D,), None, None, 1e-5)[:2],
+}
+
+
+@cache
+def _seen() -> Facts:
+    return batch(SEEN, up=nn.Linear(D, D, bias=False))
+
+
+@pytest.mark.parametrize("why", SEEN)
+def test_a_mean_that_is_seen(why: str) -> None:
+    facts = _seen()
+    assert 2 not in facts.unseen[given_to(facts, list(SEEN).index(why))]
+
+
+UNSEEN: dict[str, tuple[Callable[..., Any], int]] = {
+    "norm": (lambda m, x: norm(x), 2),
+    "norm without its mean told": (lambda m, x: torch.native_layer_norm(x, (D,), None, None, 1e-5)[0], 2),
+    "norm by hand": (lambda m, x: norm_by_hand(x), 2),
+    "softmax": (lambda m, x: x.softmax(-1), 2),
+    "variance": (lambda m, x: x.var(-1), 2),
+    "two norms": (lambda m, x: (norm(x), norm(2 * x)), 2),
+    "transposed": (lambda m, x: norm(x.transpose(1, 2)), 1),
+    "tokens on the left": (lambda m, x: norm(torch.matmul(x.transpose(1, 2), m.table).transpose(1, 2)), 2),
+    "merged batch": (lambda m, x: norm(x.reshape(D * D, D)), 2),
+    "merged tokens of a transpose": (lambda m, x: norm(x.transpose(0, 1).reshape(D * D, D)), 2),
+    "windows": (lambda m, x: norm(x.view(D, 2, 2, D).transpose(1, 2).reshape(D, D, D)), 2),
+    "class token": (lambda m, x: norm(torch.cat([m.table[None].expand(D, -1, -1), x], 1)), 2),
+    "padded tokens": (lambda m, x: norm(F.pad(x, (0, 0, 1, 0))), 2),
+    "rolled tokens": (lambda m, x: norm(x.roll(1, 1)), 2),
+    "one token": (lambda m, x: norm(x[:, 0]), 2),
+    "mean of the tokens": (lambda m, x: norm(x.mean(1)), 2),
+    "gate from elsewhere": (lambda m, x: norm(x * m.table[:, :1].sigmoid()), 2),
+    "both terms": (lambda m, x: norm(x + x.roll(1, 1)), 2),
+    "split and joined": (lambda m, x: norm(torch.stack(x.unbind(1), 1)), 2),
+    "chunks": (lambda m, x: [norm(each) for each in x.chunk(2, 1)], 2),
+    "its size only": (lambda m, x: norm(x) + torch.zeros_like(x), 2),
+}
+
+
+@cache
+def _unseen() -> Facts:
+    return batch({how: forward for how, (forward, _) in UNSEEN.items()}, table=torch.randn(D, D))
+
+
+@pytest.mark.parametrize("how", UNSEEN)
+def test_a_mean_that_nobody_sees(how: str) -> None:
+    facts = _unseen()
+    assert facts.unseen[given_to(facts, list(UNSEEN).index(how))] == {UNSEEN[how][1]}
 
 
 def test_one_weight_of_two_layers() -> None:
@@ -205,9 +224,9 @@ def test_scalars_have_no_axes() -> None:
 
 def test_dynamic_batch_and_tokens() -> None:
     def forward(m: Any, x: Tensor) -> Any:
-        y = m.up(x).reshape(-1, D)
-        y = torch.cat([m.token.expand(x.shape[0], 1, D), y.reshape(x.shape[0], x.shape[1], D)], 1)
-        return norm(F.pad(y, (0, 0, 0, 2)) * y.new_ones(1, 1, D).mean()), norm(y.transpose(0, 1))
+        batch, tokens, _ = x.shape
+        y = torch.cat([m.token.expand(batch, 1, D), m.up(x)], 1)
+        return norm(F.pad(y, (0, 0, 0, 2)).roll(1, 1)), norm(m.up(x).reshape(batch * tokens, D)), norm(y.transpose(0, 1))
 
     dims = ({0: Dim("batch"), 1: Dim("tokens")},)
     facts = facts_of(forward, torch.randn(3, 5, D), dynamic=(dims,), up=nn.Linear(D, D), token=torch.randn(1, 1, D))
@@ -218,40 +237,45 @@ def test_dynamic_batch_and_tokens() -> None:
 # -- centered ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("forward", "axes"),
-    [
-        (lambda m, x: norm(x), {2}),
-        (lambda m, x: x - x.mean(-1, keepdim=True), {2}),
-        (lambda m, x: x - x.mean(1, keepdim=True), {1}),
-        (lambda m, x: norm(x).transpose(1, 2), {1}),
-        (lambda m, x: norm(x) + norm(2 * x), {2}),
-        (lambda m, x: norm(x) * x.mean(-1, keepdim=True), {2}),
-        (lambda m, x: (norm(x) / 2).roll(1, 1).reshape(D * D, D), {1}),
-        (lambda m, x: torch.cat([norm(x), torch.zeros(D, 1, D)], 1), {2}),
-        (lambda m, x: norm(x.transpose(1, 2)).transpose(1, 2) @ m.table, {1}),
-        (lambda m, x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt(), {2}),
-        (lambda m, x: norm(x) + x, set()),
-        (lambda m, x: norm(x) + 1.0, set()),
-        (lambda m, x: norm(x) * m.vector, set()),
-        (lambda m, x: F.layer_norm(x, (D,), m.vector), set()),
-        (lambda m, x: F.layer_norm(x, (D, D)), set()),
-        (lambda m, x: F.gelu(norm(x)), set()),
-        (lambda m, x: norm(x) @ m.table, set()),
-        (lambda m, x: norm(x)[..., 1:], set()),
-        (lambda m, x: norm(x).view(D, D, 2, 2), set()),
-        (lambda m, x: torch.sub(x, x.mean(-1, keepdim=True), alpha=2), set()),
-        (lambda m, x: x - x.mean((1, 2), keepdim=True), set()),
-        (lambda m, x: x - x.mean(-1), set()),
-        (lambda m, x: x - x.transpose(1, 2).mean(-1, keepdim=True), set()),
-        (lambda m, x: F.rms_norm(x, (D,)), set()),
-    ],
-)
-def test_zero_mean_by_construction(forward: Callable[..., Any], axes: set[int]) -> None:
-    facts = facts_of(forward, table=torch.randn(D, D), vector=torch.randn(D))
-    (result,) = facts.program.graph.output_node().args[0]  # type: ignore[misc,union-attr]
-    assert isinstance(result, Node)
-    assert facts.centered[result] == axes
+CENTERED: list[tuple[Callable[..., Any], set[int]]] = [
+    (lambda m, x: norm(x), {2}),
+    (lambda m, x: x - x.mean(-1, keepdim=True), {2}),
+    (lambda m, x: x - x.mean(1, keepdim=True), {1}),
+    (lambda m, x: norm(x).transpose(1, 2), {1}),
+    (lambda m, x: norm(x) + norm(2 * x), {2}),
+    (lambda m, x: norm(x) * x.mean(-1, keepdim=True), {2}),
+    (lambda m, x: (norm(x) / 2).roll(1, 1).reshape(D * D, D), {1}),
+    (lambda m, x: torch.cat([norm(x), torch.zeros(D, 1, D)], 1), {2}),
+    (lambda m, x: norm(x.transpose(1, 2)).transpose(1, 2) @ m.table, {1}),
+    (lambda m, x: norm_by_hand(x), {2}),
+    (lambda m, x: norm(x) + x, set()),
+    (lambda m, x: norm(x) + 1.0, set()),
+    (lambda m, x: norm(x) * m.vector, set()),
+    (lambda m, x: F.layer_norm(x, (D,), m.vector), set()),
+    (lambda m, x: F.layer_norm(x, (D, D)), set()),
+    (lambda m, x: F.gelu(norm(x)), set()),
+    (lambda m, x: norm(x) @ m.table, set()),
+    (lambda m, x: norm(x)[..., 1:], set()),
+    (lambda m, x: norm(x).view(D, D, 2, 2), set()),
+    (lambda m, x: torch.sub(x, x.mean(-1, keepdim=True), alpha=2), set()),
+    (lambda m, x: x - x.mean((1, 2), keepdim=True), set()),
+    (lambda m, x: x - x.mean(-1), set()),
+    (lambda m, x: x - x.transpose(1, 2).mean(-1, keepdim=True), set()),
+    (lambda m, x: F.rms_norm(x, (D,)), set()),
+]
+
+
+@cache
+def _centered() -> Facts:
+    forwards = {str(place): forward for place, (forward, _) in enumerate(CENTERED)}
+    return batch(forwards, table=torch.randn(D, D), vector=torch.randn(D))
+
+
+@pytest.mark.parametrize("place", range(len(CENTERED)))
+def test_zero_mean_by_construction(place: int) -> None:
+    facts = _centered()
+    result = facts.program.graph.output_node().all_input_nodes[place]
+    assert facts.centered[result] == CENTERED[place][1]
 
 
 # -- constant and first sight ------------------------------------------------------------------------------------------
@@ -316,10 +340,10 @@ STEPS: dict[str, Callable[[Chain, Tensor, Tensor, int, int], Tensor]] = {
     "gelu": lambda m, x, saved, a, b: F.gelu(x),
     "number": lambda m, x, saved, a, b: x + (b % 2) if b > 2 else x * (b + 0.5),
     "vector": lambda m, x, saved, a, b: x * m.stored(x.shape[-1]) if b % 2 else x + m.stored(x.shape[-1]),
-    "table": lambda m, x, saved, a, b: x + m.stored(*x.shape[1:]),
+    "table": lambda m, x, saved, a, b: x + (2 * m.stored(*x.shape[1:]) if b % 2 else m.stored(*x.shape[1:])),
     "gate": lambda m, x, saved, a, b: x * (x.mean(a, keepdim=True) if b % 2 else saved.mean()).sigmoid(),
     "transpose": lambda m, x, saved, a, b: x.transpose(a, b % x.dim()),
-    "merge": lambda m, x, saved, a, b: x.flatten(a, min(a + 1, x.dim() - 1)),
+    "merge": lambda m, x, saved, a, b: x.flatten(a, min(a + 1, x.dim() - 1)) if x.dim() > 2 else x,
     "split": lambda m, x, saved, a, b: x.unflatten(a, (2, -1)) if x.dim() < 4 and x.shape[a] % 2 == 0 else x,
     "cat": lambda m, x, saved, a, b: torch.cat([x, saved if saved.shape == x.shape else x.flip(a)], b % x.dim()),
     "pad": lambda m, x, saved, a, b: F.pad(x, [0, 0] * a + [1, 0], value=float(b == 3)),
@@ -348,18 +372,20 @@ STEPS: dict[str, Callable[[Chain, Tensor, Tensor, int, int], Tensor]] = {
 
 step = st.tuples(st.sampled_from([*STEPS, "save", "norm", "residual", "linear"]), st.integers(0, 3), st.integers(0, 3))
 ending = st.sampled_from([("norm", 0, 0), ("norm", 0, 3), ("hand norm", 1, 0), ("softmax", 2, 0), ("roll", 0, 0)])
-chain = st.builds(lambda steps, end: [*steps, end], st.lists(step, min_size=1, max_size=7), ending)
-# tracing costs the same for one chain as for several
-chains = st.lists(chain, min_size=1, max_size=6)
+chain = st.builds(lambda steps, end: [*steps, end], st.lists(step, min_size=4, max_size=8), ending)
+chains = st.lists(chain, min_size=24, max_size=24)
 
 
-def traced(steps: list[list[Step]]) -> Program:
+def traced(steps: list[list[Step]], core: bool = False) -> Program:
+    """The program of some chains; ``core`` decomposes it as far as torch does by itself, as some users' files are."""
     torch.manual_seed(0)
     modules = nn.ModuleList(Chain(each) for each in steps)
     inputs = tuple(torch.randn(2 if place % 2 else D, D, D) for place in range(len(modules)))
     for module, x in zip(modules, inputs, strict=True):
         module(x)  # makes the parameters
-    return Program.trace(Net(lambda m, *xs: [each(x) for each, x in zip(m.chains, xs, strict=True)], chains=modules), inputs)
+    net = Net(lambda m, *xs: [each(x) for each, x in zip(m.chains, xs, strict=True)], chains=modules)
+    program = Program.trace(net, inputs)
+    return Program.from_exported(program.exported.run_decompositions()) if core else program
 
 
 class Replay:
@@ -433,28 +459,32 @@ def check(program: Program, told: Counter[str]) -> None:
             assert torch.equal(value, again.values[node]), f"{node} is not constant"
 
 
-effort = settings(
-    max_examples=40,
-    deadline=None,
-    derandomize=True,
-    database=None,
-    report_multiple_bugs=False,
-    phases=[Phase.explicit, Phase.generate, Phase.shrink],
-    suppress_health_check=list(HealthCheck),
-)
-
-
 def test_the_facts_of_random_programs() -> None:
     told: Counter[str] = Counter()
 
-    @effort
-    @given(chains)
-    def examples(steps: list[list[Step]]) -> None:
-        check(traced(steps), told)
+    # tracing many chains costs little more than one, but makes shrinking slow
+    @settings(
+        max_examples=6,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(chains, st.sampled_from((False, False, False, True)))
+    def examples(steps: list[list[Step]], core: bool) -> None:
+        try:
+            check(traced(steps, core), told)
+        except AssertionError:
+            for each in steps:
+                note(f"{each}")  # the last one printed is to blame
+                check(traced([each], core), Counter())
+            raise
 
     examples()
-    assert min(told["unseen"], told["centered"]) > 200, told
-    assert told["constant"] > 0
+    assert told["unseen"] > 200
+    assert told["centered"] > 100
+    assert told["constant"] > 10
 
 
 def _sees_nothing(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
@@ -472,24 +502,21 @@ def _once(facts: Facts, reader: Node, value: Node, unseen: frozenset[int]) -> fr
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "wrong"),
+    ("place", "name", "wrong", "steps"),
     [
-        (rules._HIDES, aten.layer_norm.default, _sees_nothing),
-        (rules._ROWS, aten.view.default, _of_equal_size),
-        (rules._ROWS, aten.gelu.default, lambda node, a, axis: ((a["self"], axis),)),
-        (Facts, "_passed_on", _once),
+        (rules._HIDES, aten.layer_norm.default, _sees_nothing, [("norm", 0, 0)]),
+        (rules._ROWS, aten.view.default, _of_equal_size, [("split", 1, 0), ("norm", 0, 0)]),
+        (rules._ROWS, aten.gelu.default, lambda node, a, axis: ((a["self"], axis),), [("gelu", 0, 0), ("norm", 0, 0)]),
+        (rules._ROWS, aten.gelu.default, lambda node, a, axis: ((a["self"], axis),), [("norm", 0, 0), ("gelu", 0, 0)]),
+        (Facts, "_passed_on", _once, [("square", 0, 0), ("norm", 0, 0)]),
     ],
 )
-def test_wrong_facts_are_found(place: Any, name: Any, wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_facts_are_found(place: Any, name: Any, wrong: Any, steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
+    program = traced([steps])
+    check(program, Counter())
     if isinstance(place, dict):
         monkeypatch.setitem(place, name, wrong)
     else:
         monkeypatch.setattr(place, name, wrong)
-
-    @settings(effort, phases=[Phase.generate])
-    @given(chains)
-    def examples(steps: list[list[Step]]) -> None:
-        check(traced(steps), Counter())
-
     with pytest.raises(AssertionError):
-        examples()
+        check(program, Counter())

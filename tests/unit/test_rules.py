@@ -24,7 +24,7 @@ from normfuse.interpret import call, widened
 from normfuse.rules import METADATA, carries, hides, known_ops, rank
 from normfuse.views import aten, shape
 
-EXAMPLES = 60
+EXAMPLES = 40
 quick = settings(
     max_examples=EXAMPLES,
     deadline=None,
