@@ -21,6 +21,7 @@ $(VENV)/dev: $(VENV)/base
 	touch $@
 
 demo: $(VENV)/base
+	mkdir -p out
 	$(BIN)/normfuse rewrite examples/tiny_gpt.pt2 --pass pre_rmsnorm -o out/tiny_gpt.rms.pt2 --report out/report.json
 	$(BIN)/normfuse export out/tiny_gpt.rms.pt2 --to onnx -o out/tiny_gpt.rms.onnx
 	$(BIN)/python examples/sample_text.py examples/tiny_gpt.pt2 "The history of "

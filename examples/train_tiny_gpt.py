@@ -108,10 +108,10 @@ def train(model: nn.Module, text: Tensor, held_out: Tensor, context: int, steps:
             print(f"step {step + 1}: batch {loss.item():.3f}, validation {validation:.3f} nats/byte")
 
 
-def export(model: nn.Module, context: int) -> ExportedProgram:
-    """Returns the model as a program that takes any batch and 1 to `context` bytes."""
+def export(model: nn.Module, context: int, text: bytes) -> ExportedProgram:
+    """Returns the model as a program that takes any batch and 1 to `context` bytes; its example inputs are real text."""
     shapes = ({0: Dim("batch", min=1), 1: Dim("seq", min=1, max=context)},)
-    example = torch.zeros(2, 32, dtype=torch.int64)
+    example = torch.tensor(list(text[:64]), dtype=torch.int64).view(2, 32)
     program = torch.export.export(model.eval(), (example,), dynamic_shapes=shapes, strict=False)
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it quotes file paths of the machine that exported
@@ -151,7 +151,7 @@ def main() -> None:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
-    torch.export.save(export(model, config.context), options.out)
+    torch.export.save(export(model, config.context, held_out_text[2000:]), options.out)
     options.out.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
     options.out.with_name("validation_bytes.bin").write_bytes(held_out_text[:DEMO_BYTES])
     print(json.dumps(figures, indent=2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -180,7 +180,7 @@ def export(
         ExportError: torch.onnx refused an operator.
         VerificationFailed: ONNX Runtime computes something else; the file is removed.
     """
-    from normfuse.exporters import onnx
+    from normfuse.exporters import onnx, onnxruntime
 
     if isinstance(model, (str, Path)) and Path(path).exists() and Path(path).samefile(model):
         raise InputError(f"{path} is the model itself", hint="name another file for the output")
@@ -196,7 +196,8 @@ def export(
             if file is not None:
                 file.unlink()
         raise failed(evidence, evidence)
-    return evidence
+    ran = ", ".join(f"{count} {op}" for op, count in onnxruntime.fused_ops(path).items() if "Norm" in op)
+    return replace(evidence, notes=(*evidence.notes, f"ONNX Runtime runs {ran or 'no norm'}"))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.program import Program
+from normfuse.views import arguments, aten, shape
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     """The user's inputs first, then every hostile variant that differs from them.
 
     Floating inputs get a large mean, a tiny variance, zeros and an outlier channel: what norms are most sensitive to.
-    Integer inputs (indices) only ever take values that the user's inputs hold, so that they stay inside their tables.
+    Integer inputs take values that the user's inputs hold, or are drawn inside the embedding table that they index.
     Dynamic dims are taken to both ends of their ranges.
 
     Args:
@@ -45,7 +46,37 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     for name, change in _INDICES.items():
         if any(_is_index(value) for value in flat):
             yield Case(name, tuple(change(value) if _is_index(value) else value for value in flat))
+    limits = [_rows_indexed(node) if _is_index(value) else None for value, node in zip(flat, _inputs(program), strict=True)]
+    if any(limits):
+        generator = torch.Generator().manual_seed(0)
+        drawn = (
+            torch.randint(limit, value.shape, generator=generator, dtype=value.dtype).to(value.device) if limit else value
+            for value, limit in zip(flat, limits, strict=True)
+        )
+        yield Case("drawn indices", tuple(drawn))
     yield from _extremes(program, flat)
+
+
+def _inputs(program: Program) -> list[Node | None]:
+    """The placeholder of each user input; None for one that is a constant of the trace."""
+    specs = (spec for spec in program.exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
+    return [program.nodes.get(spec.arg.name) for spec in specs]
+
+
+_FOLLOWED = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.alias.default, aten.unsqueeze.default}
+
+
+def _rows_indexed(node: Node | None) -> int | None:
+    """The rows of the smallest embedding table that an input indexes, through casts and views."""
+    sizes = []
+    for reader in node.users if node is not None else ():
+        if reader.target is aten.embedding.default and reader.args[1] is node:
+            rows = shape(arguments(reader)["weight"])[0]
+            sizes += [rows] if isinstance(rows, int) else []
+        elif reader.target in _FOLLOWED:
+            below = _rows_indexed(reader)
+            sizes += [below] if below else []
+    return min(sizes, default=None)
 
 
 def _is_float(value: Any) -> bool:
@@ -75,11 +106,7 @@ _INDICES: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 def _extremes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
-    nodes = [
-        program.nodes[spec.arg.name]
-        for spec in program.exported.graph_signature.input_specs
-        if spec.kind.name == "USER_INPUT" and hasattr(spec.arg, "name") and spec.arg.name in program.nodes
-    ]
+    nodes = _inputs(program)
     ranges = dict(_ranges(program, nodes, flat))
     if not ranges:
         return
@@ -88,11 +115,11 @@ def _extremes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
         yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
 
 
-def _ranges(program: Program, nodes: Sequence[Node], flat: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, int]]]:
+def _ranges(program: Program, nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, int]]]:
     """For every dynamic dim that is a plain symbol: the smallest and the largest size to try."""
     constraints = program.exported.range_constraints
     for node, value in zip(nodes, flat, strict=True):
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or node is None:
             continue
         for dim, given in zip(node.meta["val"].shape, value.shape, strict=True):
             symbol = dim.node.expr if isinstance(dim, torch.SymInt) else None
@@ -102,9 +129,9 @@ def _ranges(program: Program, nodes: Sequence[Node], flat: Sequence[Any]) -> Ite
                 yield symbol, (max(int(lower), 1), largest)
 
 
-def _resized(value: Any, node: Node, sizes: Mapping[Any, int]) -> Any:
+def _resized(value: Any, node: Node | None, sizes: Mapping[Any, int]) -> Any:
     """The value cropped or repeated along its dynamic dims."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or node is None:
         return value
     for axis, dim in enumerate(node.meta["val"].shape):
         if isinstance(dim, torch.SymInt):

@@ -369,6 +369,18 @@ class RmsStream(Stream):
         self.final = nn.RMSNorm(D)  # type: ignore[assignment]
 
 
+class TwoReaders(Stream):
+    """Two heads read the final norm, one of them without a bias; the key projection of attention is like that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(D, 7, bias=False)
+
+    def finish(self, x: Tensor) -> Any:
+        n = self.final(x)
+        return self.head(n), self.other(n)
+
+
 IDS = (tokens(),)
 SQUARE = (noise(2, D, D),)
 
@@ -390,7 +402,7 @@ TRAPS: dict[str, Trap] = {
     "layer scale": Trap(LayerScaled, IDS, 3),
     "layer scale read twice": Trap(LayerScaleReadTwice, IDS, 1, ("NF201", "NF201")),
     "concatenated tokens": Trap(JoinsTokens, IDS, 1, ("NF201", "NF204")),
-    "post-norm": Trap(PostNorm, IDS, 0, ("NF201", "NF201", "NF205")),
+    "post-norm": Trap(PostNorm, IDS, 0, ("NF201", "NF205", "NF205")),
     "output norms": Trap(OutputNorm, IDS, 2, ("NF201",)),
     "mix-ln": Trap(MixLn, IDS, 4, ("NF201",), paid=1),
     "norm before the stream": Trap(NormPre, IDS, 4, paid=1),
@@ -410,5 +422,6 @@ TRAPS: dict[str, Trap] = {
     "by hand": Trap(ByHand, IDS, 3),
     "updated buffer": Trap(UpdatedBuffer, (noise(2, 5, D),), 0, ("NF209",)),
     "depthwise conv": Trap(Depthwise, (noise(2, D, 5),), 0, ("NF202",)),
+    "bias on one of two readers": Trap(TwoReaders, IDS, 3),
     "rms norms": Trap(RmsStream, IDS, 0),
 }

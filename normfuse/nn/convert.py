@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from normfuse.nn.batch_channel_norm import BatchChannelNorm, EstimatedBatchNorm
 from normfuse.nn.evo_norm import EvoNormB0, EvoNormS0
 from normfuse.nn.ibn import IBN
-from normfuse.nn.power_norm import PowerNorm
 from normfuse.nn.rep_bn import PRepBN, RepBN
 from normfuse.nn.unified_norm import UnifiedNorm
 
@@ -30,18 +29,22 @@ def convert(
 
     The model's modules are changed in place; use what is returned, as ``model`` itself may be such a norm. A norm that occurs
     in several places becomes one norm in those places. Gain and shift are handed over as the same parameters, so ties and
-    optimizers keep them: to ``weight`` and ``bias``, to the BatchNorm inside `RepBN`, and for `PRepBN` to that and by the old
-    norm itself, which becomes its ``norm1``, so that training starts from the same function. Other norms start from their own
-    statistics: train, or `recalibrate`. Kept besides: device, type, training mode.
+    optimizers keep them: to ``weight`` and ``bias``, or to the BatchNorm inside `RepBN` and `BatchChannelNorm`. `PRepBN` keeps
+    the old norm as its ``norm1``, so that training starts from the same function, and its BatchNorm gets copies. Running
+    statistics are handed over from BatchNorm to BatchNorm; all other norms start from their own: train, or `recalibrate`. Kept
+    besides: device, type, training mode.
 
     Subclasses are not converted, because they may be another function of other axes: name them as well. A warning tells of
-    those that were left.
+    those that were left. A class of somebody else's is taken to have its channels last, like LayerNorm.
+
+    torch's TransformerEncoderLayer has a fast path in eval that computes LayerNorm itself, whatever its norms are. It is
+    switched off for layers whose norms are converted.
 
     Args:
         model: to convert.
         from_type: a class or several, of norms over one channel axis.
-        to: a class of `normfuse.nn` or of torch, called with the number of channels and the options; or any function, which
-            is called with the old norm (and the options) and returns the new one as it is to be.
+        to: a class of `normfuse.nn` or of torch, called with the number of channels and the options; or a function, called
+            with the old norm and the options, that returns the new one as it is to be.
         **options: passed on.
 
     Returns:
@@ -70,6 +73,7 @@ def convert(
         for name, child in module._modules.items():
             if child in new and module not in new:
                 module._modules[name] = new[child]
+    _forget_layer_norms(model, set(new.values()))
     return new.get(model, model)
 
 
@@ -112,9 +116,23 @@ def _hand_over(norm: nn.Module, made: nn.Module) -> None:
     if isinstance(made, PRepBN):
         made.norm1 = norm
         inner = made.norm2.bn
-    elif isinstance(made, RepBN):
+    elif isinstance(made, RepBN | BatchChannelNorm):
         inner = made.bn
     for name in ("weight", "bias"):
         value, place = getattr(norm, name, None), getattr(inner, name, None)
         if isinstance(value, nn.Parameter) and isinstance(place, nn.Parameter) and value.shape == place.shape:
             setattr(inner, name, nn.Parameter(value.detach().clone()) if isinstance(made, PRepBN) else value)
+    for name in ("running_mean", "running_var"):
+        if isinstance(norm, _NormBase | EstimatedBatchNorm) and isinstance(inner, _NormBase | EstimatedBatchNorm):
+            old, buffer = getattr(norm, name, None), getattr(inner, name, None)
+            if old is not None and buffer is not None:
+                buffer.copy_(old)
+
+
+def _forget_layer_norms(model: nn.Module, converted: set[nn.Module]) -> None:
+    """Switch off torch's fast paths, which read a norm's gain, shift and eps and compute LayerNorm with them."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and converted & set(module.children()):
+            module.activation_relu_or_gelu = 0
+        if isinstance(module, nn.TransformerEncoder) and converted & set(module.layers[0].children()):
+            module.use_nested_tensor = False

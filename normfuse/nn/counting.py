@@ -24,7 +24,9 @@ BatchNorm inside our modules
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Generic, Literal, ParamSpec, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Schedule: TypeAlias = Literal["forward", "step"]
 T = TypeVar("T")
+P = ParamSpec("P")
 
 REMEMBERED = 64  # forward calls that a recomputation is looked for among; only a few numbers are kept of each
 SAMPLES = 256  # values of an input that identify it
@@ -79,6 +82,18 @@ def step(model: nn.Module) -> None:
 def recomputing() -> bool:
     """Whether this forward runs inside a backward: activation checkpointing repeats an earlier forward."""
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def uncompiled(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, left to Python under torch.compile: it counts, and would be compiled anew for every count."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 class Calls(Generic[T]):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.nn.counting import Calls, Counted, Schedule, batch_norm, recomputing
+from normfuse.nn.counting import Calls, Counted, Schedule, batch_norm, recomputing, uncompiled
 
 
 class RepBN(nn.Module):
@@ -183,15 +183,17 @@ class PRepBN(Counted):
 
     def forward(self, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
         """Normalize ``x``; see `RepBN.forward`."""
-        if torch.compiler.is_exporting() or torch._C._is_tracing():
+        if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
             self._refuse_unfinished()
         if not self.training:
             y: Tensor = self.norm2(x)
             return y
         warming, share = self._used(x)
         before = self.norm1(x)
-        return before if warming else share * before.to(x.dtype) + (1 - share) * self.norm2(x, pad_mask)
+        mixed: Tensor = before if warming else share * before.to(x.dtype) + (1 - share) * self.norm2(x, pad_mask)
+        return mixed
 
+    @uncompiled
     def _used(self, x: Tensor) -> tuple[int, Tensor]:
         """Whether this call is warm-up, and λ; counts it."""
         if self.schedule == "forward" and recomputing():

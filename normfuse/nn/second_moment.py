@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from normfuse.nn.counting import Calls, Counted, Schedule, recomputing
+from normfuse.nn.counting import Calls, Counted, Schedule, recomputing, uncompiled
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -122,8 +122,10 @@ class SecondMomentNorm(Counted):
             ValueError: wrong shapes, or no token at all in training.
         """
         self._check(x, pad_mask)
-        if not self.training:
-            return self._inferred(x)
+        return self._trained(x, pad_mask) if self.training else self._inferred(x)
+
+    @uncompiled
+    def _trained(self, x: Tensor, pad_mask: Tensor | None) -> Tensor:
         if recomputing():
             call = self._calls.recall(x)
         else:

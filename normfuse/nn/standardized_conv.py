@@ -55,7 +55,7 @@ class _Standardized(nn.modules.conv._ConvNd):
 
     def extra_repr(self) -> str:
         """As torch's, with the variant."""
-        return f"{super().extra_repr()}, variant={self.variant}, eps={self.eps}"
+        return f"{super().extra_repr()}, variant={self.variant}, eps={self.eps}"  # type: ignore[no-untyped-call]
 
 
 class StdConv1d(_Standardized, nn.Conv1d):

@@ -22,7 +22,9 @@ Refuses
     NF203  The norm is over several axes. Removing the joint mean is not a change of the writers' weights.
     NF204  The norm is over values joined along its axis (concatenated tokens, patch merging). The joint mean keeps the
            differences of the parts' means, so centring each part would change the result.
-    NF205  The input is another norm's output (post-norm). Its mean depends on the data through the gain.
+    NF205  The input is made of another norm's output, as in post-norm. That output has a mean that depends on the data,
+           because the gain weighs the channels, and the layers that read it see that mean; no weight can remove it. Only a
+           pre-norm stretch behind it can be converted, behind one explicit mean-subtraction.
     NF206  A weight that writes the input is shared with a reader that sees its mean, such as a tied head, and an explicit
            mean-subtraction would not serve two norms. The weight is not copied silently. Hint: untie it if memory allows.
     NF207  The input comes straight from the caller; its mean is the caller's.
@@ -42,13 +44,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from torch.fx import Node
+
 from normfuse.edits import Call, Expression, Ref, Reroute, SetTensor
 from normfuse.establish import Obstacle, Region, center
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program
 from normfuse.rules import rank
-from normfuse.views import Norm, dtype, shape
+from normfuse.views import Norm, aten, dtype, shape
 
 
 def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
@@ -60,8 +64,9 @@ def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
     centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1])
     for region in centering.regions:
         yield _rewrite(program, region)
+    norms = frozenset(norm.out for norm in facts.norms)
     for norm, obstacle in centering.blocked:
-        yield _explain(program, norm, obstacle)
+        yield _explain(program, norm, obstacle, norms)
 
 
 def _rewrite(program: Program, region: Region) -> Rewrite:
@@ -107,42 +112,54 @@ def _refuse(program: Program, norm: Norm, code: str, reason: str, **more: Any) -
 _ALONE = "; an explicit mean-subtraction there would serve too few norms to pay"
 
 
-def _explain(program: Program, norm: Norm, obstacle: Obstacle) -> Refusal:
-    at = program.site(obstacle.at)
-    op = str(obstacle.at.target).removeprefix("aten.").split(".")[0]
-    witness = "a reader"
-    if obstacle.witness is not None:
-        output = obstacle.witness.op == "output"
-        witness = "the caller (it is an output of the model)" if output else _named(program, obstacle.witness)
+def _explain(program: Program, norm: Norm, obstacle: Obstacle, norms: frozenset[Node]) -> Refusal:
+    at, witness = program.site(obstacle.at), obstacle.witness
+    writer = str(obstacle.at.target).removeprefix("aten.").split(".")[0]
+    tensor = program.stored.get(obstacle.at.name, "")
+    returned = witness is not None and witness.op == "output"
+    reader = "the caller (it is an output of the model)" if returned or witness is None else _named(program, witness)
+    hint = ""
     match obstacle.kind:
+        case "seen" if _source(obstacle.at) in norms and witness is not None and _reads(witness, obstacle.at):
+            code = "NF205"
+            reason = f"its input is made of another norm's output ({program.site(_source(obstacle.at))}), whose gain gives it"
+            reason += f" a mean, and {reader} sees that mean"
         case "seen":
-            code, reason = "NF201", f"{witness} sees the mean of '{at.node}', which this norm's input is made of"
+            code, reason = "NF201", f"{reader} sees the mean of '{at.node}', which this norm's input is made of"
+            hint = "if nobody needs that output, trace the model without it" if returned else ""
         case "tied":
-            name = program.stored.get(obstacle.at.name, at.node)
-            code, reason = "NF206", f"the weight '{name}' is also read by {witness}, which sees its mean{_ALONE}"
+            code, reason = "NF206", f"the weight '{tensor}' is also read by {reader}, which sees its mean{_ALONE}"
+            hint = "untie the weight in the model if the memory of a second copy is acceptable"
         case "written":
-            name = program.stored.get(obstacle.at.name, at.node)
-            code, reason = "NF209", f"'{name}' is updated by the program itself"
+            code, reason = "NF209", f"'{tensor}' is updated by the program itself"
         case "input":
             code, reason = "NF207", f"its mean comes from the caller's input '{at.node}'{_ALONE}"
         case "joined":
-            code, reason = "NF204", f"its input joins several parts along the norm's axis ({op} at {at})"
+            code, reason = "NF204", f"its input joins several parts along the norm's axis ({writer} at {at})"
         case "norm":
             code, reason = "NF205", f"its input is written by another norm ({at}), whose gain gives it a mean{_ALONE}"
         case "gate":
-            code, reason = (
-                "NF208",
-                f"its input is scaled channel by channel with run-time values ({op} at {at}){_ALONE}",
-            )
+            code, reason = "NF208", f"its input is scaled channel by channel with run-time values ({at}){_ALONE}"
         case _:
-            code, reason = "NF202", f"its input is written by {op} ({at}), which cannot be centred{_ALONE}"
-    return _refuse(program, norm, code, reason, at=at, hint=_HINTS.get(code, ""))
+            code, reason = "NF202", f"its input is written by {writer} ({at}), which cannot be centred{_ALONE}"
+    return _refuse(program, norm, code, reason, at=at, hint=hint)
 
 
-_HINTS = {
-    "NF201": "if that reader is a returned hidden state that nobody needs, trace the model without it",
-    "NF206": "untie the weight in the model if the memory of a second copy is acceptable",
-}
+def _reads(reader: Node, value: Node) -> bool:
+    return any(_source(operand) is _source(value) for operand in reader.all_input_nodes)
+
+
+def _source(node: Node) -> Node:
+    """The node behind casts, dropouts and other views of the same value."""
+    while node.target in _SAME_VALUE and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+_SAME_VALUE = {
+    aten.clone.default, aten._to_copy.default, aten.view.default, aten.alias.default, aten.transpose.int,
+    aten.permute.default,
+}  # fmt: skip
 
 
 def _named(program: Program, node: Any) -> str:
