@@ -15,7 +15,7 @@ REASONS = {
     "hf_bert_model": {"NF205"},
     "timm_swin": {"NF201", "NF204"},
     "torchvision_swin": {"NF201", "NF204"},
-    "timm_convnext": {"NF201", "NF202"},
+    "timm_convnext": {"NF201", "NF202", "NF205"},
     "torch_encoder_bare": {"NF201"},
     "torch_encoder_postnorm": {"NF201", "NF205"},
 }
