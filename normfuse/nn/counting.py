@@ -18,7 +18,8 @@ Gradient accumulation, and modules that are called several times in one forward
 
 BatchNorm inside our modules
     `batch_norm` leaves the running statistics alone while an activation is recomputed. Otherwise it is torch's BatchNorm: its
-    statistics move once per forward call.
+    statistics move once per forward call. One case counts twice, as with torch's own: a function compiled by itself and then
+    checkpointed from outside. Put the checkpoint into what is compiled.
 """
 
 from __future__ import annotations
@@ -80,8 +81,11 @@ def step(model: nn.Module) -> None:
 
 
 def recomputing() -> bool:
-    """Whether this forward runs inside a backward: activation checkpointing repeats an earlier forward."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    """Whether this forward runs inside a backward: activation checkpointing repeats an earlier forward.
+
+    Compiled code does not ask, as asking would cut its graph at every norm.
+    """
+    return not torch.compiler.is_compiling() and bool(torch._C._current_graph_task_id() != -1)
 
 
 def uncompiled(function: Callable[P, T]) -> Callable[P, T]:

@@ -53,6 +53,7 @@ class UnifiedNorm(SecondMomentNorm):
         * A second backward through one forward (``retain_graph=True``) adds its part to the estimate: two losses one after
           the other are what their sum is. ``create_graph=True`` raises: the gradient is an estimate, it has no derivative.
         * Statistics are not averaged over processes.
+        * torch.compile leaves the forward in training to Python, and compiles what is around it.
         * The module may be cast to a half type for inference; train it in float32, or its running statistics are rounded.
 
     Raises:
