@@ -21,6 +21,7 @@ numbers (tests/unit/test_rules.py), so a new row is a function here and a case t
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -127,13 +128,23 @@ def _unary(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((x, axis),) if (dtype(x) or torch.int64).is_floating_point else None
 
 
-@_row(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
+@_row(aten.copy.default)
+def _copy(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """``src`` in the shape and dtype of ``self``."""
+    return _terms(node, axis, a["src"])
+
+
+@_row(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.rsub.Scalar)
 def _add(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x, y = a["self"], a["other"]
     if node.target is aten.sub.Tensor and a["alpha"] == 1 and is_mean_of(y, x, axis):
         return ()  # x - mean(x): centred by construction
+    return _terms(node, axis, x, y)
+
+
+def _terms(node: Node, axis: int, *terms: Any) -> Carried:
     carried = []
-    for term in (x, y):
+    for term in terms:
         if spans(term, node, axis):
             carried.append(_own(term, node, axis))
         elif not _is_zero(term):
@@ -151,37 +162,38 @@ def is_mean_of(node: Any, x: Node, axis: int) -> bool:
 
 @_row(aten.mul.Tensor, aten.mul.Scalar)
 def _mul(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    factors = (a["self"], a["other"])
+    return _product(node, axis, a["self"], a["other"])
+
+
+@_row(aten.addcmul.default)
+def _addcmul(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    term, product = _terms(node, axis, a["self"]), _product(node, axis, a["tensor1"], a["tensor2"])
+    return (*term, *product) if term and product else None
+
+
+def _product(node: Node, axis: int, *factors: Any) -> Carried:
     spanning = [factor for factor in factors if spans(factor, node, axis)]
     return (_own(spanning[0], node, axis),) if len(spanning) == 1 else None
 
 
-@_row(aten.div.Tensor, aten.div.Scalar)
+@_row(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, aten.true_divide.Scalar)
 def _div(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x, y = a["self"], a["other"]
     return (_own(x, node, axis),) if spans(x, node, axis) and not spans(y, node, axis) else None
 
 
-@_row(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
-def _where(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    if spans(a["condition"], node, axis):
-        return None
-    return _choice(node, axis, a["self"], a["other"])
+def _gated(gate: str, *terms: str) -> Row:
+    """Between terms, by a gate (a mask or a weight) that must not differ along the axis."""
+
+    def rule(node: Node, a: dict[str, Any], axis: int) -> Carried:
+        return None if spans(a[gate], node, axis) else _terms(node, axis, *(a[term] for term in terms))
+
+    return rule
 
 
-@_row(aten.masked_fill.Scalar)
-def _masked_fill(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    return None if spans(a["mask"], node, axis) else _choice(node, axis, a["self"], a["value"])
-
-
-def _choice(node: Node, axis: int, *branches: Any) -> Carried:
-    carried = []
-    for branch in branches:
-        if spans(branch, node, axis):
-            carried.append(_own(branch, node, axis))
-        elif not _is_zero(branch):
-            return None
-    return tuple(carried)
+_row(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)(_gated("condition", "self", "other"))
+_row(aten.masked_fill.Scalar)(_gated("mask", "self", "value"))
+_row(aten.lerp.Scalar, aten.lerp.Tensor)(_gated("weight", "self", "end"))
 
 
 @_row(aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
@@ -189,7 +201,7 @@ def _zeros(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ()
 
 
-@_row(aten.full.default)
+@_row(aten.full.default, aten.new_full.default, aten.full_like.default)
 def _full(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return () if _is_zero(a["fill_value"]) else None
 
@@ -197,7 +209,7 @@ def _full(node: Node, a: dict[str, Any], axis: int) -> Carried:
 # -- moving axes -------------------------------------------------------------------------------------------------------
 
 
-@_row(aten.view.default, aten._unsafe_view.default, aten._reshape_copy.default)
+@_row(aten.view.default, aten._unsafe_view.default)
 def _reshape(node: Node, a: dict[str, Any], axis: int) -> Carried:
     """Row-major order: an axis survives a reshape iff its size and the number of entries behind it stay the same."""
     x = a["self"]
@@ -254,10 +266,11 @@ def _expand(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return (_own(a["self"], node, axis),) if not repeated(node, axis) else None
 
 
-@_row(aten.repeat.default)
+@_row(aten.repeat.default, aten.tile.default)
 def _repeat(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    own = axis - (rank(node) - rank(a["self"]))
-    return ((a["self"], own),) if own >= 0 and same(a["repeats"][axis], 1) else None
+    x, times = a["self"], a["repeats"] if "repeats" in a else a["dims"]
+    own, place = axis - (rank(node) - rank(x)), axis - (rank(node) - len(times))  # tile may name only the last axes
+    return ((x, own),) if own >= 0 and (place < 0 or same(times[place], 1)) else None
 
 
 # -- picking and joining along other axes ------------------------------------------------------------------------------
@@ -277,10 +290,14 @@ def _stack(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return None if axis == new else tuple((x, axis - (axis > new)) for x in a["tensors"])
 
 
-@_row(aten.split.Tensor, aten.split_with_sizes.default)
-def _split(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    x = a["self"]
-    return None if axis == _axis(x, a["dim"]) else ((x, axis),)
+@_row(
+    aten.split.Tensor, aten.split_with_sizes.default, aten.index_select.default, aten.cumsum.default,
+    aten.repeat_interleave.self_int,
+)  # fmt: skip
+def _along(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Whatever happens, happens along one axis; without an axis (repeat_interleave), along all of them in a row."""
+    x, dim = a["self"], a["dim"]
+    return None if dim is None or axis == _axis(x, dim) else ((x, axis),)
 
 
 @_row(aten.unbind.int, aten.select.int)
@@ -306,12 +323,6 @@ def _slice(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((x, axis),) if whole else None
 
 
-@_row(aten.index_select.default)
-def _index_select(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    x = a["self"]
-    return None if axis == _axis(x, a["dim"]) else ((x, axis),)
-
-
 @_row(aten.gather.default)
 def _gather(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x, index = a["self"], a["index"]
@@ -320,19 +331,42 @@ def _gather(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((x, axis),)
 
 
-@_row(aten.index.Tensor)
+@_row(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(node: Node, a: dict[str, Any], axis: int) -> Carried:
     """Indexing with integer tensors on neighbouring axes: they are replaced by the axes of the indices' broadcast."""
-    x, indices = a["self"], list(a["indices"])
-    used = [own for own, index in enumerate(indices) if index is not None]
+    x, indices = a["self"], a["indices"]
+    used = _indexed(indices)
     if not used or used != list(range(used[0], used[-1] + 1)):
         return None
-    if any(not is_tensor(indices[own]) or dtype(indices[own]) not in (torch.int32, torch.int64) for own in used):
-        return None  # masks (bool, uint8) may take several axes
     first, inserted = used[0], max(rank(indices[own]) for own in used)
     if axis < first:
         return ((x, axis),)
     return ((x, axis - inserted + len(used)),) if axis >= first + inserted else None
+
+
+def _indexed(indices: Any) -> list[int]:
+    """The axes that integer tensors pick from; none if there is a mask (bool, uint8), which may take several axes."""
+    used = [own for own, index in enumerate(indices) if index is not None]
+    return used if all(is_tensor(indices[own]) and dtype(indices[own]) in (torch.int32, torch.int64) for own in used) else []
+
+
+@_row(aten.index_put.default)
+def _index_put(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Behind the last index the axes of the values are those of the result."""
+    used = _indexed(a["indices"])
+    return _terms(node, axis, a["self"], a["values"]) if used and axis > used[-1] else None
+
+
+@_row(aten.slice_scatter.default, aten.index_add.default, aten.index_copy.default)
+def _scatter(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x, source = a["self"], a["source"] if "source" in a else a["src"]
+    return ((x, axis), (source, axis)) if axis != _axis(x, a["dim"]) else None
+
+
+@_row(aten.select_scatter.default)
+def _select_scatter(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    dim = _axis(node, a["dim"])
+    return None if axis == dim else ((a["self"], axis), (a["src"], axis - (axis > dim)))
 
 
 @_row(aten.constant_pad_nd.default, aten.pad.default)
@@ -373,12 +407,6 @@ def _reduce(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((x, kept[axis]),)
 
 
-@_row(aten.cumsum.default)
-def _cumsum(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    x = a["self"]
-    return ((x, axis),) if axis != _axis(x, a["dim"]) else None
-
-
 def _spatial(dims: int) -> Row:
     """Ops that treat every channel alike and mix only the last ``dims`` axes."""
 
@@ -391,10 +419,12 @@ def _spatial(dims: int) -> Row:
 _row(aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default)(_spatial(1))
 _row(aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default)(_spatial(2))
 _row(aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default)(_spatial(3))
+_row(aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec, aten.upsample_linear1d.vec)(_spatial(1))
 _row(
-    aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
-    aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+    aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec, aten.upsample_bilinear2d.vec,
+    aten.upsample_bicubic2d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
 )(_spatial(2))  # fmt: skip
+_row(aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec, aten.upsample_trilinear3d.vec)(_spatial(3))
 
 
 # -- products with weights ---------------------------------------------------------------------------------------------
@@ -417,15 +447,14 @@ def _linear(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((a["weight"], 0), _own(bias, node, axis)) if spans(bias, node, axis) else None
 
 
-@_row(aten.addmm.default)
+@_row(aten.addmm.default, aten.baddbmm.default)
 def _addmm(node: Node, a: dict[str, Any], axis: int) -> Carried:
     """``bias + x @ W``: GPT-2's Conv1D stores W as [in, out], so either factor may be the weight."""
-    bias = a["self"]
-    if axis == 1:
-        if not spans(bias, node, 1):
-            return None
-        return ((a["mat2"], 1), _own(bias, node, 1))
-    return ((a["mat1"], 0), _own(bias, node, 0)) if spans(bias, node, 0) else None
+    left, right = (a["mat1"], a["mat2"]) if "mat1" in a else (a["batch1"], a["batch2"])
+    bias, last = a["self"], rank(node) - 1
+    if axis < last - 1 or not spans(bias, node, axis):
+        return None
+    return ((right if axis == last else left, axis), _own(bias, node, axis))
 
 
 @_row(aten.mm.default, aten.bmm.default, aten.matmul.default)
@@ -436,6 +465,32 @@ def _matmul(node: Node, a: dict[str, Any], axis: int) -> Carried:
     if axis == rank(node) - 1:
         return ((right, rank(right) - 1),)
     return ((left, rank(left) - 2),) if axis == rank(node) - 2 else None
+
+
+@_row(aten.einsum.default)
+def _einsum(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """A product is linear in each factor: an axis of one factor alone is carried to it."""
+    left, arrow, right = a["equation"].replace(" ", "").partition("->")
+    if "." in left and not arrow:
+        return None
+    factors = [(x, _labels(term, x)) for x, term in zip(a["tensors"], left.split(","), strict=True)]
+    having = Counter(label for _, labels in factors for label in labels)
+    out = _labels(right, node) if arrow else sorted(label for label in having if having[label] == 1)
+    if having[out[axis]] != 1:
+        return None
+    return tuple((x, labels.index(out[axis])) for x, labels in factors if out[axis] in labels)
+
+
+def _labels(term: str, value: Node) -> list[str]:
+    """The letter of each axis; an ellipsis broadcasts, so its axes are numbered from the right."""
+    left, _, right = term.partition("...")
+    return [*left, *map(str, range(len(left) + len(right) - rank(value), 0)), *right]
+
+
+@_row(aten.scaled_dot_product_attention.default)
+def _attention(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Sums of values: their features pass, whatever the weights of the sums are."""
+    return ((a["value"], rank(a["value"]) - 1),) if axis == rank(node) - 1 and a["dropout_p"] == 0 else None
 
 
 @_row(aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
@@ -476,12 +531,21 @@ def _plain_layer_norm(node: Node, a: dict[str, Any], axis: int) -> Carried:
 def hides(node: Node, operand: Node) -> frozenset[int]:
     """The axes of ``operand`` along which a per-position shift leaves ``node`` unchanged."""
     if node.target in METADATA:
-        return frozenset(range(max(rank(operand), 1)))
+        return _every_axis(operand)
     rule = _HIDES.get(node.target)
     return rule(node, arguments(node), operand) if rule else frozenset()
 
 
-METADATA = {aten.sym_size.int, aten._assert_tensor_metadata.default, aten.zeros_like.default, aten.new_zeros.default}
+METADATA = {
+    aten.sym_size.int, aten._assert_tensor_metadata.default,
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.rand_like.default, aten.randn_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
+}  # fmt: skip
+
+
+def _every_axis(value: Node) -> frozenset[int]:
+    return frozenset(range(max(rank(value), 1)))
 
 
 def _hide(*targets: Any) -> Callable[[Any], Any]:
@@ -490,6 +554,12 @@ def _hide(*targets: Any) -> Callable[[Any], Any]:
         return rule
 
     return add
+
+
+@_hide(aten.type_as.default, aten.copy.default)
+def _like_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
+    """One operand gives the values, the other only their dtype and shape."""
+    return _every_axis(operand) if operand is not a["src" if "src" in a else "self"] else frozenset()
 
 
 @_hide(aten.layer_norm.default, aten.native_layer_norm.default)

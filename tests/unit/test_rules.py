@@ -244,16 +244,26 @@ def check_hides(built: Built) -> int:
     """Shift each operand along each axis that is said to be hidden; how many there were."""
     node, said = built.node, 0
     generator = torch.Generator().manual_seed(0)
-    result = call(node, built.values, wide=True)
+    result = repeatable(node, built.values)
     for operand in dict.fromkeys(node.all_input_nodes):
         value = built.values[operand]
         for axis in hides(node, operand):
             sizes = [1 if own == axis else size for own, size in enumerate(value.shape)]
             shift = 3 * torch.randn(sizes, generator=generator, dtype=torch.float64)
-            shifted = call(node, {**built.values, operand: value + shift}, wide=True)
+            shifted = repeatable(node, {**built.values, operand: (value + shift).to(value.dtype)})
             said += value.dim() > 0 and value.shape[axis] > 1
             assert agree(read(node, shifted), read(node, result)), f"{operand} along {axis} is seen"
     return said
+
+
+def repeatable(node: Node, values: dict[Node, Any]) -> Any:
+    """The result with the same random numbers each time, and NaN for memory that nobody wrote."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        return call(node, values, wide=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def read(node: Node, result: Any) -> list[Tensor]:
@@ -297,9 +307,20 @@ def _to_copy(d: Draw, op: Any) -> Any:
     return {"self": x, "dtype": d.of((None, torch.float64, torch.float32, torch.float16, torch.int64, torch.bool))}
 
 
+@case(aten.type_as.default, table=HIDING)
 @case(aten.type_as.default)
 def _type_as(d: Draw, op: Any) -> Any:
-    return {"self": d.normal(*d.shape()), "other": d.normal(2).to(d.of((torch.float64, torch.float32, torch.int64)))}
+    x = d.normal(*d.shape())
+    other = x if d.of(range(4)) == 0 else d.normal(2).to(d.of((torch.float64, torch.float32, torch.int64)))
+    return {"self": x, "other": other}
+
+
+@case(aten.copy.default, table=HIDING)
+@case(aten.copy.default)
+def _copy(d: Draw, op: Any) -> Any:
+    shape = d.shape(0)
+    x = d.normal(*shape).to(d.of((torch.float64, torch.float32, torch.int64)))
+    return {"self": x, "src": x if d.of(range(4)) == 0 else d.partner(shape)}
 
 
 @case(aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor)
@@ -322,20 +343,32 @@ def _add(d: Draw, op: Any) -> Any:
     return {"self": other, "other": x, **alpha} if swap else {"self": x, "other": other, **alpha}
 
 
-@case(aten.mul.Tensor, aten.div.Tensor)
+@case(aten.mul.Tensor, aten.div.Tensor, aten.true_divide.Tensor)
 def _mul(d: Draw, op: Any) -> Any:
     shape = d.shape()
     x = d.normal(*shape)
     kind = d.of(("partner", "partner", "partner", "number", "itself", "mask"))
     other = {"number": 1.5, "itself": x, "mask": x > 0}.get(kind)
-    if other is None or (kind == "mask" and op is aten.div.Tensor):
+    if other is None or (kind == "mask" and op is not aten.mul.Tensor):
         other = d.partner(shape)
     return {"self": other, "other": x} if kind == "partner" and d.flag() else {"self": x, "other": other}
 
 
-@case(aten.mul.Scalar, aten.div.Scalar)
+@case(aten.mul.Scalar, aten.div.Scalar, aten.true_divide.Scalar)
 def _mul_scalar(d: Draw, op: Any) -> Any:
     return {"self": d.partner(d.shape()), "other": d.of((2, 0.5))}
+
+
+@case(aten.rsub.Scalar)
+def _rsub_scalar(d: Draw, op: Any) -> Any:
+    return {"self": d.partner(d.shape()), "other": d.of((0, 0.0, 1.5)), "alpha": d.of((1, -0.5))}
+
+
+@case(aten.addcmul.default)
+def _addcmul(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    x, left, right = d.shuffled((d.normal(*shape), d.partner(shape), d.partner(shape)))
+    return {"self": x, "tensor1": left, "tensor2": right, "value": d.of((1, -0.5))}
 
 
 @case(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
@@ -360,16 +393,24 @@ def _masked_fill(d: Draw, op: Any) -> Any:
     return {"self": x, "mask": mask, "value": d.of((0, 0.0, 1.5))}
 
 
+@case(aten.lerp.Scalar, aten.lerp.Tensor)
+def _lerp(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    x, end = d.shuffled((d.normal(*shape), d.partner(shape)))
+    return {"self": x, "end": end, "weight": 0.3 if op is aten.lerp.Scalar else d.partner(shape)}
+
+
 @case(aten.zeros.default, aten.full.default)
 def _zeros(d: Draw, op: Any) -> Any:
     value = {"fill_value": d.of((0, 0.0, 1, 1.5))} if op is aten.full.default else {}
     return {"size": list(d.shape(0, 3)), **value}
 
 
-@case(aten.zeros_like.default, aten.new_zeros.default)
+@case(aten.zeros_like.default, aten.new_zeros.default, aten.full_like.default, aten.new_full.default)
 def _zeros_like(d: Draw, op: Any) -> Any:
-    size = {"size": list(d.shape(0, 3))} if op is aten.new_zeros.default else {}
-    return {"self": d.normal(*d.shape(0, 3)), **size}
+    size = {"size": list(d.shape(0, 3))} if ".new_" in str(op) else {}
+    value = {"fill_value": d.of((0, 0.0, 1, 1.5))} if "full" in str(op) else {}
+    return {"self": d.normal(*d.shape(0, 3)), **size, **value}
 
 
 # -- cases: moving axes ------------------------------------------------------------------------------------------------
@@ -388,11 +429,11 @@ def grouped(d: Draw, factors: list[int]) -> list[int]:
     return sizes if current == 1 else [*sizes, current]
 
 
-@case(aten.view.default, aten._unsafe_view.default, aten._reshape_copy.default)
+@case(aten.view.default, aten._unsafe_view.default)
 def _reshape(d: Draw, op: Any) -> Any:
     factors = [2] * d.of(range(1, 5)) if d.flag() else [d.of((1, 2, 3)) for _ in range(d.of(range(5)))]
     own, size = grouped(d, factors), grouped(d, factors)
-    if size and d.flag() and op is not aten._reshape_copy.default:
+    if size and d.flag():
         size[d.of(range(len(size)))] = -1
     return {"self": d.normal(*own), "size": size}
 
@@ -439,6 +480,18 @@ def _expand(d: Draw, op: Any) -> Any:
 def _repeat(d: Draw, op: Any) -> Any:
     shape = d.shape(0, 3)
     return {"self": d.normal(*shape), "repeats": [d.of((1, 1, 2)) for _ in range(len(shape) + d.of((0, 0, 1)))]}
+
+
+@case(aten.tile.default)
+def _tile(d: Draw, op: Any) -> Any:
+    shape = d.shape(0, 3)
+    return {"self": d.normal(*shape), "dims": [d.of((1, 1, 2)) for _ in range(d.of(range(len(shape) + 2)))]}
+
+
+@case(aten.repeat_interleave.self_int)
+def _repeat_interleave(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    return {"self": d.normal(*shape), "repeats": d.of((1, 2)), "dim": d.of((None, d.dim(len(shape)), d.dim(len(shape))))}
 
 
 # -- cases: picking and joining ----------------------------------------------------------------------------------------
@@ -514,13 +567,13 @@ def _gather(d: Draw, op: Any) -> Any:
     return {"self": d.normal(*shape), "dim": dim - len(shape) * d.flag(), "index": index}
 
 
-@case(aten.index.Tensor)
+@case(aten.index.Tensor, aten._unsafe_index.Tensor)
 def _index(d: Draw, op: Any) -> Any:
     shape = d.shape(2, 4)
     joint = tuple(d.of((1, 2, 3)) for _ in range(d.of(range(3))))
     indices: list[Any] = []
     kind = d.of(("integers", "integers", "integers", "mask", "bytes", "square mask"))
-    if kind == "integers":
+    if kind == "integers" or op is aten._unsafe_index.Tensor:
         for own in range(d.of(range(1, len(shape) + 1))):
             if d.flag():
                 sizes = joint[d.of(range(len(joint) + 1)) :]
@@ -533,8 +586,43 @@ def _index(d: Draw, op: Any) -> Any:
         first = d.of(range(len(shape) - 1))
         sizes = shape[first : first + (2 if kind == "square mask" else 1 + d.of((0, 1)))]
         mask = d.mask(*sizes)
-        indices = [*[None] * first, mask.to(torch.uint8) if kind == "bytes" else mask]
+        indices = [*[None] * first, mask.to(torch.uint8) if kind == "bytes" and op is aten.index.Tensor else mask]
     return {"self": d.normal(*shape), "indices": indices}
+
+
+@case(aten.index_put.default)
+def _index_put(d: Draw, op: Any) -> Any:
+    named = _index(d, op)
+    picked = tuple(named["self"][tuple(slice(None) if each is None else each for each in named["indices"])].shape)
+    values = d.partner(picked)
+    return {**named, "values": values, "accumulate": d.flag()}
+
+
+@case(aten.slice_scatter.default)
+def _slice_scatter(d: Draw, op: Any) -> Any:
+    named = _slice(d, op)
+    part = aten.slice.Tensor(*named.values())
+    return {**named, "src": d.normal(*part.shape)}
+
+
+@case(aten.select_scatter.default)
+def _select_scatter(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    part = d.normal(*shape[:dim], *shape[dim + 1 :])
+    return {"self": d.normal(*shape), "src": part, "dim": dim - len(shape) * d.flag(), "index": d.of((0, -1))}
+
+
+@case(aten.index_add.default, aten.index_copy.default)
+def _index_add(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    index = torch.tensor(d.shuffled(range(shape[dim]))[: d.of((1, 2, 3, 4))])
+    if op is aten.index_add.default and d.flag():
+        index = d.below(shape[dim], d.of((1, 2, 3)))
+    source = d.normal(*shape[:dim], len(index), *shape[dim + 1 :])
+    scale = {"alpha": d.of((1, 2, -0.5))} if op is aten.index_add.default else {}
+    return {"self": d.normal(*shape), "dim": dim - len(shape) * d.flag(), "index": index, "source": source, **scale}
 
 
 @case(aten.pad.default, aten.constant_pad_nd.default)
@@ -606,13 +694,16 @@ def _adaptive(d: Draw, op: Any) -> Any:
     return {"self": _picture(d, dims), "output_size": [d.of((1, 2, 3, 4)) for _ in range(dims)]}
 
 
-@case(aten.upsample_nearest2d.vec, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
-      aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec)  # fmt: skip
+@case(aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec, aten.upsample_linear1d.vec,
+      aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec, aten.upsample_bilinear2d.vec,
+      aten.upsample_bicubic2d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
+      aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec, aten.upsample_trilinear3d.vec)  # fmt: skip
 def _upsample(d: Draw, op: Any) -> Any:
-    align = {} if op is aten.upsample_nearest2d.vec else {"align_corners": d.flag()}
-    size = {"output_size": [d.of((2, 4, 5)), d.of((2, 4, 5))], "scale_factors": None}
-    scale = {"output_size": None, "scale_factors": [d.of((2.0, 1.5)), d.of((2.0, 1.5))]}
-    return {"input": d.normal(d.of((1, 2, 4)), d.of((1, 2, 4)), 4, 4), **align, **(size if d.flag() else scale)}
+    dims = int(str(op).split("d")[0][-1])
+    align = {} if "nearest" in str(op) else {"align_corners": d.flag()}
+    size = {"output_size": [d.of((2, 4, 5)) for _ in range(dims)], "scale_factors": None}
+    scale = {"output_size": None, "scale_factors": [d.of((2.0, 1.5)) for _ in range(dims)]}
+    return {"input": d.normal(d.of((1, 2, 4)), d.of((1, 2, 4)), *[4] * dims), **align, **(size if d.flag() else scale)}
 
 
 # -- cases: products with weights --------------------------------------------------------------------------------------
@@ -639,6 +730,45 @@ def _addmm(d: Draw, op: Any) -> Any:
     n, m, p = (3, 3, 3) if d.flag() else (d.of((1, 2)), d.of((1, 4)), d.of((1, 3)))
     scale = {"alpha": 2.0, "beta": -0.5} if d.flag() else {}
     return {"self": d.partner((n, p)), "mat1": d.normal(n, m), "mat2": d.normal(m, p), **scale}
+
+
+@case(aten.baddbmm.default)
+def _baddbmm(d: Draw, op: Any) -> Any:
+    b, n, m, p = (3, 3, 3, 3) if d.flag() else (d.of((1, 2)), d.of((1, 2)), d.of((1, 4)), d.of((1, 3)))
+    scale = {"alpha": 2.0, "beta": -0.5} if d.flag() else {}
+    return {"self": d.partner((b, n, p)), "batch1": d.normal(b, n, m), "batch2": d.normal(b, m, p), **scale}
+
+
+@case(aten.einsum.default)
+def _einsum(d: Draw, op: Any) -> Any:
+    """Factors of few letters, so that they share some; upper case sorts before lower case."""
+    sizes = dict.fromkeys("aBcd", 3) if d.flag() else {letter: d.of((1, 2, 3)) for letter in "aBcd"}
+    broadcast = [sizes["a"] if d.flag() else 2, 2]
+    dotted = d.of(range(3)) == 0
+    terms, tensors = [], []
+    for _ in range(d.of((1, 2, 2, 3))):
+        letters = [d.of("aBcd") for _ in range(d.of(range(1, 4)))]
+        dots, place = dotted and d.flag(), d.of(range(len(letters) + 1))
+        own = broadcast[d.of(range(3)) :] if dots else []
+        terms.append("".join([*letters[:place], *["..."] * dots, *letters[place:]]))
+        tensors.append(d.normal(*(sizes[each] for each in letters[:place]), *own, *(sizes[each] for each in letters[place:])))
+    out = d.shuffled(d.some(sorted({each for term in terms for each in term if each != "."})))
+    if "..." in "".join(terms) and d.of(range(4)):
+        out.insert(d.of(range(len(out) + 1)), "...")
+    arrow = d.of(("", " -> ", "->", "->"))
+    return {"equation": d.of((",", ", ")).join(terms) + (arrow and arrow + "".join(out)), "tensors": tensors}
+
+
+@case(aten.scaled_dot_product_attention.default)
+def _attention(d: Draw, op: Any) -> Any:
+    square = d.flag()
+    queries, keys, inner, outer = (3, 3, 3, 3) if square else (d.of((1, 2)), d.of((1, 4)), d.of((1, 3)), d.of((2, 3)))
+    heads = d.of(((), (1,), (2, 2), (3, 3)))
+    grouped = len(heads) == 2 and d.flag()
+    batch = (*heads[:-1], 1) if grouped else heads
+    mask = {"attn_mask": d.normal(queries, keys)} if d.flag() else {"is_causal": d.flag()}
+    key, value = d.normal(*batch, keys, inner), d.normal(*batch, keys, outer)
+    return {"query": d.normal(*heads, queries, inner), "key": key, "value": value, "enable_gqa": grouped, **mask}
 
 
 @case(aten.mm.default, aten.bmm.default, aten.matmul.default)
@@ -739,7 +869,11 @@ def _assert_metadata(d: Draw, op: Any) -> Any:
     return {"a": d.normal(*d.shape(0)), "dtype": torch.float64}
 
 
-case(aten.zeros_like.default, aten.new_zeros.default, table=HIDING)(_zeros_like)
+case(
+    aten.zeros_like.default, aten.ones_like.default, aten.full_like.default, aten.empty_like.default,
+    aten.rand_like.default, aten.randn_like.default,
+    aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default, table=HIDING,
+)(_zeros_like)  # fmt: skip
 
 
 # -- the rows as they are ----------------------------------------------------------------------------------------------
@@ -873,6 +1007,74 @@ MUST: dict[str, tuple[Any, dict[str, Any], int, tuple[tuple[Any, int], ...]]] = 
         {"input": PICTURE, "output_size": [9, 9], "align_corners": False, "scale_factors": None}, 1, ((PICTURE, 1),),
     ),
     "norm without gain and shift": (aten.layer_norm.default, {"input": X, "normalized_shape": [4]}, 2, ()),
+    "copy into a buffer": (aten.copy.default, {"self": noise(2, 5, 4), "src": (Y := noise(5, 4))}, 2, ((Y, 1),)),
+    "zero minus": (aten.rsub.Scalar, {"self": X, "other": 0}, 2, ((X, 2),)),
+    "gated residual": (
+        aten.addcmul.default, {"self": X, "tensor1": GATE, "tensor2": (Y := noise(2, 5, 4))}, 2, ((X, 2), (Y, 2)),
+    ),
+    "blend": (aten.lerp.Scalar, {"self": X, "end": (Y := noise(4)), "weight": 0.3}, 2, ((X, 2), (Y, 0))),
+    "blend per token": (
+        aten.lerp.Tensor, {"self": X, "end": (Y := noise(2, 5, 4)), "weight": GATE}, 2, ((X, 2), (Y, 2)),
+    ),
+    "true division per token": (aten.true_divide.Tensor, {"self": X, "other": GATE}, 2, ((X, 2),)),
+    "true division": (aten.true_divide.Scalar, {"self": X, "other": 2}, 2, ((X, 2),)),
+    "tile": (aten.tile.default, {"self": X, "dims": [2, 1]}, 2, ((X, 2),)),
+    "tile, batch": (aten.tile.default, {"self": X, "dims": [2, 1]}, 0, ((X, 0),)),
+    "repeated heads": (aten.repeat_interleave.self_int, {"self": X, "repeats": 2, "dim": 1}, 2, ((X, 2),)),
+    "picked pixels": (aten._unsafe_index.Tensor, {"self": PICTURE, "indices": [None, None, IDS, IDS[0]]}, 1, ((PICTURE, 1),)),
+    "written tokens": (
+        aten.slice_scatter.default, {"self": X, "src": (Y := noise(2, 2, 4)), "dim": 1, "start": -2}, 2, ((X, 2), (Y, 2)),
+    ),
+    "a written token": (
+        aten.select_scatter.default, {"self": X, "src": (Y := noise(2, 4)), "dim": 1, "index": 0}, 2, ((X, 2), (Y, 1)),
+    ),
+    "tokens put in place": (
+        aten.index_put.default, {"self": X, "indices": [None, IDS[0]], "values": (Y := noise(3, 4))}, 2, ((X, 2), (Y, 1)),
+    ),
+    "tokens added in place": (
+        aten.index_put.default, {"self": TABLE, "indices": [IDS], "values": (Y := noise(2, 3, 4)), "accumulate": True}, 1,
+        ((TABLE, 1), (Y, 2)),
+    ),
+    "experts' tokens": (
+        aten.index_add.default, {"self": TABLE, "dim": 0, "index": IDS[0], "source": (Y := noise(3, 4))}, 1,
+        ((TABLE, 1), (Y, 1)),
+    ),
+    "cached tokens": (
+        aten.index_copy.default, {"self": X, "dim": 1, "index": IDS[1], "source": (Y := noise(2, 3, 4))}, 2, ((X, 2), (Y, 2)),
+    ),
+    "einsum, features": (aten.einsum.default, {"equation": "bti,oi->bto", "tensors": [X, W]}, 2, ((W, 0),)),
+    "einsum, tokens": (aten.einsum.default, {"equation": "bti,oi->bto", "tensors": [X, W]}, 1, ((X, 1),)),
+    "einsum of any rank": (aten.einsum.default, {"equation": "...i, oi -> ...o", "tensors": [X, W]}, 2, ((W, 0),)),
+    "einsum of any rank, tokens": (aten.einsum.default, {"equation": "...i, oi -> ...o", "tensors": [X, W]}, 1, ((X, 1),)),
+    "einsum with an implicit result": (aten.einsum.default, {"equation": "bti,oi", "tensors": [X, W]}, 1, ((W, 0),)),
+    "attention": (
+        aten.scaled_dot_product_attention.default, {"query": SQUARE, "key": SQUARE, "value": (Y := noise(4, 4, 4))}, 2,
+        ((Y, 2),),
+    ),
+    "baddbmm, features": (
+        aten.baddbmm.default, {"self": B, "batch1": X, "batch2": (M := noise(2, 4, 8))}, 2, ((M, 2), (B, 0)),
+    ),
+    "baddbmm, rows": (
+        aten.baddbmm.default, {"self": (Y := noise(5, 1)), "batch1": X, "batch2": noise(2, 4, 8)}, 1, ((X, 1), (Y, 0)),
+    ),
+    "resized signal": (
+        aten.upsample_linear1d.vec,
+        {"input": X, "output_size": [9], "align_corners": False, "scale_factors": None}, 1, ((X, 1),),
+    ),
+    "resized signal, nearest": (
+        aten.upsample_nearest1d.vec, {"input": X, "output_size": [9], "scale_factors": None}, 1, ((X, 1),),
+    ),
+    "resized picture, nearest": (
+        aten._upsample_nearest_exact2d.vec, {"input": PICTURE, "output_size": [9, 9], "scale_factors": None}, 1,
+        ((PICTURE, 1),),
+    ),
+    "resized volume": (
+        aten.upsample_trilinear3d.vec,
+        {"input": (Y := noise(1, 4, 2, 2, 2)), "output_size": [3, 3, 3], "align_corners": False, "scale_factors": None}, 1,
+        ((Y, 1),),
+    ),
+    "zeros of that shape": (aten.full_like.default, {"self": X, "fill_value": 0}, 2, ()),
+    "zeros of that dtype": (aten.new_full.default, {"self": X, "size": [2, 1, 4], "fill_value": 0.0}, 2, ()),
     "zeros": (aten.new_zeros.default, {"self": X, "size": [2, 1, 4]}, 2, ()),
 }  # fmt: skip
 
@@ -929,6 +1131,14 @@ def _weight_and_bias(dim: int, channel: Callable[[Node, dict[str, Any]], int]) -
 
 def _channel(node: Node, a: dict[str, Any]) -> int:
     return rank(node) - rank(a["weight"]) + 1
+
+
+def _first_with_letter(node: Node, a: dict[str, Any], axis: int) -> Any:
+    left, _, right = a["equation"].replace(" ", "").partition("->")
+    if not right or "." in a["equation"]:
+        return None
+    places = ((x, term.find(right[axis])) for x, term in zip(a["tensors"], left.split(","), strict=True))
+    return (next((x, own) for x, own in places if own >= 0),)
 
 
 WRONG: dict[str, tuple[Any, Wrong]] = {
@@ -1003,6 +1213,44 @@ WRONG: dict[str, tuple[Any, Wrong]] = {
     "conv_transpose: like conv": (aten.conv_transpose2d.input, _weight_and_bias(0, _channel)),
     "convolution: never transposed": (aten.convolution.default, rules._conv),
     "embedding: its rows": (aten.embedding.default, _named("weight", lambda node, a, axis: 0)),
+    "copy: into what is overwritten": (aten.copy.default, _named("self")),
+    "copy: a source that is constant along the axis": (
+        aten.copy.default, _named("src", lambda node, a, axis: axis - rank(node) + rank(a["src"])),
+    ),
+    "rsub: from a number": (aten.rsub.Scalar, _named("self")),
+    "addcmul: without its product": (aten.addcmul.default, _named("self")),
+    "addcmul: both factors": (aten.addcmul.default, _spanning("self", "tensor1", "tensor2")),
+    "lerp: one end": (aten.lerp.Scalar, _named("self")),
+    "lerp: a weight that differs along the axis": (aten.lerp.Tensor, _spanning("self", "end")),
+    "tile: axes counted from the front": (
+        aten.tile.default,
+        lambda node, a, axis: ((a["self"], axis),) if axis >= len(a["dims"]) or a["dims"][axis] == 1 else None,
+    ),
+    "repeat_interleave: its own axis": (aten.repeat_interleave.self_int, _named("self")),
+    "repeat_interleave: no axis": (
+        aten.repeat_interleave.self_int, lambda node, a, axis: ((a["self"], 0),) if a["dim"] is None else None,
+    ),
+    "slice_scatter: its own axis": (aten.slice_scatter.default, _spanning("self", "src")),
+    "slice_scatter: without its source": (aten.slice_scatter.default, _also(aten.slice_scatter.default, _named("self"))),
+    "select_scatter: the axes stay": (
+        aten.select_scatter.default,
+        lambda node, a, axis: ((a["self"], axis), (a["src"], axis)) if axis < rank(a["src"]) else None,
+    ),
+    "index_put: values that are constant along the axis": (
+        aten.index_put.default,
+        lambda node, a, axis: ((a["self"], axis),) if axis >= len(a["indices"]) else None,
+    ),
+    "index_put: an indexed axis": (aten.index_put.default, _spanning("self", "values")),
+    "index_put: a mask is one axis": (
+        aten.index_put.default,
+        lambda node, a, axis: _spanning("self", "values")(node, a, axis) if axis >= len(a["indices"]) else None,
+    ),
+    "index_add: its own axis": (aten.index_add.default, _spanning("self", "source")),
+    "einsum: a letter of several factors": (aten.einsum.default, _first_with_letter),
+    "attention: of the queries": (aten.scaled_dot_product_attention.default, _named("query")),
+    "attention: positions": (aten.scaled_dot_product_attention.default, _named("value")),
+    "baddbmm: the batch": (aten.baddbmm.default, _also(aten.baddbmm.default, _named("batch1"))),
+    "baddbmm: without its first term": (aten.baddbmm.default, lambda node, a, axis: ((a["batch2"], 2),) if axis == 2 else None),
     "layer_norm: with a gain": (aten.layer_norm.default, _always),
 }  # fmt: skip
 
@@ -1016,7 +1264,7 @@ def test_a_wrong_row_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
-WITHOUT_OPERANDS = ZEROS | {aten.full.default, aten.layer_norm.default}
+WITHOUT_OPERANDS = ZEROS | {aten.full.default, aten.full_like.default, aten.new_full.default, aten.layer_norm.default}
 
 
 @pytest.mark.parametrize("op", by_name(set(CASES) - ZEROS), ids=str)
@@ -1039,6 +1287,8 @@ def test_an_axis_off_by_one_is_found(op: Any, monkeypatch: pytest.MonkeyPatch) -
 
 
 HIDDEN_WRONG: dict[str, tuple[Any, Any]] = {
+    "type_as: what is cast": (aten.type_as.default, lambda node, a, x: frozenset(range(rank(x)))),
+    "copy: the source": (aten.copy.default, lambda node, a, x: frozenset(range(rank(x)))),
     "norm over several axes": (aten.layer_norm.default, lambda node, a, x: frozenset({rank(x) - 1})),
     "norm whose gain is its input": (
         aten.layer_norm.default,
