@@ -20,7 +20,7 @@ from normfuse.cases import Case, cases
 from normfuse.errors import InputError, NormfuseError
 from normfuse.evidence import Evidence, Progress, Runner, compare, compare_runtime, failed, prove
 from normfuse.facts import analyze
-from normfuse.findings import Claim, Refusal
+from normfuse.findings import NO_NORM, Claim, Refusal
 from normfuse.inputs import Inputs, found_on
 from normfuse.interpret import flat_inputs
 from normfuse.loading import load, write_atomically
@@ -297,7 +297,8 @@ def _after(chosen: Plan, before: Mapping[str, int]) -> Counter[str]:
     after = Counter(before)
     for each in chosen.rewrites:
         after[each.was] -= len(each.sites)
-        after[each.becomes] += len(each.sites)
+        if each.becomes != NO_NORM:
+            after[each.becomes] += len(each.sites)
     return +after
 
 

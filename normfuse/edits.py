@@ -6,12 +6,12 @@ expression instead; nodes that nobody reads any more are dropped.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
@@ -44,7 +44,7 @@ class Call:
     def target(self) -> torch._ops.OpOverload:
         """The operator; only those of the aten namespace exist here."""
         try:
-            found: torch._ops.OpOverload = operator.attrgetter(self.op)(torch.ops.aten)
+            found: torch._ops.OpOverload = formula.aten_operator(self.op)
             return found
         except AttributeError as error:
             raise InvalidPlan(f"this torch has no operator aten.{self.op}") from error
@@ -62,6 +62,24 @@ class SetTensor:
 
     def __str__(self) -> str:
         return f"{self.name} ← {self.formula}"
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A stored tensor ``name`` that the program did not have; expressions read it as ``Ref(name)``.
+
+    Attributes:
+        name: its name in the state dict.
+        formula: its value.
+        like: name of the stored tensor whose dtype and device it takes.
+    """
+
+    name: str
+    formula: Formula
+    like: str
+
+    def __str__(self) -> str:
+        return f"new {self.name} ← {self.formula}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class Reroute:
         return f"{self.node} ← {self.by}{some}"
 
 
-Edit: TypeAlias = SetTensor | Reroute
+Edit: TypeAlias = SetTensor | NewTensor | Reroute
 
 
 def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[str, str]] | None = None) -> Program:
@@ -101,18 +119,43 @@ def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[st
     """
     edits = tuple(edits)
     draft, twin = _copy(program)
-    formulas = dict(program.formulas)
+    formulas, state = dict(program.formulas), dict(program.exported.state_dict)
     for edit in edits:
         match edit:
             case SetTensor(name, new):
                 _check_tensors(program, new)
                 formulas[name] = formula.substitute(new, program.formulas)
+            case NewTensor(name, new):
+                _check_tensors(program, new)
+                formulas[name] = formula.substitute(new, program.formulas)
+                state[name] = _add_tensor(program, draft.graph, twin, edit)
             case Reroute():
                 _reroute(draft, twin, edit, (by or {}).get(edit))
     graph = draft.graph
     _drop_unread(graph)
     graph.lint()
-    return Program(program.rebuilt(draft, graph), formulas, program.notes)
+    return Program(program.rebuilt(draft, graph, state), formulas, program.notes)
+
+
+def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: NewTensor) -> nn.Parameter:
+    """A placeholder for a new stored tensor; its storage is on the meta device until the formula is evaluated."""
+    if edit.name in set(program.tensor_names()) or edit.name in nodes:
+        raise InvalidPlan(f"the plan makes the tensor '{edit.name}', which this model already has")
+    like = program.tensor(edit.like)
+    with next(iter(graph.nodes)).meta["val"].fake_mode:
+        form = formula.evaluate(edit.formula, lambda name: program.reader_of(name).meta["val"]).shape
+        value = torch.empty(form, dtype=like.dtype, device=like.device)
+    last = max((node for node in graph.nodes if node.name in program.stored), key=_places(graph).__getitem__)
+    with graph.inserting_after(last):
+        node = graph.placeholder(f"p_{edit.name.replace('.', '_')}")
+    node.meta["val"] = value
+    node.meta["stored"] = edit.name
+    nodes[edit.name] = node
+    return nn.Parameter(torch.empty(form, dtype=like.dtype, device="meta"))
+
+
+def _places(graph: Graph) -> dict[Node, int]:
+    return {node: place for place, node in enumerate(graph.nodes)}
 
 
 def _copy(program: Program) -> tuple[GraphModule, dict[str, Node]]:
@@ -145,6 +188,8 @@ def _reroute(draft: GraphModule, nodes: dict[str, Node], edit: Reroute, origin: 
         raise InvalidPlan(f"'{edit.by}' has another shape or dtype than '{edit.node}', which it would replace")
     for reader in readers:
         reader.replace_input_with(node, new)
+    if edit.readers is None:
+        nodes[edit.node] = new  # later edits of the round mean what took its place
     if edit.name is not None:
         nodes[edit.name] = new
 
@@ -206,6 +251,8 @@ def to_json(edit: Edit) -> dict[str, Any]:
     match edit:
         case SetTensor(name, new):
             return {"set": name, "to": formula.to_json(new)}
+        case NewTensor(name, new, like):
+            return {"new": name, "to": formula.to_json(new), "like": like}
         case Reroute(node, by, readers, name):
             readers_json = None if readers is None else list(readers)
             return {"reroute": node, "by": _expression_to_json(by), "readers": readers_json, "name": name}
@@ -213,6 +260,8 @@ def to_json(edit: Edit) -> dict[str, Any]:
 
 def from_json(data: Mapping[str, Any]) -> Edit:
     """The edit that `to_json` wrote."""
+    if "new" in data:
+        return NewTensor(str(data["new"]), formula.from_json(data["to"]), str(data["like"]))
     if "set" in data:
         return SetTensor(str(data["set"]), formula.from_json(data["to"]))
     readers = None if data["readers"] is None else tuple(data["readers"])

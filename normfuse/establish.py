@@ -21,7 +21,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Edit, Ref, Reroute, SetTensor
 from normfuse.facts import Facts
 from normfuse.formula import Centered, Formula, Read, Scaled
-from normfuse.rules import METADATA, carries, rank, same, spans
+from normfuse.rules import carries, rank, same, spans, times_read
 from normfuse.views import Norm, arguments, aten, dtype, shape
 
 Key: TypeAlias = tuple[Node, int]
@@ -141,7 +141,7 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
             continue
         vector = _vector_behind(facts, scale, axis - (rank(node) - rank(scale)))
         writers = _sole_writers(facts, branch, axis - (rank(node) - rank(branch)))
-        if vector is None or writers is None or shape(branch) != shape(node):
+        if vector is None or writers is None or shape(branch) != shape(node) or dtype(branch) != dtype(node):
             continue
         stored = facts.program.stored
         tensors = [(stored[writer.name], dim) for writer, dim in writers if writer.op == "placeholder"]
@@ -176,7 +176,7 @@ def _sole_writers(facts: Facts, node: Node, axis: int) -> list[Key] | None:
     frontier = [(node, axis)]
     while frontier:
         value, own = frontier.pop()
-        if sum(1 for user in value.users if user.target not in METADATA) != 1:
+        if times_read(value) != 1:
             return None
         way.append((value, own))
         if value.op == "placeholder":

@@ -28,6 +28,7 @@ from normfuse.cases import Case
 from normfuse.edits import SetTensor
 from normfuse.errors import VerificationFailed
 from normfuse.facts import analyze
+from normfuse.findings import NO_NORM
 from normfuse.interpret import Weights, run
 from normfuse.planner import Plan
 from normfuse.program import Program
@@ -242,7 +243,8 @@ def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
     expected = Counter(before)
     for rewrite in plan.rewrites:
         expected[rewrite.was] -= len(rewrite.sites)
-        expected[rewrite.becomes] += len(rewrite.sites)
+        if rewrite.becomes != NO_NORM:
+            expected[rewrite.becomes] += len(rewrite.sites)
     problems = [
         f"{expected[kind]} {kind} were promised and {after[kind]} are there"
         for kind in sorted(expected | after)

@@ -9,6 +9,9 @@ from typing import Any, TypeAlias
 from normfuse.edits import Edit
 from normfuse.program import Site
 
+NO_NORM = "no norm"
+"""What a norm becomes that is gone."""
+
 
 class Claim(IntEnum):
     """How close a rewrite stays to the original function, weakest last."""

@@ -51,7 +51,40 @@ class Scaled:
         return f"scale({self.of}, {self.by}, dim={self.dim})"
 
 
-Formula: TypeAlias = Read | Centered | Scaled
+@dataclass(frozen=True)
+class Added:
+    """``of`` plus the entries of ``by`` (flattened) along ``dim``."""
+
+    of: Formula
+    by: Formula
+    dim: int
+
+    def __str__(self) -> str:
+        return f"shift({self.of}, {self.by}, dim={self.dim})"
+
+
+@dataclass(frozen=True)
+class Apply:
+    """An aten operator on formulas and literals, such as ``rsqrt.default``: arithmetic of the model's own on its weights."""
+
+    op: str
+    args: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op.partition('.')[0]}({', '.join(map(str, self.args))})"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A literal."""
+
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}"
+
+
+Formula: TypeAlias = Read | Number | Centered | Scaled | Added | Apply
 
 
 def evaluate(formula: Formula, read: Callable[[str], Tensor]) -> Tensor:
@@ -67,14 +100,42 @@ def evaluate(formula: Formula, read: Callable[[str], Tensor]) -> Tensor:
     match formula:
         case Read(name):
             return read(name).detach().to(torch.float64)
+        case Number(number):
+            return torch.tensor(number, dtype=torch.float64)
         case Centered(of, dim):
             value = evaluate(of, read)
             return value - value.mean(dim, keepdim=True)
         case Scaled(of, by, dim):
             value = evaluate(of, read)
-            along = [1] * value.dim()
-            along[dim] = -1
-            return value * evaluate(by, read).reshape(along)
+            return value * _along(evaluate(by, read), value, dim)
+        case Added(of, by, dim):
+            value = evaluate(of, read)
+            return value + _along(evaluate(by, read), value, dim)
+        case Apply(op, args):
+            result: Tensor = aten_operator(op)(*(_argument(each, read) for each in args))
+            return result
+
+
+def _along(entries: Tensor, value: Tensor, dim: int) -> Tensor:
+    sizes = [1] * value.dim()
+    sizes[dim] = -1
+    return entries.to(value.device).reshape(sizes)
+
+
+def _argument(value: Any, read: Callable[[str], Tensor]) -> Any:
+    if is_formula(value):
+        return evaluate(value, read)
+    return [_argument(each, read) for each in value] if isinstance(value, tuple) else value
+
+
+def aten_operator(name: str) -> Any:
+    """The aten operator of a name such as ``rsqrt.default``; only that namespace is reachable.
+
+    Raises:
+        AttributeError: this torch has no such operator.
+    """
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload)
 
 
 def substitute(formula: Formula, pending: Mapping[str, Formula]) -> Formula:
@@ -82,10 +143,21 @@ def substitute(formula: Formula, pending: Mapping[str, Formula]) -> Formula:
     match formula:
         case Read(name):
             return pending.get(name, formula)
+        case Number():
+            return formula
         case Centered(of, dim):
             return Centered(substitute(of, pending), dim)
         case Scaled(of, by, dim):
             return Scaled(substitute(of, pending), substitute(by, pending), dim)
+        case Added(of, by, dim):
+            return Added(substitute(of, pending), substitute(by, pending), dim)
+        case Apply(op, args):
+            return Apply(op, tuple(substitute(each, pending) if is_formula(each) else each for each in args))
+
+
+def is_formula(value: Any) -> bool:
+    """Whether an argument of `Apply` is a formula and not a literal."""
+    return isinstance(value, Read | Number | Centered | Scaled | Added | Apply)
 
 
 def reads(formula: Formula) -> Iterator[str]:
@@ -93,11 +165,17 @@ def reads(formula: Formula) -> Iterator[str]:
     match formula:
         case Read(name):
             yield name
+        case Number():
+            return
         case Centered(of, _):
             yield from reads(of)
-        case Scaled(of, by, _):
+        case Scaled(of, by, _) | Added(of, by, _):
             yield from reads(of)
             yield from reads(by)
+        case Apply(_, args):
+            for each in args:
+                if is_formula(each):
+                    yield from reads(each)
 
 
 def to_json(formula: Formula) -> dict[str, Any]:
@@ -105,16 +183,34 @@ def to_json(formula: Formula) -> dict[str, Any]:
     match formula:
         case Read(name):
             return {"read": name}
+        case Number(value):
+            return {"number": value}
         case Centered(of, dim):
             return {"center": to_json(of), "dim": dim}
         case Scaled(of, by, dim):
             return {"scale": to_json(of), "by": to_json(by), "dim": dim}
+        case Added(of, by, dim):
+            return {"shift": to_json(of), "by": to_json(by), "dim": dim}
+        case Apply(op, args):
+            return {"apply": op, "args": [to_json(each) if is_formula(each) else {"literal": each} for each in args]}
 
 
 def from_json(data: Mapping[str, Any]) -> Formula:
     """The formula that `to_json` wrote."""
     if "read" in data:
         return Read(str(data["read"]))
+    if "number" in data:
+        return Number(float(data["number"]))
     if "center" in data:
         return Centered(from_json(data["center"]), int(data["dim"]))
-    return Scaled(from_json(data["scale"]), from_json(data["by"]), int(data["dim"]))
+    if "apply" in data:
+        return Apply(str(data["apply"]), tuple(_argument_from_json(each) for each in data["args"]))
+    kind, of = (Scaled, data["scale"]) if "scale" in data else (Added, data["shift"])
+    return kind(from_json(of), from_json(data["by"]), int(data["dim"]))
+
+
+def _argument_from_json(data: Mapping[str, Any]) -> Any:
+    if "literal" not in data:
+        return from_json(data)
+    literal = data["literal"]
+    return tuple(literal) if isinstance(literal, list) else literal

@@ -19,7 +19,7 @@ from typing import Any
 
 from normfuse import edits as editing
 from normfuse import formula as formulas
-from normfuse.edits import Edit, Reroute, SetTensor, apply
+from normfuse.edits import Edit, NewTensor, Reroute, SetTensor, apply
 from normfuse.errors import InvalidPlan
 from normfuse.facts import Facts, analyze
 from normfuse.findings import Claim, Refusal, Rewrite
@@ -156,6 +156,10 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
                 stray = _stray_reader(name, formula, rewrite, facts)
                 if stray is not None:
                     return refuse("NF101", f"the tensor '{name}' is also read by '{stray}', outside this rewrite")
+            case NewTensor(name, formula, like):
+                unknown = [each for each in (like, *formulas.reads(formula)) if each not in tensors]
+                if unknown or name in tensors:
+                    return refuse("NF103", f"the new tensor '{name}' does not fit the program")
             case Reroute(node, _, readers, new):
                 missing = {node, *(readers or ())} - facts.program.nodes.keys() - made
                 if missing:
@@ -193,11 +197,11 @@ def _conflict(one: Rewrite, other: Rewrite) -> bool:
 
 
 def _changed(rewrite: Rewrite) -> set[str]:
-    return {edit.name if isinstance(edit, SetTensor) else edit.node for edit in rewrite.edits}
+    return {edit.node if isinstance(edit, Reroute) else edit.name for edit in rewrite.edits}
 
 
 def _touched(rewrite: Rewrite) -> set[str]:
-    read = {name for edit in rewrite.edits if isinstance(edit, SetTensor) for name in formulas.reads(edit.formula)}
+    read = {name for edit in rewrite.edits if not isinstance(edit, Reroute) for name in formulas.reads(edit.formula)}
     return _changed(rewrite) | rewrite.region | read
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
 from normfuse.errors import TraceError
@@ -230,7 +230,12 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
         replace(spec, arg=TensorArgument(node.name)) if isinstance(spec.arg, TensorArgument) else spec
         for spec, node in zip(old.output_specs, outputs, strict=True)  # type: ignore[arg-type]
     ]
-    return ExportGraphSignature(list(old.input_specs), specs)
+    inputs = {spec.arg.name: spec for spec in old.input_specs}
+    made = [
+        inputs.get(node.name) or InputSpec(InputKind.PARAMETER, TensorArgument(node.name), node.meta["stored"])
+        for node in graph.find_nodes(op="placeholder")
+    ]
+    return ExportGraphSignature(made, specs)
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from normfuse.views import arguments, aten, dtype, is_tensor, shape
+from normfuse.views import arguments, aten, dtype, is_tensor, shape, tensors_in
 
 Carried: TypeAlias = tuple[tuple[Node, int], ...] | None
 Row: TypeAlias = Callable[[Node, dict[str, Any], int], Carried]
@@ -542,6 +542,12 @@ METADATA = {
     aten.rand_like.default, aten.randn_like.default,
     aten.new_zeros.default, aten.new_ones.default, aten.new_full.default, aten.new_empty.default,
 }  # fmt: skip
+
+
+def times_read(value: Node) -> int:
+    """How often a value is read; a reader that takes it twice counts twice, readers of its metadata do not count."""
+    readers = (reader for reader in value.users if reader.target not in METADATA)
+    return sum(operand is value for reader in readers for operand in tensors_in((reader.args, reader.kwargs)))
 
 
 def _every_axis(value: Node) -> frozenset[int]:

@@ -141,6 +141,7 @@ _TUPLE_OPERATORS = {
     aten._fused_rms_norm.default: _rms_norm,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten._native_batch_norm_legit.default: _batch_norm,
+    aten._native_batch_norm_legit.no_stats: _batch_norm,
     aten._native_batch_norm_legit_functional.default: _batch_norm,
     aten.native_group_norm.default: _group_norm,
 }

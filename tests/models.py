@@ -180,6 +180,18 @@ class LayerScaleReadTwice(LayerScaled):
         return x + self.gammas[place] * y + y
 
 
+class LayerScaleOfASquare(LayerScaled):
+    """The scaled branch is written by W @ W: a scale in W would enter twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Parameter(torch.zeros(D, D))
+
+    def block(self, x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
+        place = 0 if norm is self.norms[0] else 1
+        return x + self.gammas[place] * (norm(x) @ (self.square @ self.square))
+
+
 class JoinsTokens(Stream):
     """Patch merging: the norm is over the concatenation of two tokens."""
 
@@ -401,6 +413,7 @@ TRAPS: dict[str, Trap] = {
     "scalar gate": Trap(ScalarGated, IDS, 3),
     "layer scale": Trap(LayerScaled, IDS, 3),
     "layer scale read twice": Trap(LayerScaleReadTwice, IDS, 1, ("NF201", "NF201")),
+    "layer scale of a square": Trap(LayerScaleOfASquare, IDS, 1, ("NF208", "NF208")),
     "concatenated tokens": Trap(JoinsTokens, IDS, 1, ("NF201", "NF204")),
     "post-norm": Trap(PostNorm, IDS, 0, ("NF201", "NF205", "NF205")),
     "output norms": Trap(OutputNorm, IDS, 2, ("NF201",)),

@@ -17,13 +17,17 @@ from normfuse.findings import Refusal
 from normfuse.interpret import flat_inputs
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
-from tests.models import TRAPS
+from tests.batch_norms import FOLDS, Fold
+from tests.models import TRAPS, Trap
 
 PASSES = sorted(registry.passes())
 HEADINGS = ("What", "Formula", "Needs", "Refuses", "Claim", "Reference")
 
 
-@pytest.fixture(scope="module", params=TRAPS)
+MODELS: dict[str, Trap | Fold] = {**TRAPS, **FOLDS}
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def trap(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -33,12 +37,12 @@ _TRACED: dict[str, Program] = {}
 
 def traced(name: str) -> Program:
     if name not in _TRACED:
-        _TRACED[name] = Program.trace(TRAPS[name].module(), TRAPS[name].inputs)
+        _TRACED[name] = Program.trace(MODELS[name].module(), MODELS[name].inputs)
     return _TRACED[name]
 
 
 def flat(name: str) -> list[object]:
-    return flat_inputs(traced(name), TRAPS[name].inputs)
+    return flat_inputs(traced(name), MODELS[name].inputs)
 
 
 @pytest.mark.parametrize("name", PASSES)

@@ -1,0 +1,222 @@
+"""Tiny models with BatchNorms: where each must go, and the traps that published folders fall into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.models import noise
+from tests.zoo.spread import spread
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A model, its inputs, and what conv_bn must make of its BatchNorms.
+
+    Attributes:
+        build: makes the module.
+        inputs: positional inputs.
+        writers: folded into the layers that write their input.
+        readers: folded into the layers that read their output.
+        kept: left as one multiplication and one addition.
+        codes: refusal codes of the others.
+    """
+
+    build: Callable[[], nn.Module]
+    inputs: tuple[Any, ...]
+    writers: int = 0
+    readers: int = 0
+    kept: int = 0
+    codes: tuple[str, ...] = ()
+
+    def module(self) -> Any:
+        """The module with spread weights and running statistics, the same ones every time."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return spread(self.build()).eval()
+
+
+class Chain(nn.Sequential):
+    """Layers in a row and a ReLU behind, so that nothing folds past the end by chance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(super().forward(x))
+
+
+class RepTokens(nn.Module):
+    """RepBN on tokens: transposed BatchNorm plus a scaled copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)
+        self.alpha = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.write(x)
+        y = self.norm(y.transpose(1, 2)).transpose(1, 2) + self.alpha * y
+        return self.head(torch.relu(y))
+
+
+class TwoReaders(nn.Module):
+    """The convolution's output has a second reader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return torch.relu(self.norm(y)) + y
+
+
+class SharedConv(nn.Module):
+    """One convolution used twice, with a BatchNorm of its own on each path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.relu(self.one(self.conv(x))), torch.relu(self.two(self.conv(x + 1)))
+
+
+class WrongOrder(nn.Module):
+    """Registered in another order than executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_b, self.conv_b = nn.BatchNorm2d(5), nn.Conv2d(6, 5, 1)
+        self.norm_a, self.conv_a = nn.BatchNorm2d(6), nn.Conv2d(4, 6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm_b(self.conv_b(torch.relu(self.norm_a(self.conv_a(x))))))
+
+
+class Functional(nn.Module):
+    """Keyword arguments everywhere, and no modules."""
+
+    mean: Tensor
+    variance: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 4, 3, 3)), nn.Parameter(torch.randn(6))
+        self.register_buffer("mean", torch.randn(6))
+        self.register_buffer("variance", torch.rand(6) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.conv2d(input=x, weight=self.weight, bias=self.bias, stride=2, padding=1)
+        return torch.relu(F.batch_norm(input=y, running_mean=self.mean, running_var=self.variance, eps=1e-3))
+
+
+class FrozenByHand(nn.Module):
+    """A frozen BatchNorm in arithmetic around another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+        self.scale, self.shift = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)) * self.scale.view(1, 6, 1, 1) + self.shift[:, None, None]
+        return torch.relu(0.5 - y / 2)
+
+
+class ParallelSum(nn.Module):
+    """Two writers through an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.norm = nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.one(x) + self.two(x)))
+
+
+class ToHead(nn.Module):
+    """A BatchNorm behind a ReLU, pooled and read by a Linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Linear(6, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(torch.relu(self.conv(x))).mean((2, 3)))
+
+
+class TiedWriter(nn.Module):
+    """The writer's weight is also the head's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+        self.head.weight = self.write.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.write(x))))
+
+
+class ReadTwice(nn.Module):
+    """The BatchNorm's output is read by a ReLU and by more arithmetic: the arithmetic must not go into the convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.scale = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Parameter(torch.randn(6, 1, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.norm(self.conv(x))
+        return torch.relu(y), torch.tanh(self.scale * y - 1)
+
+
+IMAGE = (noise(2, 4, 9, 9),)
+TOKENS = (noise(2, 8, 8),)
+
+FOLDS: dict[str, Fold] = {
+    "conv": Fold(lambda: Chain(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), IMAGE, 1),
+    "conv without bias": Fold(lambda: Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6)), IMAGE, 1),
+    "conv1d": Fold(lambda: Chain(nn.Conv1d(8, 6, 3), nn.BatchNorm1d(6)), TOKENS, 1),
+    "conv3d": Fold(lambda: Chain(nn.Conv3d(4, 6, 2), nn.BatchNorm3d(6)), (noise(2, 4, 3, 3, 3),), 1),
+    "grouped conv": Fold(lambda: Chain(nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), IMAGE, 1),
+    "depthwise conv": Fold(lambda: Chain(nn.Conv2d(4, 8, 3, groups=4, bias=False), nn.BatchNorm2d(8)), IMAGE, 1),
+    "reflecting conv": Fold(lambda: Chain(nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(6)), IMAGE, 1),
+    "transposed conv": Fold(lambda: Chain(nn.ConvTranspose2d(4, 6, 2, 2), nn.BatchNorm2d(6)), IMAGE, 1),
+    "grouped transposed conv": Fold(
+        lambda: Chain(nn.ConvTranspose2d(4, 6, 2, 2, groups=2, bias=False), nn.BatchNorm2d(6)), IMAGE, 1
+    ),
+    "linear": Fold(lambda: Chain(nn.Linear(8, 6), nn.BatchNorm1d(6)), (noise(5, 8),), 1),
+    "linear, square (N, C, L)": Fold(lambda: Chain(nn.Linear(8, 8), nn.BatchNorm1d(8)), TOKENS, kept=1),
+    "no affine": Fold(lambda: Chain(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)), IMAGE, 1),
+    "synchronized": Fold(lambda: Chain(nn.Conv2d(4, 6, 3), nn.SyncBatchNorm(6)), IMAGE, 1),
+    "no running statistics": Fold(
+        lambda: Chain(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, track_running_stats=False)), IMAGE, codes=("NF301",)
+    ),
+    "two in a row": Fold(
+        lambda: Chain(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), nn.BatchNorm2d(6, eps=1e-3)), IMAGE, 2
+    ),
+    "dropout between": Fold(lambda: Chain(nn.Conv2d(4, 6, 3), nn.Dropout(0.5), nn.BatchNorm2d(6)), IMAGE, 1),
+    "relu between": Fold(lambda: Chain(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.BatchNorm2d(6)), IMAGE, kept=1),
+    "before a conv": Fold(lambda: Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, bias=False)), IMAGE, readers=1),
+    "before a padded conv": Fold(lambda: Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)), IMAGE, kept=1),
+    "before a reflecting conv": Fold(
+        lambda: Chain(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")), IMAGE, kept=1
+    ),
+    "before a strided transposed conv": Fold(lambda: Chain(nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 3, 2)), IMAGE, kept=1),
+    "weight norm": Fold(
+        lambda: Chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)), IMAGE, kept=1
+    ),
+    "rep tokens": Fold(RepTokens, (noise(2, 5, 8),), 1),
+    "a second reader": Fold(TwoReaders, IMAGE, kept=1),
+    "an output read twice": Fold(ReadTwice, IMAGE, 1),
+    "a shared conv": Fold(SharedConv, IMAGE, kept=2),
+    "registration order": Fold(WrongOrder, IMAGE, 2),
+    "functional": Fold(Functional, IMAGE, 1),
+    "arithmetic around": Fold(FrozenByHand, IMAGE, 1),
+    "two writers": Fold(ParallelSum, IMAGE, 1),
+    "to a head": Fold(ToHead, IMAGE, readers=1),
+    "a tied writer": Fold(TiedWriter, (noise(5, 8),), kept=1),
+}
