@@ -23,15 +23,12 @@ from normfuse.facts import analyze
 from normfuse.findings import NO_NORM, Claim, Refusal
 from normfuse.inputs import Inputs, found_on
 from normfuse.interpret import flat_inputs
-from normfuse.loading import load, write_atomically
+from normfuse.loading import load, proven_first, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
 from normfuse.views import Norm
-
-Model: TypeAlias = nn.Module | ExportedProgram | Program | str | Path
-"""Anything that normfuse takes for a model; a path is loaded without executing a stranger's code."""
 
 LEVELS = ("full", "structure", "none")
 
@@ -64,6 +61,10 @@ class Result:
         """
         write_atomically(Path(path), self.program.save, never_over=self.sources)
         return Path(path)
+
+
+Model: TypeAlias = nn.Module | ExportedProgram | Program | Result | str | Path
+"""Anything that normfuse takes for a model; a path is loaded without executing a stranger's code."""
 
 
 def rewrite(
@@ -147,12 +148,12 @@ def verify(
     flat = flat_inputs(left, given.args, given.kwargs)
     if isinstance(b, (str, Path)) and _is_onnx(Path(b)):
         return compare_runtime(left, _onnx_runner(left, Path(b)), cases(left, flat), progress=progress)
-    _, right, _ = _program(b, given, None, None, trust_pickle)
+    _, right, _ = _program(b, replace(given, dynamic_shapes=None), None, None, trust_pickle)
     return compare(left, right, cases(left, flat), progress=progress)
 
 
 def export(
-    model: Result | Model,
+    model: Model,
     path: str | Path,
     *,
     opset: int = 20,
@@ -165,10 +166,10 @@ def export(
     """Write ONNX, run it in ONNX Runtime after its own optimisations, and compare.
 
     Args:
-        model: a result of `rewrite`, or any model.
+        model: as for `rewrite`; a `Result` brings its own inputs.
         path: the ``.onnx`` file to write.
         opset: the ONNX opset; RMSNorm is written in the form that ONNX Runtime fuses at that opset.
-        inputs: as for `rewrite`; a `Result` brings its own.
+        inputs: as for `rewrite`.
         kwargs: as for `rewrite`.
         dynamic_shapes: as for `rewrite`.
         trust_pickle: as for `rewrite`.
@@ -178,25 +179,22 @@ def export(
         InputError: the path is the model's own file, or its folder does not exist.
         MissingExtra: the packages for ONNX are not installed.
         ExportError: torch.onnx refused an operator.
-        VerificationFailed: ONNX Runtime computes something else; the file is removed.
+        VerificationFailed: ONNX Runtime computes something else; nothing is written.
     """
     from normfuse.exporters import onnx, onnxruntime
 
-    if isinstance(model, (str, Path)) and Path(path).exists() and Path(path).samefile(model):
-        raise InputError(f"{path} is the model itself", hint="name another file for the output")
-    if isinstance(model, Result):
-        program, given = model.program, model.inputs
-    else:
-        _, program, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
-    written = onnx.export(program.baked().exported, Path(path), opset=opset)
-    tried = cases(program, flat_inputs(program, given.args, given.kwargs))
-    evidence = compare_runtime(program, _onnx_runner(program, Path(path)), tried, progress=progress)
-    if not evidence.ok:
-        for file in (written.path, written.data):
-            if file is not None:
-                file.unlink()
-        raise failed(evidence, evidence)
-    ran = ", ".join(f"{count} {op}" for op, count in onnxruntime.fused_ops(path).items() if "Norm" in op)
+    _, program, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    sources = model.sources if isinstance(model, Result) else (Path(model),) if isinstance(model, (str, Path)) else ()
+    flat = flat_inputs(program, given.args, given.kwargs)
+
+    def write(path: Path) -> None:
+        onnx.export(program.baked().exported, path, opset=opset)
+
+    with proven_first(Path(path), write, never_over=sources) as written:
+        evidence = compare_runtime(program, _onnx_runner(program, written), cases(program, flat), progress=progress)
+        if not evidence.ok:
+            raise failed(evidence, evidence)
+        ran = ", ".join(f"{count} {op}" for op, count in onnxruntime.fused_ops(written).items() if "Norm" in op)
     return replace(evidence, notes=(*evidence.notes, f"ONNX Runtime runs {ran or 'no norm'}"))
 
 
@@ -310,35 +308,45 @@ def _program(
 ) -> tuple[str, Program, Inputs]:
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     loaded = load(Path(model), trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
-    given = _given(loaded, inputs, kwargs, dynamic_shapes)
-    if isinstance(loaded, Program):
-        return name, loaded, given
-    if isinstance(loaded, ExportedProgram):
-        return name, Program.from_exported(loaded), given
-    if not isinstance(loaded, nn.Module):
+    if isinstance(loaded, Result):
+        inputs = loaded.inputs if inputs is None else inputs
+        loaded = loaded.program
+    if not isinstance(loaded, (nn.Module, ExportedProgram, Program)):
         raise InputError(f"{name} is not a model", hint="pass an nn.Module, an ExportedProgram, or a path")
-    return name, Program.trace(loaded, given.args, given.kwargs, given.dynamic_shapes), given
+    given = _given(loaded, inputs, kwargs, dynamic_shapes)
+    if isinstance(loaded, nn.Module):
+        return name, Program.trace(loaded, given.args, given.kwargs, given.dynamic_shapes), given
+    return name, loaded if isinstance(loaded, Program) else Program.from_exported(loaded), given
 
 
-def _given(model: Any, inputs: tuple[Any, ...] | Inputs | None, kwargs: Any, dynamic_shapes: Any) -> Inputs:
-    if isinstance(inputs, Inputs):
-        return inputs
-    if inputs is not None or kwargs:
-        args = (inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs or ())
-        return Inputs(args, dict(kwargs or {}), dynamic_shapes)
-    found = found_on(model.exported if isinstance(model, Program) else model)
-    if found is None:
-        raise InputError(
-            f"no example inputs are known for {type(model).__name__}",
-            hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
+def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
+    """The user's inputs, or what is found on the model; what was said besides is added to it."""
+    if inputs is None and not kwargs:
+        inputs = found_on(model.exported if isinstance(model, Program) else model)
+        if inputs is None:
+            raise InputError(
+                f"no example inputs are known for {type(model).__name__}",
+                hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
+            )
+    if isinstance(inputs, dict):
+        inputs, kwargs = None, {**inputs, **(kwargs or {})}
+    if not isinstance(inputs, Inputs):
+        args = (inputs,) if isinstance(inputs, torch.Tensor) else () if inputs is None else inputs
+        if not isinstance(args, (tuple, list)):
+            raise InputError(f"inputs must be a tuple of tensors, not a {type(inputs).__name__}", hint="inputs=(x,)")
+        inputs = Inputs(tuple(args), {}, None)
+    given: Inputs = replace(inputs, kwargs={**inputs.kwargs, **(kwargs or {})})
+    return given if dynamic_shapes is None else replace(given, dynamic_shapes=dynamic_shapes)
+
+
+def _names(passes: Any) -> list[str]:
+    """The requested passes, each once; ``"all"`` stands for all of them."""
+    asked = [passes] if isinstance(passes, str) else list(passes or ())
+    if not asked or not all(isinstance(each, str) for each in asked):
+        raise NormfuseError(
+            "name the passes to run, such as passes=['pre_rmsnorm']", hint=f"there are {', '.join(all_passes())}"
         )
-    return found
-
-
-def _names(passes: str | Sequence[str]) -> list[str]:
-    if passes == "all":
-        return list(all_passes())
-    return [passes] if isinstance(passes, str) else list(passes)
+    return list(dict.fromkeys(name for each in asked for name in (all_passes() if each == "all" else [each])))
 
 
 def _claim(name: str) -> Claim:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from normfuse.interpret import user_inputs
 from normfuse.program import Program
-from normfuse.views import arguments, aten, shape
+from normfuse.views import arguments, aten, is_tensor, shape
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     for name, change in _INDICES.items():
         if any(_is_index(value) for value in flat):
             yield Case(name, tuple(change(value) if _is_index(value) else value for value in flat))
-    limits = [_rows_indexed(node) if _is_index(value) else None for value, node in zip(flat, _inputs(program), strict=True)]
+    limits = [_rows_indexed(node) if _is_index(value) else None for value, node in zip(flat, user_inputs(program), strict=True)]
     if any(limits):
         generator = torch.Generator().manual_seed(0)
         drawn = (
@@ -55,12 +56,6 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
         )
         yield Case("drawn indices", tuple(drawn))
     yield from _extremes(program, flat)
-
-
-def _inputs(program: Program) -> list[Node | None]:
-    """The placeholder of each user input; None for one that is a constant of the trace."""
-    specs = (spec for spec in program.exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
-    return [program.nodes.get(spec.arg.name) for spec in specs]
 
 
 _FOLLOWED = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.alias.default, aten.unsqueeze.default}
@@ -101,15 +96,16 @@ _HOSTILE: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 _INDICES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "reversed indices": lambda value: value.flip(-1),
-    "one index": lambda value: value.flatten()[:1].expand(value.shape).clone(),
+    "one index": lambda value: value.flatten()[:1].expand(value.shape).clone() if value.numel() else value,
 }
 
 
 def _extremes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
-    nodes = _inputs(program)
+    nodes = user_inputs(program)
     ranges = dict(_ranges(program, nodes, flat))
-    if not ranges:
-        return
+    dims = (dim for node in nodes if is_tensor(node) for dim in shape(node) if isinstance(dim, torch.SymInt))  # type: ignore[arg-type]
+    if not ranges or any(not dim.node.expr.free_symbols <= ranges.keys() for dim in dims):
+        return  # nothing is dynamic, or a dim is 2*batch where no input is as long as the batch
     for name, end in (("smallest dynamic dims", 0), ("largest dynamic dims", 1)):
         sizes = {symbol: bounds[end] for symbol, bounds in ranges.items()}
         yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))

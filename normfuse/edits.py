@@ -6,7 +6,7 @@ expression instead; nodes that nobody reads any more are dropped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -42,12 +42,11 @@ class Call:
         return f"{self.op.removesuffix('.default')}({', '.join(_brief(each) for each in self.args)})"
 
     def target(self) -> torch._ops.OpOverload:
-        """The operator; only those of the aten namespace exist here."""
+        """The operator; a name reaches nothing else."""
         try:
-            found: torch._ops.OpOverload = formula.aten_operator(self.op)
-            return found
-        except AttributeError as error:
-            raise InvalidPlan(f"this torch has no operator aten.{self.op}") from error
+            return formula.aten_operator(self.op)
+        except ValueError as error:
+            raise InvalidPlan(str(error)) from error
 
 
 Expression: TypeAlias = Ref | Call
@@ -241,6 +240,16 @@ def _drop_unread(graph: Graph) -> None:
 
 def _is_assertion(node: Node) -> bool:
     return "assert" in str(node.target) or "sym_constrain" in str(node.target)
+
+
+def refs(by: Any) -> Iterator[str]:
+    """Names of the nodes that an expression reads."""
+    match by:
+        case Ref(node):
+            yield node
+        case Call():
+            for each in by.args:
+                yield from refs(each)
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

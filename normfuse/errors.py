@@ -67,3 +67,8 @@ class VerificationFailed(NormfuseError):
 
 class NormfuseWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,19 +10,20 @@ giving up that norm. So a payment is made only where it serves at least two norm
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import networkx as nx
+import torch
 from torch.fx import Node
 
 from normfuse.edits import Call, Edit, Ref, Reroute, SetTensor
 from normfuse.facts import Facts
 from normfuse.formula import Centered, Formula, Read, Scaled
 from normfuse.rules import carries, rank, same, spans, times_read
-from normfuse.views import Norm, arguments, aten, dtype, shape
+from normfuse.views import Norm, arguments, aten, dtype, shape, tensors_in
 
 Key: TypeAlias = tuple[Node, int]
 """A value and the axis along which it is to be centred."""
@@ -113,9 +114,15 @@ def _step(facts: Facts, key: Key) -> Step:
     if node.op == "placeholder":
         return _stored(facts, node, axis)
     carried = carries(node, axis)
-    if carried is not None:
+    if carried is not None and _carried_wholly(node, carried):
         return Step(operands=carried)
     return _scaled(facts, node, axis) or Step(obstacle=Obstacle(node, _kind(facts, node)))
+
+
+def _carried_wholly(node: Node, carried: tuple[Key, ...]) -> bool:
+    """Whether no carried operand also enters where it is not carried, as in matmul(x, x)."""
+    given = Counter(tensors_in((node.args, node.kwargs)))
+    return all(given[operand] == times for operand, times in Counter(operand for operand, _ in carried).items())
 
 
 def _stored(facts: Facts, node: Node, axis: int) -> Step:
@@ -128,7 +135,10 @@ def _stored(facts: Facts, node: Node, axis: int) -> Step:
 def _editable(facts: Facts, node: Node) -> bool:
     name = facts.program.stored.get(node.name)
     kind = dtype(node)
-    return name is not None and name not in facts.program.written and kind is not None and kind.is_floating_point
+    return name is not None and name not in facts.program.written and kind in _FLOATS
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its centred self
 
 
 def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
@@ -157,7 +167,7 @@ def _vector_behind(facts: Facts, node: Node, axis: int) -> str | None:
         if carried is None:
             return None
         ((node, axis),) = carried
-    if node.name not in facts.program.stored or node.op != "placeholder":
+    if facts.program.stored.get(node.name) in {None, *facts.program.written}:
         return None
     others = (size for own, size in enumerate(shape(node)) if own != axis)
     return facts.program.stored[node.name] if all(same(size, 1) for size in others) else None

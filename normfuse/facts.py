@@ -44,19 +44,34 @@ class Facts:
         return hides(reader, value)
 
     @cached_property
-    def unseen(self) -> dict[Node, frozenset[int]]:
-        """Backward: axes along which no reader, however far, can see the mean of a value."""
+    def _backward(self) -> tuple[dict[Node, frozenset[int]], dict[tuple[Node, int], Node]]:
+        """The loop backward: unseen axes of every value, and for every other axis a reader that sees it."""
         unseen: dict[Node, frozenset[int]] = {}
+        witness: dict[tuple[Node, int], Node] = {}
         for node in reversed(self.program.graph.nodes):
             if node.op == "output":
                 continue
-            axes = frozenset(range(max(rank(node), 1)))
+            axes = everything = frozenset(range(max(rank(node), 1)))
             for reader in node.users:
-                if not axes:
-                    break
-                axes &= self.hidden_by(reader, node) | self._passed_on(reader, node, unseen.get(reader, NOTHING))
+                known = unseen.get(reader, NOTHING)
+                blind = self.hidden_by(reader, node) | self._passed_on(reader, node, known)
+                for axis in everything - blind:
+                    onward = (out for out in range(rank(reader)) if (node, axis) in (carries(reader, out) or ()))
+                    further = next((witness[reader, out] for out in onward if (reader, out) in witness), None)
+                    if further is None or (node, axis) not in witness:
+                        witness[node, axis] = further or reader  # a reader at hand says more than one further on
+                axes &= blind
             unseen[node] = axes
-        return unseen
+        return unseen, witness
+
+    @property
+    def unseen(self) -> dict[Node, frozenset[int]]:
+        """Backward: axes along which no reader, however far, can see the mean of a value."""
+        return self._backward[0]
+
+    def first_sight(self, value: Node, axis: int) -> Node | None:
+        """A reader, near or far, that sees the mean of ``value`` along ``axis``; None when nobody does."""
+        return self._backward[1].get((value, axis))
 
     def _passed_on(self, reader: Node, value: Node, unseen: frozenset[int]) -> frozenset[int]:
         """Axes of ``value`` that ``reader`` only carries to axes of its own that are unseen."""
@@ -84,39 +99,10 @@ class Facts:
             centered[node] = frozenset(axes)
         return centered
 
-    @cached_property
+    @property
     def constant(self) -> frozenset[Node]:
-        """Forward: values that depend on stored tensors alone (the stored tensors included)."""
-        constant: set[Node] = set()
-        for node in self.program.graph.nodes:
-            if node.op == "placeholder":
-                if node.name in self.program.stored:
-                    constant.add(node)
-            elif node.op != "output" and all(operand in constant for operand in node.all_input_nodes):
-                constant.add(node)
-        return frozenset(constant)
-
-    def first_sight(self, value: Node, axis: int) -> Node | None:
-        """The nearest reader that sees the mean of ``value`` along ``axis``; None when nobody does."""
-        frontier, visited = [(value, axis)], set()
-        while frontier:
-            node, own = frontier.pop(0)
-            if (node, own) in visited:
-                continue
-            visited.add((node, own))
-            for reader in node.users:
-                unseen = self.unseen.get(reader, NOTHING)
-                if own in self.hidden_by(reader, node) | self._passed_on(reader, node, unseen):
-                    continue
-                onward = [
-                    (reader, out_axis)
-                    for out_axis in range(rank(reader))
-                    if out_axis not in unseen and (node, own) in (carries(reader, out_axis) or ())
-                ]
-                if not onward:
-                    return reader
-                frontier.extend(onward)
-        return None
+        """Forward: values that depend on stored tensors alone."""
+        return self.program.constant
 
 
 def analyze(program: Program) -> Facts:

@@ -128,14 +128,21 @@ def _argument(value: Any, read: Callable[[str], Tensor]) -> Any:
     return [_argument(each, read) for each in value] if isinstance(value, tuple) else value
 
 
-def aten_operator(name: str) -> Any:
-    """The aten operator of a name such as ``rsqrt.default``; only that namespace is reachable.
+def aten_operator(name: str) -> torch._ops.OpOverload:
+    """The aten operator of a name such as ``rsqrt.default``: one that computes, and touches neither operands nor files.
+
+    A plan is data that may come from anywhere, so a name reaches nothing but operators.
 
     Raises:
-        AttributeError: this torch has no such operator.
+        ValueError: there is no such operator, or it does more than compute.
     """
     packet, _, overload = name.partition(".")
-    return getattr(getattr(torch.ops.aten, packet), overload)
+    found = None
+    if packet.isidentifier() and overload.isidentifier() and not name.startswith("__"):
+        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
+    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable or "file" in packet:
+        raise ValueError(f"aten has no operator '{name}' that only computes")
+    return found
 
 
 def substitute(formula: Formula, pending: Mapping[str, Formula]) -> Formula:

@@ -37,7 +37,8 @@ def widened(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Torch's default dtype is ``dtype`` inside."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -74,7 +75,7 @@ def run_graph(graph: Graph, fetch: Callable[[Node], Any], *, wide: bool = False)
         for operand in node.all_input_nodes:
             last_reader[operand] = node
     values: dict[Node, Any] = {}
-    with torch.no_grad(), torch.random.fork_rng(), _default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+    with torch.no_grad(), torch.random.fork_rng(), default_dtype(torch.float64 if wide else torch.get_default_dtype()):
         torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
         for node in graph.nodes:
             for operand in node.all_input_nodes:
@@ -103,19 +104,37 @@ def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
     """The program's inputs in the order of its placeholders.
 
     Raises:
-        InputError: the inputs do not have the structure that the program was traced with.
+        InputError: the inputs do not have the structure, dtypes or fixed sizes that the program was traced with.
     """
     spec = program.exported.call_spec.in_spec
-    try:
-        ordered = {name: (kwargs or {})[name] for name in spec.child(1).context} if spec.num_children > 1 else {}
-    except KeyError as error:
-        raise InputError(f"the model was traced with the keyword input {error}, which is missing") from error
-    flat, given = pytree.tree_flatten((tuple(args), ordered))
+    names = list(spec.child(1).context) if spec.num_children > 1 else []
+    if set(names) != set(kwargs or {}):
+        raise InputError(f"the model takes the keyword inputs {names}, not {sorted(kwargs or {})}")
+    flat, given = pytree.tree_flatten((tuple(args), {name: (kwargs or {})[name] for name in names}))
     if given != spec:
-        raise InputError(
-            f"the inputs do not have the structure that the model was traced with (traced: {spec}; given: {given})"
-        )
+        raise InputError(f"the model takes {spec.num_leaves} inputs nested as when it was traced; these are {len(flat)}")
+    for place, (value, node) in enumerate(zip(flat, user_inputs(program), strict=True)):
+        _check_input(place, value, node)
     return flat
+
+
+def user_inputs(program: Program) -> list[Node | None]:
+    """The placeholder of each user input; None for one that is a constant of the trace."""
+    specs = (spec for spec in program.exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT")
+    return [program.nodes.get(spec.arg.name) if hasattr(spec.arg, "name") else None for spec in specs]
+
+
+def _check_input(place: int, value: Any, node: Node | None) -> None:
+    traced = node.meta.get("val") if node is not None else None
+    if not isinstance(traced, Tensor) or node is None:
+        return
+    wanted = f"{str(traced.dtype).removeprefix('torch.')}[{', '.join(map(str, traced.shape))}]"
+    if not isinstance(value, Tensor):
+        raise InputError(f"input {place} ('{node.name}') must be a tensor {wanted}, not a {type(value).__name__}")
+    fits = value.dtype == traced.dtype and value.dim() == traced.dim()
+    if not fits or any(isinstance(a, int) and a != b for a, b in zip(traced.shape, value.shape, strict=True)):
+        given = f"{str(value.dtype).removeprefix('torch.')}[{', '.join(map(str, value.shape))}]"
+        raise InputError(f"input {place} ('{node.name}') was traced as {wanted}; {given} does not fit")
 
 
 Weights = Callable[[str, Tensor], Tensor]
@@ -123,7 +142,7 @@ Weights = Callable[[str, Tensor], Tensor]
 
 
 def run(program: Program, flat: Sequence[Any], *, wide: bool = False, weights: Weights | None = None) -> list[Tensor]:
-    """The flat tensor outputs of a program, its formulas included.
+    """The flat tensor outputs of a program, its formulas included, and behind them the state that it updates.
 
     Args:
         program: what to run.
@@ -157,4 +176,6 @@ def run(program: Program, flat: Sequence[Any], *, wide: bool = False, weights: W
 
     outputs = run_graph(program.graph, fetch, wide=wide)
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
-    return [value for value, kind in zip(outputs, kinds, strict=True) if kind == "USER_OUTPUT" and isinstance(value, Tensor)]
+    pairs = [pair for pair in zip(outputs, kinds, strict=True) if isinstance(pair[0], Tensor)]
+    # what the caller gets, then what the program updates
+    return [v for v, kind in pairs if kind == "USER_OUTPUT"] + [v for v, kind in pairs if kind.endswith("MUTATION")]

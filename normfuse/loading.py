@@ -84,7 +84,20 @@ def load_data(path: str | os.PathLike[str]) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it there in one step.
+    """Let `write` fill a temporary file, then put it at `path` in one step.
+
+    Raises:
+        InputError: `path` is one of `never_over`, also through a link; or no file can be written there.
+    """
+    with proven_first(path, write, never_over=never_over):
+        pass
+
+
+@contextlib.contextmanager
+def proven_first(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> Iterator[Path]:
+    """Let `write` fill a file in a temporary folder beside `path`, yield it, and put it at `path` if nothing was raised.
+
+    Files that `write` makes beside its own (external data) go along. Whatever stood at `path` stays until then.
 
     Raises:
         InputError: `path` is one of `never_over`, also through a link; or no file can be written there.
@@ -97,18 +110,21 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, never_over: S
     for kept in never_over:
         if target == Path(kept).resolve() or (target.exists() and Path(kept).exists() and target.samefile(kept)):
             raise InputError(f"cannot write {path}: it is the input {kept}", hint="give another name with -o")
-    # The ending stays: torch.export.save and onnx look at it.
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    folder = target.with_name(f".{target.stem}.{secrets.token_hex(4)}")
     try:
-        write(temporary)
-        _to_disk(temporary)
-        if target.exists():
-            shutil.copymode(target, temporary)
-        os.replace(temporary, target)
+        folder.mkdir()
+        write(folder / target.name)
+        yield folder / target.name
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the file itself comes last
+            _to_disk(file)
+            goal = target.with_name(file.name)
+            if goal.exists():
+                shutil.copymode(goal, file)
+            os.replace(file, goal)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:

@@ -4,8 +4,10 @@ A pass reasons about values; the planner does not take its word for the tensors.
 
     NF101  An edit changes a stored tensor that has a reader outside the rewrite, and that reader would notice. The pass
            overlooked a tied or shared weight; the rewrite is refused whole.
-    NF102  The rewrite is approximate and approximate rewrites were not allowed.
-    NF103  The rewrite speaks of a node or a tensor that the program does not have, or changes a tensor's shape.
+    NF102  The rewrite claims less than was allowed: rewrites are exact, equal up to rounding, or approximate, and approximate
+           ones never run unasked.
+    NF103  The rewrite speaks of a node or a tensor that the program does not have, or reads a tensor that the program itself
+           updates.
 
 A rewrite that touches what another one of the same round changes waits for the next round.
 """
@@ -123,7 +125,9 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
                 elif not any(_conflict(finding, other) for other in accepted):
                     accepted.append(finding)
         if not accepted:
-            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*refusals, *judged))))
+            done = {site.node for earlier in rounds for each in earlier for site in each.sites}
+            open_still = (refusal for refusal in judged if refusal.site.node not in done)
+            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*refusals, *open_still))))
         rounds.append(tuple(accepted))
         program = _apply_round(program, tuple(accepted))
     raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
@@ -144,14 +148,15 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
         return [Refusal(rewrite.pass_name, site, code, reason, hint=hint) for site in rewrite.sites]
 
     if rewrite.claim > allow:
-        return refuse("NF102", "this rewrite is approximate", "allow approximate rewrites to run it")
-    tensors = set(facts.program.tensor_names())
+        claims = f"its claim is '{rewrite.claim.name.lower()}' and only '{allow.name.lower()}' is allowed"
+        return refuse("NF102", claims, f"allow '{rewrite.claim.name.lower()}' to run it")
+    tensors = set(facts.program.tensor_names()) - facts.program.written
     made: set[str] = set()
     for edit in rewrite.edits:
         match edit:
             case SetTensor(name, formula):
                 unknown = [each for each in formulas.reads(formula) if each not in tensors]
-                if unknown or next(formulas.reads(formula)) != name:
+                if unknown or name not in tensors:
                     return refuse("NF103", f"the formula for '{name}' does not fit the program")
                 stray = _stray_reader(name, formula, rewrite, facts)
                 if stray is not None:
@@ -160,8 +165,9 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
                 unknown = [each for each in (like, *formulas.reads(formula)) if each not in tensors]
                 if unknown or name in tensors:
                     return refuse("NF103", f"the new tensor '{name}' does not fit the program")
-            case Reroute(node, _, readers, new):
-                missing = {node, *(readers or ())} - facts.program.nodes.keys() - made
+                made.add(name)
+            case Reroute(node, by, readers, new):
+                missing = {node, *(readers or ()), *editing.refs(by)} - facts.program.nodes.keys() - made
                 if missing:
                     return refuse("NF103", f"the program has no node '{min(missing)}'")
                 made |= {new} if new else set()

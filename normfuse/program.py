@@ -11,6 +11,7 @@ This is the only file that calls `torch.export.export`, `load` and `save`.
 from __future__ import annotations
 
 import contextlib
+import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
-from normfuse.errors import TraceError
+from normfuse.errors import TraceError, first_line
 from normfuse.formula import Formula, evaluate
 
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
@@ -95,16 +96,28 @@ class Program:
                 exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
             except Exception as error:  # torch.export raises anything that the user's forward raises
                 raise TraceError(
-                    f"torch.export could not trace {type(module).__name__}: {_first_line(error)}",
+                    f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
                     hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
                 ) from error
             return cls.from_exported(exported, tuple(notes))
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram, notes: tuple[str, ...] = ()) -> Program:
-        """Make a program functional (in-place ops, ``no_grad`` blocks) without decomposing linear, conv or norms."""
+        """Make a program functional (in-place ops, ``no_grad`` blocks) without decomposing linear, conv or norms.
+
+        Placeholders of exactly the same tensor become one: torch.export merges names of one Parameter object, not a buffer
+        or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
+        """
         with _quiet():
-            return cls(exported.run_decompositions({}), notes=notes)
+            program = cls(exported.run_decompositions({}), notes=notes)
+        first: dict[tuple[Any, ...], Node] = {}
+        for node in program.graph.find_nodes(op="placeholder"):
+            name = program.stored.get(node.name)
+            if name is not None and program.tensor(name).numel() > 0:
+                kept = first.setdefault(_identity(program.tensor(name)), node)
+                if kept is not node:
+                    node.replace_all_uses_with(kept)
+        return program
 
     # -- looking at it -------------------------------------------------------------------------------------------------
 
@@ -130,11 +143,22 @@ class Program:
 
     @cached_property
     def written(self) -> frozenset[str]:
-        """Names of stored tensors that the program itself updates; nothing may be folded into those."""
+        """Names of stored tensors that the program itself updates; nothing may be folded into or computed from those."""
         signature = self.exported.graph_signature
-        return frozenset(signature.buffers_to_mutate.values()) | frozenset(
-            getattr(signature, "parameters_to_mutate", {}).values()
-        )
+        named = {*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()}
+        return frozenset(named).union(*(self.twins(name) for name in named))
+
+    @cached_property
+    def constant(self) -> frozenset[Node]:
+        """Values that depend on stored tensors alone, those that the program updates left out."""
+        constant: set[Node] = set()
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                if self.stored.get(node.name) not in {None, *self.written}:
+                    constant.add(node)
+            elif node.op != "output" and all(operand in constant for operand in node.all_input_nodes):
+                constant.add(node)
+        return frozenset(constant)
 
     def tensor(self, name: str) -> Tensor:
         """The original stored tensor of this name."""
@@ -263,14 +287,11 @@ def _source_line(stack_trace: str | None) -> str:
     return f"{tail if tail != file else Path(file).name}:{line}"
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 @contextlib.contextmanager
 def _at_inference(module: nn.Module) -> Iterator[list[str]]:
     """The module with training off and no key-value cache; yields what to tell the user of it."""
     training = [child for child in module.modules() if child.training]
+    was_training = module.training
     configs = {id(config): config for child in module.modules() if (config := getattr(child, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
     try:
@@ -278,7 +299,7 @@ def _at_inference(module: nn.Module) -> Iterator[list[str]]:
             child.training = False
         for config in caching:
             config.use_cache = False
-        notes = ["the model was in training mode; it was traced in evaluation mode"] if module.training else []
+        notes = ["the model was in training mode; it was traced in evaluation mode"] if was_training else []
         yield notes + (["the model was traced without its key-value cache (config.use_cache)"] if caching else [])
     finally:
         for child in training:
@@ -289,7 +310,12 @@ def _at_inference(module: nn.Module) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns of its own deprecations; they are not for our users."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """torch.export warns of its own deprecations and logs its failures at length; they are not for our users."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

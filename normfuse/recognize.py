@@ -2,21 +2,23 @@
 
 A hand-written norm is not matched by its shape, of which there are too many, but proven: around every root (``rsqrt``,
 ``sqrt``, ``pow``) the few nodes between a value x and a candidate result are run on numbers, in float64, and compared
-with LayerNorm and RMSNorm of x for the eps that occurs among them. Agreement on ordinary, tiny-variance and large-mean
-inputs is the recognition; anything else is not a norm that we know. All ops that may take part are rational functions and
-roots: two such functions that agree on generic numbers agree everywhere, which is not so for clamps and other bounds.
+with LayerNorm and RMSNorm of x, times the gain that may stand among them, for the eps that occurs there. Agreement on
+ordinary, tiny-variance and large-mean inputs is the recognition; anything else is not a norm that we know. All ops that
+may take part are rational functions and roots: two such functions that agree on generic numbers agree everywhere, which
+is not so for clamps and other bounds.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.interpret import _default_dtype, call
+from normfuse.interpret import call, default_dtype
 from normfuse.program import Program
 from normfuse.rules import rank
 from normfuse.views import Norm, arguments, aten, dtype, operator_norm, shape, tensors_in
@@ -40,40 +42,40 @@ def norms_of(program: Program) -> tuple[Norm, ...]:
     by_hand: list[Norm] = []
     for node in program.graph.nodes:
         if node.target in _ROOTS and node not in taken:
-            norm = _around(node, order)
+            norm = _around(program, node, order)
             if norm is not None and not norm.inner & taken:
                 by_hand.append(norm)
                 taken |= norm.inner
     return tuple(sorted((*by_operator, *by_hand), key=lambda norm: order[norm.out]))
 
 
-def _around(root: Node, order: Mapping[Node, int]) -> Norm | None:
+def _around(program: Program, root: Node, order: Mapping[Node, int]) -> Norm | None:
     """The norm that a root belongs to: the first result behind it that is proven to be one."""
+    if root in program.constant:
+        return None
     for out in _results(root):
-        candidates = [(x, axis, inner) for x, axis in _operands(out) if (inner := _between(x, out)) is not None]
+        spans = [(x, axis, span) for x, axis in _operands(out) if (span := _between(program, x, out, axis)) is not None]
         # the operand furthest back explains most: a centred value under an RMSNorm is a LayerNorm
-        for x, axis, inner in sorted(candidates, key=lambda candidate: -len(candidate[2])):
+        for x, axis, (inner, stored) in sorted(spans, key=lambda span: -len(span[2][0])):
             if root not in inner or not _closed(inner, out):
                 continue
-            proven = _prove(x, out, sorted(inner, key=order.__getitem__), axis)
+            proven = _prove(program, x, out, sorted(inner, key=order.__getitem__), stored, axis)
             if proven is not None:
                 kind, eps = proven
-                return Norm(out, kind, x, (axis,), None, None, eps, inner)
+                gain = next((node for node in stored if not _is_number(node)), None)
+                return Norm(out, kind, x, (axis,), gain, None, eps, inner)
     return None
 
 
 def _results(root: Node) -> Iterator[Node]:
-    """Full-size products behind a root: where the statistic meets the value."""
+    """Full-size values behind a root, the nearest first: where the statistic has met the value."""
     frontier = [root]
-    for _ in range(_LIMIT):
-        if not frontier:
-            return
-        node = frontier.pop(0)
+    for node in frontier:
         for user in node.users:
-            if user.target in (aten.mul.Tensor, aten.div.Tensor) and shape(user) != shape(root):
-                yield user
-            elif user.target in _ARITHMETIC and user not in frontier:
+            if user.target in _ARITHMETIC and user not in frontier and len(frontier) < _LIMIT:
                 frontier.append(user)
+                if shape(user) != shape(root):
+                    yield user
 
 
 def _operands(out: Node) -> Iterator[tuple[Node, int]]:
@@ -98,19 +100,39 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
     yield from dict.fromkeys(candidates)
 
 
-def _between(x: Node, out: Node) -> frozenset[Node] | None:
-    """All nodes from x to a result; None when the result needs any other tensor."""
+Span: TypeAlias = tuple[frozenset[Node], frozenset[Node]]
+"""Nodes between a value and a result, and the stored values that take part: numbers, and at most one gain."""
+
+
+def _between(program: Program, x: Node, out: Node, axis: int) -> Span | None:
+    """All nodes from x to a result; None when the result needs anything else than x, numbers and one gain."""
     inner: set[Node] = set()
+    stored: set[Node] = set()
     frontier = [out]
     while frontier:
         node = frontier.pop()
         if node is x or node in inner:
             continue
+        if node in program.constant:
+            stored.add(node)
+            continue
         if node.target not in _ARITHMETIC | _MEANS or len(inner) >= _LIMIT:
             return None
         inner.add(node)
         frontier.extend(tensors_in((node.args, node.kwargs)))
-    return frozenset(inner)
+    vectors = [node for node in stored if not _is_number(node)]
+    if len(vectors) > 1 or not all(_varies_along(node, x, axis) for node in vectors):
+        return None
+    return frozenset(inner), frozenset(stored)
+
+
+def _is_number(node: Node) -> bool:
+    return all(size == 1 for size in shape(node))
+
+
+def _varies_along(node: Node, x: Node, axis: int) -> bool:
+    own = axis - (rank(x) - rank(node))
+    return own >= 0 and all((size == shape(x)[axis]) if place == own else size == 1 for place, size in enumerate(shape(node)))
 
 
 def _closed(inner: frozenset[Node], out: Node) -> bool:
@@ -118,22 +140,41 @@ def _closed(inner: frozenset[Node], out: Node) -> bool:
     return all(user in inner for node in inner if node is not out for user in node.users)
 
 
-def _prove(x: Node, out: Node, inner: list[Node], axis: int) -> tuple[str, float] | None:
+def _prove(
+    program: Program, x: Node, out: Node, inner: list[Node], stored: frozenset[Node], axis: int
+) -> tuple[str, float] | None:
+    """Kind and eps of ``out`` as gain ⊙ norm(x), if it is that for a gain drawn at random."""
     size = shape(x)[axis]
     if not isinstance(size, int) or size < 2:
         return None
-    constants = sorted({float(c) for node in inner for c in node.args if isinstance(c, float) and 0 < c < 0.5} | {0.0})
+    given = {node: _value(program, node) for node in stored}
+    if any(value is None for value in given.values()):
+        return None
+    numbers = [float(c) for node in inner for c in node.args if isinstance(c, float)]
+    numbers += [float(value) for node, value in given.items() if value is not None and _is_number(node)]
+    constants = sorted({number for number in numbers if 0 < number < 0.5} | {0.0})
+    gain: Tensor | float = next((value for node, value in given.items() if value is not None and not _is_number(node)), 1.0)
     samples = list(_samples(rank(x), axis, size, constants))
     try:
-        results = [_replay(x, out, inner, sample) for sample in samples]
+        results = [_replay({**given, x: sample}, out, inner) for sample in samples]
     except (RuntimeError, TypeError, KeyError, ValueError):
         return None  # literal sizes inside: not a norm that works on any batch
     for kind in ("layer_norm", "rms_norm"):
         for eps in constants:
-            references = (_norm(kind, sample, axis, eps) for sample in samples)
+            references = (gain * _norm(kind, sample, axis, eps) for sample in samples)
             if all(_agree(result, reference) for result, reference in zip(results, references, strict=True)):
                 return kind, eps
     return None
+
+
+def _value(program: Program, node: Node) -> Tensor | None:
+    """A number as it is stored, a vector at random: a gain must be one whatever its entries are."""
+    if not _is_number(node):
+        generator = torch.Generator().manual_seed(1)
+        sizes = [int(size) for size in shape(node)]
+        return torch.rand(sizes, generator=generator, dtype=torch.float64) + 0.5
+    name = program.stored.get(node.name)
+    return None if name is None or program.tensor(name).is_meta else program.tensor(name).detach().double().cpu()
 
 
 def _samples(axes: int, axis: int, size: int, eps: list[float]) -> Iterator[Tensor]:
@@ -156,9 +197,9 @@ def _agree(a: object, b: Tensor) -> bool:
     return isinstance(a, Tensor) and a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-9, atol=1e-9))
 
 
-def _replay(x: Node, out: Node, inner: list[Node], sample: Tensor) -> object:
-    values: dict[Node, object] = {x: sample}
-    with torch.no_grad(), _default_dtype(torch.float64):
+def _replay(given: Mapping[Node, object], out: Node, inner: list[Node]) -> object:
+    values: dict[Node, object] = dict(given)
+    with torch.no_grad(), default_dtype(torch.float64):
         for node in inner:
             values[node] = call(node, values, wide=True)
     return values[out]

@@ -53,6 +53,8 @@ def passes() -> dict[str, Pass]:
     """All passes by name."""
     found: dict[str, Pass] = {}
     for module_info in pkgutil.iter_modules(normfuse.passes.__path__):
+        if module_info.name.startswith("_"):
+            continue
         module = importlib.import_module(f"normfuse.passes.{module_info.name}")
         found[module_info.name] = Pass(module_info.name, getattr(module, module_info.name), inspect.getdoc(module) or "")
     return found

@@ -219,10 +219,10 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
         said = f"error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases"
         said += "" if worst.ok else f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
         _level(grid, "algebra", all(each.ok for each in evidence.algebra), said)
-    if evidence.rounding and evidence.ok:
-        own = evidence.rounding[0]
+    if evidence.rounding and all(each.ok for each in evidence.algebra):
+        own = next((each for each in evidence.rounding if not each.ok), evidence.rounding[0])
         ratio = f"{own.ratio:.2f} times the original's" if math.isfinite(own.ratio) else "the original has none"
-        _level(grid, "rounding", True, f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)")
+        _level(grid, "rounding", own.ok, f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)")
     if grid.rows:
         yield grid
     if evidence.level != "full":

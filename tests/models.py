@@ -192,6 +192,75 @@ class LayerScaleOfASquare(LayerScaled):
         return x + self.gammas[place] * (norm(x) @ (self.square @ self.square))
 
 
+class UpdatedLayerScale(LayerScaled):
+    """The scale is a buffer that every call changes: folding today's value would be wrong tomorrow."""
+
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, D))
+
+    def forward(self, ids: Tensor) -> Any:
+        result = super().forward(ids)
+        self.scale.mul_(0.5)
+        return result
+
+    def block(self, x: Tensor, norm: nn.Module, mlp: nn.Module) -> Tensor:
+        return x + self.scale * mlp(norm(x))
+
+
+class TiedByData(Stream):
+    """The head's weight is another Parameter over the table's memory, as old language models tie them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.weight = nn.Parameter(self.embed.weight.data)
+
+
+class TiedBuffer(Stream):
+    """A buffer over the table's memory is read as a matrix."""
+
+    shadow: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shadow", self.embed.weight.detach())
+
+    def finish(self, x: Tensor) -> Any:
+        return self.final(x) @ self.shadow.T
+
+
+class ScaledUnderNorm(nn.Module):
+    """A scale directly under the norm, with no addition between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.norm, self.head = nn.Linear(D, D), nn.LayerNorm(D), nn.Linear(D, 3)
+        self.gamma = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.gamma * self.write(x)))
+
+
+class Squares(nn.Module):
+    """A value that enters one reader twice, carried once: it must not be centred for both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.head = nn.LayerNorm(D), nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.one(x @ x) + self.two(x))
+
+
+class MaskedLogits(Stream):
+    """A mask of finfo.min in the output must not hide an error beside it."""
+
+    def finish(self, x: Tensor) -> Any:
+        return self.head(self.final(x)).masked_fill(torch.arange(11) > 8, torch.finfo(torch.float32).min)
+
+
 class JoinsTokens(Stream):
     """Patch merging: the norm is over the concatenation of two tokens."""
 
@@ -349,6 +418,14 @@ class ByHand(Stream):
         return x + mlp(self.norm_of(x, norm))
 
 
+class ByHandGainFirst(ByHand):
+    """The gain multiplies before the division, as in the Annotated Transformer."""
+
+    def norm_of(self, x: Tensor, norm: Any) -> Tensor:
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)
+        return norm.weight * (x - mean) / torch.sqrt(variance + norm.eps) + norm.bias
+
+
 class UpdatedBuffer(nn.Module):
     """The position table is updated by the model itself."""
 
@@ -414,6 +491,12 @@ TRAPS: dict[str, Trap] = {
     "layer scale": Trap(LayerScaled, IDS, 3),
     "layer scale read twice": Trap(LayerScaleReadTwice, IDS, 1, ("NF201", "NF201")),
     "layer scale of a square": Trap(LayerScaleOfASquare, IDS, 1, ("NF208", "NF208")),
+    "layer scale that is updated": Trap(UpdatedLayerScale, IDS, 1, ("NF208", "NF208")),
+    "tied by data": Trap(TiedByData, IDS, 3, paid=1),
+    "tied buffer": Trap(TiedBuffer, IDS, 3, paid=1),
+    "scale under a norm": Trap(ScaledUnderNorm, SQUARE, 1),
+    "squares": Trap(Squares, SQUARE, 0, ("NF202", "NF201")),
+    "masked logits": Trap(MaskedLogits, IDS, 3),
     "concatenated tokens": Trap(JoinsTokens, IDS, 1, ("NF201", "NF204")),
     "post-norm": Trap(PostNorm, IDS, 0, ("NF201", "NF205", "NF205")),
     "output norms": Trap(OutputNorm, IDS, 2, ("NF201",)),
@@ -433,6 +516,7 @@ TRAPS: dict[str, Trap] = {
     "experts": Trap(Experts, IDS, 2),
     "low-rank addition": Trap(Lora, IDS, 2),
     "by hand": Trap(ByHand, IDS, 3),
+    "by hand, gain first": Trap(ByHandGainFirst, IDS, 3),
     "updated buffer": Trap(UpdatedBuffer, (noise(2, 5, D),), 0, ("NF209",)),
     "depthwise conv": Trap(Depthwise, (noise(2, D, 5),), 0, ("NF202",)),
     "bias on one of two readers": Trap(TwoReaders, IDS, 3),

@@ -1,8 +1,8 @@
 """Batch-Channel Normalization: a BatchNorm that can be folded, then a GroupNorm that cannot.
 
 Reference
-    Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", 2019, §4 (BCN) and
-    Alg. 1 (the estimate for micro-batches), and its published code.
+    Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight Standardization", arXiv 1903.10520. The
+    formulas are those of its published code.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class EstimatedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(num_features, device=device, dtype=dtype))
         self.register_buffer("running_var", torch.ones(num_features, device=device, dtype=dtype))
         self.register_buffer("num_batches_tracked", torch.tensor(0, device=device))  # published, and never counted
-        self.register_buffer("estbn_moving_speed", torch.full((1,), moving_speed, device=device))
+        self.register_buffer(
+            "estbn_moving_speed", torch.full((1,), moving_speed, device=device, dtype=dtype or torch.get_default_dtype())
+        )
         self._calls: Calls[tuple[Tensor, Tensor]] = Calls()
 
     def forward(self, x: Tensor) -> Tensor:

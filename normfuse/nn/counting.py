@@ -153,7 +153,6 @@ def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
         and norm.running_var is not None
         and recomputing()
     ):
-        mean, variance = norm.running_mean.clone(), norm.running_var.clone()
-        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, True, 0.0, norm.eps)
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, momentum=0.0, eps=norm.eps)
     y: Tensor = norm(x)
     return y

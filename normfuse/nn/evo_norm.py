@@ -1,9 +1,9 @@
 """EvoNorm B0 and S0: norm and activation in one.
 
 Reference
-    Liu et al., "Evolving Normalization-Activation Layers", NeurIPS 2020, Table 1 and Alg. 1 and 2, with the details of timm's
-    code (biased variances; running variance with the unbiased correction), whose state dicts fit. The other public port uses
-    unbiased variances and a momentum of the old value: its checkpoints are not interchangeable with these.
+    Liu et al., "Evolving Normalization-Activation Layers", NeurIPS 2020, arXiv 2004.02967, with the details of timm's
+    code, whose state dicts fit: biased variances, and a running variance with the unbiased correction. The other public port
+    has unbiased variances and a momentum of the old value: its checkpoints are not interchangeable with these.
 
 With ``apply_act=False`` timm leaves out the division as well, and so does this: what remains is γ x + β, which folds. With it,
 both depend on the sample and only γ and β can be folded forward.

@@ -1,8 +1,8 @@
 """IBN: InstanceNorm on some channels, BatchNorm on the others.
 
 Reference
-    Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", ECCV 2018, §3.2 and Fig. 3, and
-    its published code, whose names these are.
+    Pan et al., "Two at Once: Enhancing Learning and Generalization Capacities via IBN-Net", ECCV 2018, arXiv
+    1807.09441. The formulas are those of its published code, and so are the names.
 """
 
 from __future__ import annotations

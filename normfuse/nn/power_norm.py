@@ -1,8 +1,8 @@
 """PowerNorm, and what its GroupScaling costs at inference.
 
 Reference
-    Shen et al., "PowerNorm: Rethinking Batch Normalization in Transformers", ICML 2020, §4, and its published code, whose
-    buffer names and shapes these are.
+    Shen et al., "PowerNorm: Rethinking Batch Normalization in Transformers", ICML 2020, PMLR 119. The formulas are those of
+    its published code, and so are names and shapes of the buffers.
 """
 
 from __future__ import annotations

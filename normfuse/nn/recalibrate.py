@@ -6,7 +6,7 @@ before and fold as before.
 
 Reference
     Guo et al., SLAB, ICML 2024, published code (closing phase). You et al., "Test-time Batch Statistics Calibration for
-    Covariate Shift" (α-BN), 2021, eq. (3).
+    Covariate Shift" (α-BN), arXiv 2110.04065.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ class _Meter:
         self._source = {key: value.clone() for key, value in _statistics(module).items()}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens = _tokens(module, *args, **kwargs)
+        x, pad_mask = (*args, *kwargs.values(), None)[:2]
+        tokens = _tokens(module, x, pad_mask)
         variance, mean = torch.var_mean(tokens if tokens.dtype == torch.float64 else tokens.float(), 0, correction=0)
         self._pool(len(tokens), mean.double(), variance.double())
         self.store(mean, variance, variance)
@@ -166,7 +167,7 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in module.named_buffers(recurse=False) if name in names}
 
 
-def _tokens(module: nn.Module, x: Tensor, pad_mask: Tensor | None = None) -> Tensor:
+def _tokens(module: nn.Module, x: Tensor, pad_mask: Tensor | None) -> Tensor:
     """What the norm takes its statistics of, as (tokens, channels)."""
     if isinstance(module, PowerNorm) and module.group_scaling is not None:
         x = module.group_scaling(x)

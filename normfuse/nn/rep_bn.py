@@ -2,7 +2,7 @@
 
 Reference
     Guo et al., "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive Re-parameterized Batch
-    Normalization", ICML 2024, §3.2 and §3.3, and its published code, whose buffer names these are.
+    Normalization", ICML 2024, arXiv 2405.11582. The formulas are those of its published code, and so are the names.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ class PRepBN(Counted):
         self._seen: tuple[Any, ...] = ()
 
     @property
-    def weight_of_norm1(self) -> float:
+    def share(self) -> float:
         """λ of the next forward in training: 1 while warming up (and LN is used alone)."""
         warm, left, total = self._counters()
         return 1.0 if warm else self.r0 * left / max(total, 1)
@@ -188,9 +188,9 @@ class PRepBN(Counted):
         if not self.training:
             y: Tensor = self.norm2(x)
             return y
-        warming, share = self._used(x)
+        warming, part = self._used(x)
         before = self.norm1(x)
-        mixed: Tensor = before if warming else share * before.to(x.dtype) + (1 - share) * self.norm2(x, pad_mask)
+        mixed: Tensor = before if warming else part * before.to(x.dtype) + (1 - part) * self.norm2(x, pad_mask)
         return mixed
 
     @uncompiled

@@ -4,8 +4,8 @@ The factor is a number in Python and not a buffer: elsewhere a buffer of ones wa
 meta device and then given memory.
 
 Reference
-    Sun et al., "The Curse of Depth in Large Language Models", 2025, eq. (9): y = Norm(x) / √ℓ with ℓ from 1, the same ℓ for
-    both norms of a block; the last norm of the model is not scaled. Not to be combined with scaled initialization.
+    Sun et al., "The Curse of Depth in Large Language Models", arXiv 2502.05795, §4: y = Norm(x) / √ℓ with ℓ from 1, the
+    same for both norms of a block; the last norm of the model is not scaled. Not to be combined with scaled initialization.
 """
 
 from __future__ import annotations

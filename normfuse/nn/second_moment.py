@@ -11,6 +11,7 @@ would be after a call, as a pure function of the state at the start of the itera
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeAlias
@@ -22,6 +23,8 @@ from torch.autograd.function import once_differentiable
 from normfuse.nn.counting import Calls, Counted, Schedule, recomputing, uncompiled
 
 State: TypeAlias = dict[str, Tensor]
+
+FORGOTTEN = 1000  # forward calls without a step, after which somebody is told
 
 
 @dataclass(eq=False)
@@ -155,6 +158,8 @@ class SecondMomentNorm(Counted):
 
     def _iteration(self) -> Iteration:
         if self.schedule == "step" and self._open:
+            if self._open[0].forwards == FORGOTTEN:
+                warnings.warn(f"{FORGOTTEN} forward calls in one iteration: is normfuse.nn.step(model) called?", stacklevel=4)
             return self._open[0]
         self.iters.add_(1)
         iteration = Iteration(self.iters.clone())
@@ -190,9 +195,6 @@ class SecondMomentNorm(Counted):
             raise ValueError(
                 f"pad_mask must be bool of shape {tuple(x.shape[:-1])}, not {pad_mask.dtype} of {tuple(pad_mask.shape)}"
             )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": []}
 
 
 def _second_moment(x: Tensor, pad_mask: Tensor | None, otherwise: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Reference
     Guo et al., "SLAB: Efficient Transformers with Simplified Linear Attention and Progressive Re-parameterized Batch
-    Normalization", ICML 2024, §3.4, and its published code, whose parameter names these are.
+    Normalization", ICML 2024, arXiv 2405.11582. The formulas are those of its published code, and so are the names.
 """
 
 from __future__ import annotations
@@ -80,8 +80,9 @@ class SimplifiedLinearAttention(nn.Module):
         return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2).flatten(0, 1)
 
     def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(q.device.type):  # its products would be in half precision
-            with torch.autocast(q.device.type, enabled=False):
+        kind = q.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # products would be in half precision
+            with torch.autocast(kind, enabled=False):
                 return self._linear(q, k, v)
         return self._linear(q, k, v)
 

@@ -4,13 +4,13 @@ Over the n weights of each filter, Ŵ = (W - mean W) / s. Published code differs
 first and the third differ by √(n / (n - 1)).
 
     "ws"    std(W) + 1e-5           unbiased; Qiao et al., "Micro-Batch Training with Batch-Channel Normalization and Weight
-                                    Standardization", 2019, eq. (9), (10) and the README of its code
+                                    Standardization", arXiv 1903.10520, and the README of its code
     "bcn"   √(var(W) + 1e-5)        unbiased; the code of Batch-Channel Normalization
     "timm"  √(var(W) + 1e-6)        biased; BiT and timm's StdConv2d
 
 The scaled convolutions of NFNets multiply by gain · γ / √n: Brock et al., "Characterizing Signal Propagation to Close the
-Performance Gap in Unnormalized ResNets", ICLR 2021, eq. (4). They are convolutions of torch otherwise, also with ``groups``
-and every ``padding_mode``. Statistics are in float32 or better.
+Performance Gap in Unnormalized ResNets", ICLR 2021, arXiv 2101.08692. They are convolutions of torch otherwise, also with
+``groups`` and every ``padding_mode``. Statistics are in float32 or better.
 """
 
 from __future__ import annotations

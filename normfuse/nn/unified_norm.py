@@ -1,8 +1,8 @@
 """Unified Normalization: LayerNorm's place, a constant at inference.
 
 Reference
-    Yang et al., "Unified Normalization for Accelerating and Stabilizing Transformers", ACM MM 2022, §3, and its published
-    code, whose buffer names these are.
+    Yang et al., "Unified Normalization for Accelerating and Stabilizing Transformers", ACM MM 2022, arXiv 2208.01313. The
+    formulas are those of its published code, and so are the names of the buffers.
 """
 
 from __future__ import annotations

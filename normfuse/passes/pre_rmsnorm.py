@@ -19,7 +19,8 @@ Refuses
            a returned hidden state that nobody needs, export the model without it.
     NF202  The input is written by an operation that cannot be centred, such as an activation or a depthwise convolution,
            and an explicit mean-subtraction would serve this norm alone, so it would cost what it saves.
-    NF203  The norm is over several axes. Removing the joint mean is not a change of the writers' weights.
+    NF203  The norm is over several axes, or over one whose size is dynamic. Removing a joint mean, or the mean of as many
+           entries as the caller pleases, is not a change of the writers' weights.
     NF204  The norm is over values joined along its axis (concatenated tokens, patch merging). The joint mean keeps the
            differences of the parts' means, so centring each part would change the result.
     NF205  The input is made of another norm's output, as in post-norm. That output has a mean that depends on the data,
@@ -61,12 +62,18 @@ def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
     for norm in layer_norms:
         if len(norm.axes) != 1:
             yield _refuse(program, norm, "NF203", f"it normalizes over {len(norm.axes)} axes together")
-    centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1])
+        elif not _fixed(norm):
+            yield _refuse(program, norm, "NF203", "it normalizes over an axis of dynamic size")
+    centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1 and _fixed(norm)])
     for region in centering.regions:
         yield _rewrite(program, region)
     norms = frozenset(norm.out for norm in facts.norms)
     for norm, obstacle in centering.blocked:
         yield _explain(program, norm, obstacle, norms)
+
+
+def _fixed(norm: Norm) -> bool:
+    return isinstance(shape(norm.x)[norm.axes[0]], int)
 
 
 def _rewrite(program: Program, region: Region) -> Rewrite:
@@ -93,11 +100,14 @@ def _as_rms(norm: Norm, region: Region) -> Reroute:
     gain = Ref(norm.gain.name) if norm.gain is not None else None
     scaled: Expression
     if axis == rank(norm.x) - 1:
-        scaled = Call("rms_norm.default", (x, (shape(norm.x)[axis],), gain, norm.eps))
+        inside = gain if norm.gain is not None and rank(norm.gain) == 1 else None
+        scaled = Call("rms_norm.default", (x, (shape(norm.x)[axis],), inside, norm.eps))
     else:  # torch's rms_norm is over trailing axes only
         mean_square = Call("mean.dim", (Call("mul.Tensor", (x, x)), (axis,), True))
         root = Call("rsqrt.default", (Call("add.Scalar", (mean_square, norm.eps)),))
-        scaled = Call("mul.Tensor", (x, root))
+        inside, scaled = None, Call("mul.Tensor", (x, root))
+    if gain is not inside:
+        scaled = Call("mul.Tensor", (scaled, gain))
     if norm.shift is not None:
         scaled = Call("add.Tensor", (scaled, Ref(norm.shift.name)))
     if any(dtype(each) != dtype(norm.out) for each in (norm.x, norm.gain, norm.shift) if each is not None):

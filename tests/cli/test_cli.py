@@ -238,7 +238,7 @@ def test_explain_a_pass_and_a_code() -> None:
     manual = ask("explain", "pre_rmsnorm").stdout
     assert manual.startswith("pre_rmsnorm\n\nTurn LayerNorms into RMSNorms")
     assert [line for line in manual.splitlines() if line.startswith("    NF203  ")]
-    assert ask("explain", "nf203").stdout.startswith("NF203  (pre_rmsnorm)\n\nThe norm is over several axes.")
+    assert ask("explain", "nf203").stdout.startswith("NF203  (pre_rmsnorm)\n\nThe norm is over several axes")
     assert ask("explain", "NF101").stdout.startswith("NF101  (any pass)\n")
     assert set(answer("explain", "pre_rmsnorm")) == {"pass", "summary", "manual", "codes"}
     assert answer("explain", "NF203") == {"code": "NF203", "pass": "pre_rmsnorm", "story": codes()["NF203"]}

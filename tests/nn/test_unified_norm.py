@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from normfuse.nn import UnifiedNorm, step
+from normfuse.nn import UnifiedNorm, second_moment, step
 
 C = 3
 STATE = ("running_var", "ema_gz", "iters", "buffer_x2", "buffer_gz", "skip_counter")
@@ -162,7 +162,7 @@ def run(
     return reference
 
 
-TRACES = {
+TRACES: dict[str, tuple[Reference, dict[str, Any], set[str]]] = {
     "before the warm-up ends": (Reference(warmup=100), {"iterations": 8}, {"own statistics"}),
     "until the window is full, then its geometric mean": (
         Reference(warmup=0),
@@ -174,6 +174,7 @@ TRACES = {
     "a longer backward window": (Reference(2, 5, warmup=3), {"iterations": 10}, {"geometric mean"}),
     "r": (Reference(warmup=3), {"iterations": 8, "start": 2000}, {"r", "geometric mean"}),
     "r is 1 until iteration 1000": (Reference(warmup=3), {"iterations": 8, "start": 992}, {"geometric mean"}),
+    "r is 1 until a long warm-up ends": (Reference(warmup=2000), {"iterations": 9, "start": 1994}, {"geometric mean", "r"}),
     "r clamped above": (
         Reference(warmup=3),
         {"iterations": 9, "start": 2000, "sizes": dict.fromkeys(range(9), 90.0)},
@@ -208,9 +209,8 @@ def test_many_random_settings() -> None:
     rng = np.random.default_rng(0)
     seen: dict[str, bool] = {}
     for _ in range(25):
-        reference = Reference(
-            *rng.integers(1, 6, 2).tolist(), warmup=int(rng.integers(0, 9)), filtration=bool(rng.random() < 0.5)
-        )
+        forward, backward, warmup = (int(rng.integers(low, high)) for low, high in ((1, 6), (1, 6), (0, 9)))
+        reference = Reference(forward, backward, warmup, filtration=bool(rng.random() < 0.5))
         sizes = {i: float(np.exp(rng.normal() * 2)) for i in range(10)}
         run(reference, 10, start=int(rng.choice([0, 996, 3000])), sizes=sizes, pad=bool(rng.random() < 0.3))
         seen = {name: seen.get(name, False) or true for name, true in reference.seen.items()}
@@ -235,7 +235,7 @@ def test_with_skip_the_gradient_is_exact() -> None:
 
 @pytest.mark.parametrize(("start", "outlier"), [(0, False), (2000, False), (2000, True)])
 def test_two_losses_one_after_the_other_are_their_sum(start: int, outlier: bool) -> None:
-    twin = make(Reference(warmup=3, filtration=True))
+    twin = make(Reference(4, 2, warmup=3, filtration=True))
     twin.iters.fill_(start)
     for _ in range(6):
         twin(torch.randn(2, 5, C, dtype=torch.float64)).sum().backward()
@@ -319,6 +319,17 @@ def test_checkpointing_counts_once(reentrant: bool, schedule: str) -> None:
     assert int(plain.twice.iters) == 1500 + (24 if schedule == "forward" else 6)
 
 
+def test_checkpointing_the_same_batch_again_and_again() -> None:
+    plain = Block()
+    saving = copy.deepcopy(plain)
+    x = torch.randn(2, 5, C, dtype=torch.float64)
+    for _, model in itertools.product(range(6), (plain, saving)):
+        torch.manual_seed(1)
+        y = model(x) if model is plain else checkpoint(model, x, use_reentrant=False)
+        y.square().sum().backward()
+    same(saving, plain, 1e-13)
+
+
 def test_checkpointing_and_two_backwards() -> None:
     plain = Block()
     saving = copy.deepcopy(plain)
@@ -376,6 +387,15 @@ def test_step_is_refused_where_it_would_do_nothing() -> None:
     with pytest.raises(RuntimeError, match="schedule='step'"):
         UnifiedNorm(C).step()
     step(nn.Sequential(UnifiedNorm(C)))  # the function leaves those alone
+
+
+def test_a_forgotten_step_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(second_moment, "FORGOTTEN", 3)
+    norm = UnifiedNorm(C, schedule="step")
+    for _ in range(3):
+        norm(torch.randn(4, C))
+    with pytest.warns(UserWarning, match="step"):
+        norm(torch.randn(4, C))
 
 
 # ---- precision, and batches that are no good

@@ -128,6 +128,11 @@ LAYER_NORM: dict[str, Spelling] = {
     "gain plus one": lambda m, x, eps: (1 + m.gain) * (centred(x) * torch.rsqrt(variance(x) + eps)),
     "in a residual": lambda m, x, eps: x + m.gain * (centred(x) * torch.rsqrt(variance(x) + eps)),
     "channels first": _convnext,
+    "gain before the root": lambda m, x, eps: m.gain * centred(x) / torch.sqrt(variance(x) + eps) + m.shift,
+    "gain before the rsqrt": lambda m, x, eps: m.gain * centred(x) * torch.rsqrt(variance(x) + eps),
+    "gain on the rsqrt": lambda m, x, eps: m.gain * torch.rsqrt(variance(x) + eps) * centred(x),
+    "gain plus one before the root": lambda m, x, eps: (1 + m.gain) * centred(x) / torch.sqrt(variance(x) + eps),
+    "two products": lambda m, x, eps: x * torch.rsqrt(variance(x) + eps) - mean(x) * torch.rsqrt(variance(x) + eps),
     "middle axis": lambda m, x, eps: centred(x, 1) / torch.sqrt(x.var(1, unbiased=False, keepdim=True) + eps),
     "first axis": lambda m, x, eps: centred(x, 0) / torch.sqrt(x.var(0, unbiased=False, keepdim=True) + eps),
 }
