@@ -31,7 +31,7 @@ test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-all: $(VENV)/dev
-	$(BIN)/python -m pytest -n 2 --run-slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --run-slow
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
@@ -40,6 +40,7 @@ lint: $(VENV)/dev
 
 bench: $(VENV)/dev
 	PYTHONPATH=. $(BIN)/python benchmarks/planning_scale.py
+	PYTHONPATH=. $(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) out

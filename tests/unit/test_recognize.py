@@ -178,7 +178,9 @@ def _check(norms: list[Norm], kind: str, name: str, eps: float) -> None:
     (norm,) = norms
     assert (norm.kind, norm.axes, norm.eps) == (kind, (AXES.get(name, 2),), eps)
     assert norm.by_hand
-    assert norm.gain is norm.shift is None  # they stay outside
+    inside = name.startswith(("gain before", "gain on", "gain plus one before"))
+    assert norm.shift is None  # it stays outside, and so does a gain behind the norm
+    assert (norm.gain is not None) == inside
     assert {norm.out} == {node for node in norm.inner if any(user not in norm.inner for user in node.users)}
     assert norm.x not in norm.inner
     assert rank(norm.x) == rank(norm.out)

@@ -11,7 +11,7 @@ from torch import Tensor
 import normfuse
 from tests.zoo import trained
 
-pytestmark = pytest.mark.trained
+pytestmark = [pytest.mark.trained, pytest.mark.xdist_group("trained")]  # one worker: the models are large
 
 
 @pytest.fixture(scope="module")
