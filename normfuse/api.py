@@ -30,6 +30,9 @@ from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
 from normfuse.views import Norm
 
+Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | None
+"""Example inputs: positional ones in a tuple or list, one tensor, keyword ones in a dict; None to find them on the model."""
+
 LEVELS = ("full", "structure", "none")
 
 
@@ -70,7 +73,7 @@ Model: TypeAlias = nn.Module | ExportedProgram | Program | Result | str | Path
 def rewrite(
     model: Model,
     passes: str | Sequence[str],
-    inputs: tuple[Any, ...] | Inputs | None = None,
+    inputs: Given = None,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     *,
@@ -125,7 +128,7 @@ def rewrite(
 def verify(
     a: Model,
     b: Model,
-    inputs: tuple[Any, ...] | Inputs | None = None,
+    inputs: Given = None,
     kwargs: dict[str, Any] | None = None,
     *,
     trust_pickle: bool = False,
@@ -157,7 +160,7 @@ def export(
     path: str | Path,
     *,
     opset: int = 20,
-    inputs: tuple[Any, ...] | Inputs | None = None,
+    inputs: Given = None,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     trust_pickle: bool = False,
@@ -241,7 +244,7 @@ class Inspection:
 
 def inspect(
     model: Model,
-    inputs: tuple[Any, ...] | Inputs | None = None,
+    inputs: Given = None,
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     *,
@@ -303,9 +306,7 @@ def _after(chosen: Plan, before: Mapping[str, int]) -> Counter[str]:
 # -- from what the user has to a program -------------------------------------------------------------------------------
 
 
-def _program(
-    model: Model, inputs: tuple[Any, ...] | Inputs | None, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool
-) -> tuple[str, Program, Inputs]:
+def _program(model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool) -> tuple[str, Program, Inputs]:
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     loaded = load(Path(model), trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
     if isinstance(loaded, Result):

@@ -135,10 +135,11 @@ def test_what_is_no_pass(passes: Any) -> None:
 
 def test_many_ways_to_say_the_same_inputs() -> None:
     x = noise(2, D)
-    for inputs in ((x,), [x], x, {"input": x}, normfuse.Inputs((x,), {}, None)):
+    ways: list[Any] = [(x,), [x], x, {"input": x}, normfuse.Inputs((x,), {}, None)]
+    for inputs in ways:
         assert normfuse.rewrite(pair(), ["all", "pre_rmsnorm"], inputs=inputs).report.norms_after == {"rms_norm": 1}
     with pytest.raises(InputError, match="tuple of tensors"):
-        normfuse.rewrite(pair(), "pre_rmsnorm", inputs=x.numpy())
+        normfuse.rewrite(pair(), "pre_rmsnorm", inputs=x.numpy())  # type: ignore[arg-type]
 
 
 def test_dynamic_shapes_are_added_to_inputs_that_are_given_as_one() -> None:
