@@ -33,10 +33,17 @@ class Ref:
 
 @dataclass(frozen=True)
 class Call:
-    """A call of an aten operator, such as ``rms_norm.default``, on expressions and literals."""
+    """A call of an aten operator, such as ``rms_norm.default``, on expressions and literals.
+
+    Attributes:
+        op: name of the operator.
+        args: its positional arguments.
+        dtype: the dtype to compute in, as ``float32``, for operators that take one.
+    """
 
     op: str
     args: tuple[Any, ...]
+    dtype: str | None = None
 
     def __str__(self) -> str:
         return f"{self.op.removesuffix('.default')}({', '.join(_brief(each) for each in self.args)})"
@@ -47,6 +54,14 @@ class Call:
             return formula.aten_operator(self.op)
         except ValueError as error:
             raise InvalidPlan(str(error)) from error
+
+    def keywords(self) -> dict[str, Any]:
+        """Keyword arguments of the call."""
+        if self.dtype is None:
+            return {}
+        if self.dtype not in ("float16", "bfloat16", "float32", "float64"):
+            raise InvalidPlan(f"'{self.dtype}' is no dtype to compute in")
+        return {"dtype": getattr(torch, self.dtype)}
 
 
 Expression: TypeAlias = Ref | Call
@@ -218,17 +233,17 @@ class _Emitter:
             case Ref(name):
                 return _find(self.nodes, name)
             case Call():
-                return self._call(by.target(), tuple(self.emit(each) for each in by.args))
+                return self._call(by.target(), tuple(self.emit(each) for each in by.args), by.keywords())
             case tuple():
                 return list(by)
             case _:
                 return by
 
-    def _call(self, target: torch._ops.OpOverload, args: tuple[Any, ...]) -> Node:
+    def _call(self, target: torch._ops.OpOverload, args: tuple[Any, ...], keywords: dict[str, Any]) -> Node:
         with self.graph.inserting_after(self.cursor):
-            self.cursor = self.graph.call_function(target, args)
+            self.cursor = self.graph.call_function(target, args, keywords)
         fake = map_aggregate(args, lambda each: each.meta["val"] if isinstance(each, Node) else each)
-        self.cursor.meta = {**self.meta, "val": target(*fake)}
+        self.cursor.meta = {**self.meta, "val": target(*fake, **keywords)}
         return self.cursor
 
 
@@ -281,8 +296,9 @@ def _expression_to_json(by: Any) -> Any:
     match by:
         case Ref(node):
             return {"ref": node}
-        case Call(op, args):
-            return {"call": op, "args": [_expression_to_json(each) for each in args]}
+        case Call(op, args, dtype):
+            call = {"call": op, "args": [_expression_to_json(each) for each in args]}
+            return call if dtype is None else {**call, "dtype": dtype}
         case tuple():
             return list(by)
         case _:
@@ -294,7 +310,7 @@ def _expression_from_json(data: Any) -> Any:
         case {"ref": node}:
             return Ref(node)
         case {"call": op, "args": args}:
-            return Call(op, tuple(_expression_from_json(each) for each in args))
+            return Call(op, tuple(_expression_from_json(each) for each in args), data.get("dtype"))
         case list():
             return tuple(data)
         case _:

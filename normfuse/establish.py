@@ -335,5 +335,13 @@ def _explicit(key: Key, name: str, keys: list[Key], paid: set[Key], steps: dict[
     readers |= {
         inner.name for norm in norms if (norm.x, norm.axes[0]) == key for inner in norm.inner if node in inner.all_input_nodes
     }
-    mean = Call("mean.dim", (Ref(node.name), (axis,), True))
-    return Reroute(node.name, Call("sub.Tensor", (Ref(node.name), mean)), tuple(sorted(readers)), name)
+    return Reroute(node.name, _less_its_mean(node, axis), tuple(sorted(readers)), name)
+
+
+def _less_its_mean(node: Node, axis: int) -> Call:
+    x = Ref(node.name)
+    if dtype(node) in (torch.float32, torch.float64):
+        return Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True))))
+    # a mean that is rounded to half precision would leave a mean behind that RMSNorm sees
+    centered = Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True), "float32")))
+    return Call("type_as.default", (centered, x))

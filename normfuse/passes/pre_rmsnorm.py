@@ -21,16 +21,17 @@ Refuses
            and an explicit mean-subtraction would serve this norm alone, so it would cost what it saves.
     NF203  The norm is over several axes, or over one whose size is dynamic. Removing a joint mean, or the mean of as many
            entries as the caller pleases, is not a change of the writers' weights.
-    NF204  The norm is over values joined along its axis (concatenated tokens, patch merging). The joint mean keeps the
-           differences of the parts' means, so centring each part would change the result.
+    NF204  The norm is over values joined along its axis (concatenated tokens, patch merging) or over parts of them. The
+           joint mean keeps the differences of the parts' means, so centring each part would change the result.
     NF205  The input is made of another norm's output, as in post-norm. That output has a mean that depends on the data,
            because the gain weighs the channels, and the layers that read it see that mean; no weight can remove it. Only a
            pre-norm stretch behind it can be converted, behind one explicit mean-subtraction.
     NF206  A weight that writes the input is shared with a reader that sees its mean, such as a tied head, and an explicit
            mean-subtraction would not serve two norms. The weight is not copied silently. Hint: untie it if memory allows.
     NF207  The input comes straight from the caller; its mean is the caller's.
-    NF208  The input is scaled channel by channel with values that depend on the data (a gate, as in adaLN-Zero). Centring
-           does not pass such a scale.
+    NF208  The input is scaled channel by channel, and centring does not pass such a scale. A stored scale (LayerScale) is
+           folded into the writers behind it first; that is not possible where the scale depends on the data (a gate, as in
+           adaLN-Zero), changes from call to call, or where somebody else reads the unscaled value.
     NF209  A tensor that writes the input is updated by the program itself, so it cannot be replaced by a centred one.
 
 Claim
@@ -42,6 +43,7 @@ Reference
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +55,7 @@ from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program
 from normfuse.rules import rank
-from normfuse.views import Norm, aten, dtype, shape
+from normfuse.views import Norm, arguments, aten, dtype, shape
 
 
 def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
@@ -96,16 +98,14 @@ def _rewrite(program: Program, region: Region) -> Rewrite:
 
 def _as_rms(norm: Norm, region: Region) -> Reroute:
     (axis,) = norm.axes
+    last = rank(norm.x) - 1
     x = Ref(region.centered_copies.get((norm.x, axis), norm.x.name))
     gain = Ref(norm.gain.name) if norm.gain is not None else None
-    scaled: Expression
-    if axis == rank(norm.x) - 1:
-        inside = gain if norm.gain is not None and rank(norm.gain) == 1 else None
-        scaled = Call("rms_norm.default", (x, (shape(norm.x)[axis],), inside, norm.eps))
-    else:  # torch's rms_norm is over trailing axes only
-        mean_square = Call("mean.dim", (Call("mul.Tensor", (x, x)), (axis,), True))
-        root = Call("rsqrt.default", (Call("add.Scalar", (mean_square, norm.eps)),))
-        inside, scaled = None, Call("mul.Tensor", (x, root))
+    inside = gain if norm.gain is not None and rank(norm.gain) == 1 and axis == last else None
+    # torch's rms_norm is over the last axis; it accumulates in float32 where x is narrower
+    along: Expression = x if axis == last else Call("transpose.int", (x, axis, last))
+    scaled: Expression = Call("rms_norm.default", (along, (shape(norm.x)[axis],), inside, norm.eps))
+    scaled = scaled if axis == last else Call("transpose.int", (scaled, axis, last))
     if gain is not inside:
         scaled = Call("mul.Tensor", (scaled, gain))
     if norm.shift is not None:
@@ -124,7 +124,7 @@ _ALONE = "; an explicit mean-subtraction there would serve too few norms to pay"
 
 def _explain(program: Program, norm: Norm, obstacle: Obstacle, norms: frozenset[Node]) -> Refusal:
     at, witness = program.site(obstacle.at), obstacle.witness
-    writer = str(obstacle.at.target).removeprefix("aten.").split(".")[0]
+    writer = _called(obstacle.at)
     tensor = program.stored.get(obstacle.at.name, "")
     returned = witness is not None and witness.op == "output"
     reader = "the caller (it is an output of the model)" if returned or witness is None else _named(program, witness)
@@ -145,11 +145,12 @@ def _explain(program: Program, norm: Norm, obstacle: Obstacle, norms: frozenset[
         case "input":
             code, reason = "NF207", f"its mean comes from the caller's input '{at.node}'{_ALONE}"
         case "joined":
-            code, reason = "NF204", f"its input joins several parts along the norm's axis ({writer} at {at})"
+            code, reason = "NF204", f"its input is joined or split along the norm's axis ({writer} in {at})"
         case "norm":
             code, reason = "NF205", f"its input is written by another norm ({at}), whose gain gives it a mean{_ALONE}"
         case "gate":
-            code, reason = "NF208", f"its input is scaled channel by channel with run-time values ({at}){_ALONE}"
+            code = "NF208"
+            reason = f"its input is scaled channel by channel ({at}) by values that its writers cannot take up{_ALONE}"
         case _:
             code, reason = "NF202", f"its input is written by {writer} ({at}), which cannot be centred{_ALONE}"
     return _refuse(program, norm, code, reason, at=at, hint=hint)
@@ -174,4 +175,20 @@ _SAME_VALUE = {
 
 def _named(program: Program, node: Any) -> str:
     site = program.site(node)
-    return f"{str(node.target).removeprefix('aten.').split('.')[0]} in {site}" + (f" ({site.source})" if site.source else "")
+    return f"{_called(node)} in {site}" + (f" ({site.source})" if site.source else "")
+
+
+def _called(node: Node) -> str:
+    """What users call an operator."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return _called(node.args[0])
+    name = str(node.target).removeprefix("aten.").split(".")[0]
+    if "conv" in name and arguments(node)["groups"] != 1:
+        return f"grouped {name}"
+    return _USUAL_NAMES.get(name, name)
+
+
+_USUAL_NAMES = {
+    "_unsafe_view": "reshape", "view": "reshape", "_to_copy": "to", "_native_batch_norm_legit_no_training": "batch_norm",
+    "_native_batch_norm_legit": "batch_norm", "native_layer_norm": "layer_norm", "addmm": "linear",
+}  # fmt: skip

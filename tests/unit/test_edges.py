@@ -203,6 +203,33 @@ def test_a_half_precision_fold_that_overflows_is_not_written() -> None:
         normfuse.rewrite(huge.half(), "pre_rmsnorm", inputs=(noise(2, D).half() * 1e-3,))
 
 
+@pytest.mark.parametrize(("dtype", "mean"), [(torch.float16, 500.0), (torch.bfloat16, 50.0)])
+def test_an_explicit_centring_in_half_precision_loses_nothing(dtype: torch.dtype, mean: float) -> None:
+    layer = nn.TransformerEncoderLayer(D, 2, 16, batch_first=True, norm_first=True)
+    build = lambda: nn.TransformerEncoder(layer, 1, nn.LayerNorm(D), enable_nested_tensor=False)  # noqa: E731
+    x = (noise(2, 5, D) + mean).to(dtype)
+    evidence = normfuse.rewrite(Trap(build, (), 0).module().to(dtype), "pre_rmsnorm", inputs=(x,)).report.evidence
+    assert evidence.ok
+    assert evidence.ratio < 8.0
+
+
+def test_a_channels_first_norm_in_half_precision_does_not_overflow() -> None:
+    class ChannelsFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Conv2d(3, D, 1), nn.Conv2d(D, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            centred = y - y.mean(1, keepdim=True)
+            return self.head(centred / torch.sqrt(y.var(1, keepdim=True, unbiased=False) + 1e-3))
+
+    model = Trap(ChannelsFirst, (), 1).module().half()
+    result = normfuse.rewrite(model, "pre_rmsnorm", inputs=((noise(2, 3, 4, 4) * 300).half(),), verify="structure")
+    assert result.report.norms_after == {"rms_norm": 1}
+    assert result.module()((noise(2, 3, 4, 4) * 300).half()).isfinite().all()
+
+
 def test_training_mode_is_noted() -> None:
     result = normfuse.rewrite(pair().train(), "pre_rmsnorm", inputs=(noise(2, D),))
     assert any("training mode" in note for note in result.report.to_dict()["notes"])
