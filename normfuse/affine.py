@@ -310,9 +310,9 @@ _WITH_BIAS = {
 }  # fmt: skip
 
 
-def into_writers(facts: Facts, form: Affine) -> Absorbed | Obstacle:
-    """Scale and shift folded into the stored tensors that write the base."""
-    axis = _axis_of_base(form)
+def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle:
+    """Scale and shift of a value folded into the stored tensors that write its base."""
+    axis = _axis_of_base(form, value)
     strays = [reader for reader in form.base.users if reader not in form.inner and reader.target not in METADATA]
     if strays:
         return Obstacle(strays[0], "reader")
@@ -323,19 +323,19 @@ def into_writers(facts: Facts, form: Affine) -> Absorbed | Obstacle:
     return obstacle or Absorbed(tuple(walk.edits), frozenset(walk.nodes))
 
 
-def _axis_of_base(form: Affine) -> int | None:
-    """The axis of the base that the form's axis is, followed back through the nodes in between."""
-    return None if form.axis is None else _back(form, form.axis)
-
-
-def _back(form: Affine, axis: int) -> int | None:
-    if not form.moves:
-        return axis
-    if len(form.moves) == 1 and form.moves[0][0] == "permute.default":
-        order: tuple[int, ...] = form.moves[0][1][0]
-        return order[axis]
-    value = next(node for node in form.inner if str(shape(node)) and node.target in _MOVES and node.args[0] is form.base)
-    carried = carries(value, axis) if len(form.moves) == 1 else None
+def _axis_of_base(form: Affine, value: Node) -> int | None:
+    """The axis of the base that the form's axis is; None where the views in between do not tell."""
+    if form.axis is None or not form.moves:
+        return form.axis
+    ((name, args), *others) = form.moves
+    if others:
+        return None
+    if name == "permute.default":
+        return int(args[0][form.axis])
+    views = [reader for reader in form.base.users if reader in form.inner and reader.target in _MOVES]
+    if len(views) != 1 or str(shape(views[0])) != str(shape(value)):
+        return None
+    carried = carries(views[0], form.axis)
     return carried[0][1] if carried else None
 
 

@@ -62,6 +62,20 @@ class RepTokens(nn.Module):
         return self.head(torch.relu(y))
 
 
+class FlatTokens(nn.Module):
+    """Tokens flattened for BatchNorm1d and given their shape back, and a square trap: flattened along the other axis."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.write, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.write(x)
+        flat = (y.transpose(1, 2) if self.transposed else y).reshape(-1, 8)
+        return torch.relu(self.norm(flat).reshape(x.shape) + 0.5)
+
+
 class TwoReaders(nn.Module):
     """The convolution's output has a second reader."""
 
@@ -209,6 +223,8 @@ FOLDS: dict[str, Fold] = {
     "weight norm": Fold(
         lambda: Chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)), IMAGE, kept=1
     ),
+    "flattened tokens": Fold(lambda: FlatTokens(False), TOKENS, 1),
+    "flattened along the other axis": Fold(lambda: FlatTokens(True), TOKENS, kept=1),
     "rep tokens": Fold(RepTokens, (noise(2, 5, 8),), 1),
     "a second reader": Fold(TwoReaders, IMAGE, kept=1),
     "an output read twice": Fold(ReadTwice, IMAGE, 1),

@@ -55,7 +55,7 @@ def conv_bn(program: Program, facts: Facts) -> Iterator[Finding]:
 def _decide(program: Program, facts: Facts, value: Node, form: Affine, norms: list[Norm]) -> Finding:
     sites = tuple(program.site(norm.out) for norm in norms)
     dissolved: tuple[Edit, ...] = (Reroute(value.name, moved(form)),)
-    absorbed, because = into_writers(facts, form), "folded into the layers that write its input"
+    absorbed, because = into_writers(facts, form, value), "folded into the layers that write its input"
     if not isinstance(absorbed, Absorbed):
         absorbed, because = into_readers(facts, form, value), "folded into the layers that read its output"
     if not isinstance(absorbed, Absorbed):
