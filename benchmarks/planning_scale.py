@@ -21,13 +21,14 @@ from normfuse.program import Program
 from tests.zoo import torchvision_shim
 
 
-def gpt2_xl(layers: int) -> torch.nn.Module:
-    """GPT-2 XL's shape at another depth, without memory."""
+def gpt2_xl(layers: int, returned: bool) -> torch.nn.Module:
+    """GPT-2 XL's shape at another depth, without memory; ``returned`` makes it return every hidden state."""
     torchvision_shim.install()
     from transformers import GPT2Config, GPT2LMHeadModel
 
     with torch.device("meta"):
-        model: torch.nn.Module = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=layers, n_head=25, use_cache=False))
+        config = GPT2Config(n_embd=1600, n_layer=layers, n_head=25, use_cache=False, output_hidden_states=returned)
+        model: torch.nn.Module = GPT2LMHeadModel(config)
     return model.eval()
 
 
@@ -37,9 +38,9 @@ def timed(work: Callable[[], object]) -> tuple[float, object]:
     return time.perf_counter() - start, result
 
 
-def measure(layers: int, repeats: int) -> tuple[int, int, float, float, float]:
+def measure(layers: int, repeats: int, returned: bool) -> tuple[int, int, float, float, float]:
     """Nodes, norms converted, and medians of the seconds of export, plan and apply."""
-    model, ids = gpt2_xl(layers), torch.zeros(1, 64, dtype=torch.long, device="meta")
+    model, ids = gpt2_xl(layers, returned), torch.zeros(1, 64, dtype=torch.long, device="meta")
     export_s, exported = timed(lambda: torch.export.export(model, (), {"input_ids": ids}, strict=False))
     program = Program.from_exported(exported)  # type: ignore[arg-type]
     rows = []
@@ -57,11 +58,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[12, 24, 48, 96])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--returned", action="store_true", help="return every hidden state: nearly all norms are refused")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    measure(2, 1)  # first-use costs of torch.export
-    rows = [(each, *measure(each, options.repeats)) for each in track(options.layers, "measuring")]
+    measure(2, 1, options.returned)  # first-use costs of torch.export
+    rows = [(each, *measure(each, options.repeats, options.returned)) for each in track(options.layers, "measuring")]
     print(f"torch {torch.__version__}, one thread, median of {options.repeats}; seconds\n")
     print("| layers | graph nodes | norms converted | torch.export | analysis + plan | plan / export | µs per node | apply |")
     print("|---|---|---|---|---|---|---|---|")

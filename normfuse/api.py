@@ -18,7 +18,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 
 from normfuse.cases import Case, cases
 from normfuse.errors import InputError, NormfuseError
-from normfuse.evidence import Evidence, Progress, Runner, compare, compare_runtime, failed, prove
+from normfuse.evidence import Evidence, failed
 from normfuse.facts import analyze
 from normfuse.findings import NO_NORM, Claim, Refusal
 from normfuse.inputs import Inputs, found_on
@@ -26,6 +26,7 @@ from normfuse.interpret import flat_inputs
 from normfuse.loading import load, proven_first, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
+from normfuse.proving import Progress, Runner, compare, compare_runtime, prove
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
 from normfuse.views import Norm

@@ -8,6 +8,7 @@ facts.norms             every norm, hand-written ones included
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -44,34 +45,42 @@ class Facts:
         return hides(reader, value)
 
     @cached_property
-    def _backward(self) -> tuple[dict[Node, frozenset[int]], dict[tuple[Node, int], Node]]:
-        """The loop backward: unseen axes of every value, and for every other axis a reader that sees it."""
+    def unseen(self) -> dict[Node, frozenset[int]]:
+        """Backward: axes along which no reader, however far, can see the mean of a value."""
         unseen: dict[Node, frozenset[int]] = {}
-        witness: dict[tuple[Node, int], Node] = {}
         for node in reversed(self.program.graph.nodes):
             if node.op == "output":
                 continue
-            axes = everything = frozenset(range(max(rank(node), 1)))
+            axes = frozenset(range(max(rank(node), 1)))
             for reader in node.users:
-                known = unseen.get(reader, NOTHING)
-                blind = self.hidden_by(reader, node) | self._passed_on(reader, node, known)
-                for axis in everything - blind:
-                    onward = (out for out in range(rank(reader)) if (node, axis) in (carries(reader, out) or ()))
-                    further = next((witness[reader, out] for out in onward if (reader, out) in witness), None)
-                    if further is None or (node, axis) not in witness:
-                        witness[node, axis] = further or reader  # a reader at hand says more than one further on
-                axes &= blind
+                if not axes:
+                    break
+                axes &= self._blind(reader, node, unseen)
             unseen[node] = axes
-        return unseen, witness
+        return unseen
 
-    @property
-    def unseen(self) -> dict[Node, frozenset[int]]:
-        """Backward: axes along which no reader, however far, can see the mean of a value."""
-        return self._backward[0]
+    def _blind(self, reader: Node, value: Node, unseen: Mapping[Node, frozenset[int]]) -> frozenset[int]:
+        """Axes of ``value`` whose mean neither ``reader`` nor anybody behind it sees."""
+        return self.hidden_by(reader, value) | self._passed_on(reader, value, unseen.get(reader, NOTHING))
 
     def first_sight(self, value: Node, axis: int) -> Node | None:
         """A reader, near or far, that sees the mean of ``value`` along ``axis``; None when nobody does."""
-        return self._backward[1].get((value, axis))
+        return self._witnesses.get((value, axis))
+
+    @cached_property
+    def _witnesses(self) -> dict[tuple[Node, int], Node]:
+        """For every seen axis of every value a reader that sees it; one at hand rather than one further on."""
+        witness: dict[tuple[Node, int], Node] = {}
+        for node in reversed(self.program.graph.nodes):
+            for axis in range(max(rank(node), 1)) if node.op != "output" else ():
+                for reader in node.users:
+                    if axis in self.unseen[node] or axis in self._blind(reader, node, self.unseen):
+                        continue
+                    onward = (out for out in range(rank(reader)) if (node, axis) in (carries(reader, out) or ()))
+                    further = next((witness[reader, out] for out in onward if (reader, out) in witness), None)
+                    if further is None or (node, axis) not in witness:
+                        witness[node, axis] = further or reader
+        return witness
 
     def _passed_on(self, reader: Node, value: Node, unseen: frozenset[int]) -> frozenset[int]:
         """Axes of ``value`` that ``reader`` only carries to axes of its own that are unseen."""

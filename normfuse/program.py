@@ -91,7 +91,7 @@ class Program:
         Raises:
             TraceError: torch.export could not trace the model.
         """
-        with _at_inference(module) as notes, _quiet():
+        with _at_inference(module) as notes, quiet():
             try:
                 exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
             except Exception as error:  # torch.export raises anything that the user's forward raises
@@ -108,7 +108,7 @@ class Program:
         Placeholders of exactly the same tensor become one: torch.export merges names of one Parameter object, not a buffer
         or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
         """
-        with _quiet():
+        with quiet():
             program = cls(exported.run_decompositions({}), notes=notes)
         first: dict[tuple[Any, ...], Node] = {}
         for node in program.graph.find_nodes(op="placeholder"):
@@ -238,12 +238,12 @@ class Program:
 
     def module(self) -> torch.fx.GraphModule:
         """A callable with the signature of the traced model."""
-        with _quiet():
+        with quiet():
             return self.baked().exported.module()
 
     def save(self, path: Path) -> None:
         """Write the baked program as ``.pt2``; `torch.export.load` opens it without normfuse."""
-        with _quiet():
+        with quiet():
             torch.export.save(self.baked().exported, path)
 
 
@@ -309,7 +309,7 @@ def _at_inference(module: nn.Module) -> Iterator[list[str]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """torch.export warns of its own deprecations and logs its failures at length; they are not for our users."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -34,7 +34,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from normfuse.errors import ExportError, InputError, NormfuseWarning
 from normfuse.exporters.onnxruntime import Array, as_array, first_line, package
 from normfuse.loading import write_atomically
-from normfuse.program import Program
+from normfuse.program import Program, quiet
 
 OLDEST_OPSET = 18
 NATIVE_RMS_OPSET = 23
@@ -132,7 +132,7 @@ def _convert(exported: ExportedProgram, opset: int) -> Any:
     if opset < OLDEST_OPSET:
         raise beyond
     try:
-        with _quiet(), _tagged(exported):
+        with quiet(), _tagged(exported):
             converted: Any = torch.onnx.export(
                 exported,
                 (),
@@ -325,14 +325,3 @@ def _in_plain_words(error: BaseException, exported: ExportedProgram) -> ExportEr
     return ExportError(f"{node[2]}, {where}, {reason}", hint="another opset may have it; a .pt2 file keeps any operator")
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence for torch.onnx, which logs and warns of its own affairs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

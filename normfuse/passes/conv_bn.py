@@ -31,7 +31,8 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.affine import Absorbed, Affine, forms, into_readers, into_writers, maximal, moved, scale_shift
+from normfuse.absorb import Absorbed, into_readers, into_writers, scale_shift
+from normfuse.affine import Affine, forms, maximal, moved
 from normfuse.edits import Edit, Reroute
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite

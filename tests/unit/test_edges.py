@@ -46,8 +46,8 @@ def test_a_plan_reaches_only_operators_that_compute(operator: str) -> None:
 def test_the_proof_sees_beside_a_mask() -> None:
     from normfuse.cases import cases
     from normfuse.edits import SetTensor
-    from normfuse.evidence import prove
     from normfuse.interpret import flat_inputs
+    from normfuse.proving import prove
 
     program = normfuse.Program.trace(TRAPS["masked logits"].module(), IDS)
     plan = normfuse.plan(program, ["pre_rmsnorm"])

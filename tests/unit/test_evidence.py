@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.edits import SetTensor
 from normfuse.errors import VerificationFailed
-from normfuse.evidence import distance
 from normfuse.formula import Centered, Read
+from normfuse.proving import distance
 from tests.models import IDS, TRAPS, Trap, noise
 
 inf, nan = torch.inf, torch.nan

@@ -1,0 +1,293 @@
+"""Evidence that two programs are one function. The only code that compares.
+
+A rewritten program is proven on three levels:
+
+1. structure: the outputs keep their shapes and dtypes, and every norm became what its rewrite promised.
+2. algebra: the original and the rewritten program both run in float64, the rewritten one from the same formulas without
+   rounding. They must agree to the model's own float64 noise, measured by nudging its weights one part in 10¹⁵. A formula
+   holds for any weights, so they are also compared with other weights, which give the norms a large mean, next to no
+   variance, and biases where the model has none.
+3. rounding: both run in their stored dtypes, as they would be written, each against the float64 truth; the report gives the
+   ratio of the errors. More than the roundings of weights and arithmetic explain is a failure too.
+
+A rewrite that is wrong fails level 2 by many orders of magnitude, so nobody has to choose a tolerance.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from normfuse.cases import Case
+from normfuse.edits import SetTensor
+from normfuse.errors import NormfuseError, first_line
+from normfuse.evidence import MARGIN, Agreement, Evidence, Rounding, Structure
+from normfuse.facts import analyze
+from normfuse.findings import NO_NORM
+from normfuse.interpret import Weights, flat_inputs, run
+from normfuse.planner import Plan
+from normfuse.program import Program
+from normfuse.views import dtype, is_tensor, shape
+
+NUDGE = 1e-15
+FLOOR = 2.0**-50
+"""Four roundings of a float64: the least that two orders of the same sums may differ by."""
+
+Progress = Callable[[str, int, int], None]
+"""Told (what, done, total)."""
+
+
+# -- the proof of a plan -----------------------------------------------------------------------------------------------
+
+
+def prove(
+    original: Program,
+    rewritten: Program,
+    plan: Plan,
+    cases: Iterable[Case],
+    *,
+    level: str = "full",
+    progress: Progress | None = None,
+) -> Evidence:
+    """Evidence that a plan kept the function.
+
+    Args:
+        original: the program that the plan was made for.
+        rewritten: ``plan.apply(original)``, its formulas not yet evaluated.
+        plan: the plan.
+        cases: inputs to prove on.
+        level: ``full``, or ``structure`` to run nothing.
+        progress: told (what, done, total).
+    """
+    structure = _structure(original, rewritten, plan)
+    if level != "full" or not structure.ok or not plan.rounds:
+        return Evidence(level, structure)
+    if any(original.tensor(name).is_meta for name in original.stored.values()):
+        hint = "verify='structure' (--verify structure) proves its form only"
+        raise NormfuseError("the model does not run: its weights are on the meta device", hint=hint)
+    trials = [Trial(case.name, case, None) for case in cases]
+    trials += [Trial(name, trials[0].case, change) for name, change in _other_weights(plan).items()]
+    return _measure(original, rewritten, trials, progress, Evidence(level, structure))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Inputs and, where not the model's own, weights."""
+
+    name: str
+    case: Case
+    weights: Weights | None
+
+
+def _other_weights(plan: Plan) -> dict[str, Weights]:
+    """Changes of all weights that put the norms on trial: formulas must hold for any weights, not for these alone.
+
+    A model's own weights can hide a mistake (a bias that happens to be zero, an eps far below the variance), and a model
+    that reads token ids offers no other way to give its norms a large mean or next to no variance.
+    """
+    changed = {edit.name for rewrite in plan.rewrites for edit in rewrite.edits if isinstance(edit, SetTensor)}
+
+    def shifted(name: str, value: Tensor) -> Tensor:
+        return value + value.std() if value.numel() > 1 else value
+
+    def shrunk(name: str, value: Tensor) -> Tensor:
+        return value * 1e-3 if name in changed else value
+
+    def redrawn(name: str, value: Tensor) -> Tensor:
+        return value * (1.0 + 0.5 * _noise(name, value)) + (0.1 * value.std() if value.numel() > 1 else 0.0)
+
+    return {"weights with a mean": shifted, "writers of tiny variance": shrunk, "other weights": redrawn}
+
+
+def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
+    before = Counter(norm.kind for norm in analyze(original).norms)
+    after = Counter(norm.kind for norm in analyze(rewritten).norms)
+    expected = Counter(before)
+    for rewrite in plan.rewrites:
+        expected[rewrite.was] -= len(rewrite.sites)
+        if rewrite.becomes != NO_NORM:
+            expected[rewrite.becomes] += len(rewrite.sites)
+    problems = [
+        f"{expected[kind]} {kind} were promised and {after[kind]} are there"
+        for kind in sorted(expected | after)
+        if expected[kind] != after[kind]
+    ]
+    problems += _output_problems(original, rewritten)
+    return Structure(not problems, tuple(problems), dict(before), dict(after))
+
+
+def _output_problems(original: Program, rewritten: Program) -> list[str]:
+    (old,), (new,) = original.graph.output_node().args, rewritten.graph.output_node().args
+    problems = []
+    for place, (a, b) in enumerate(zip(old, new, strict=True)):  # type: ignore[arg-type]
+        if is_tensor(a) and (str(shape(a)) != str(shape(b)) or dtype(a) != dtype(b)):
+            problems.append(f"output {place} changed its shape or dtype")
+    return problems
+
+
+def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress | None, so_far: Evidence) -> Evidence:
+    algebra: list[Agreement] = []
+    rounding: list[Rounding] = []
+    notes: list[str] = []
+    baked = b.baked()
+    for done, trial in enumerate(trials):
+        name, flat, weights = trial.name, trial.case.flat, trial.weights
+        if progress:
+            progress(name, done, len(trials))
+        try:
+            truth = run(a, flat, wide=True, weights=weights)
+        except Exception as error:
+            if done == 0:  # the user's own inputs must run
+                hint = "verify='structure' (--verify structure) proves its form only"
+                raise NormfuseError(f"the model does not run in float64: {first_line(error)}", hint=hint) from error
+            notes.append(f"the original does not run on '{name}': {first_line(error)}")
+            continue
+        nudged = run(a, _nudged_inputs(flat), wide=True, weights=_nudged(NUDGE, weights))
+        noise = [max(each, FLOOR) for each in _distances(truth, nudged)]
+        errors = _distances(truth, run(b, flat, wide=True, weights=weights))
+        ok = all(error <= MARGIN * own for error, own in zip(errors, noise, strict=True))
+        algebra.append(Agreement(name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
+        if weights is not None:
+            continue
+        try:
+            before, after = (max(_distances(truth, run(each, flat)), default=0.0) for each in (a, baked))
+        except RuntimeError as error:  # an operator that this machine does not have in half precision
+            notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
+            continue
+        explained = after <= MARGIN * max(before, FLOOR)
+        if not explained:  # rounding a changed weight may do more than the arithmetic does: what would it do to the original?
+            rounded = _distances(truth, run(a, flat, wide=True, weights=_nudged_by_dtype(a)))
+            explained = after <= MARGIN * max(rounded, default=0.0)
+        rounding.append(Rounding(name, before, after, explained))
+    return Evidence(so_far.level, so_far.structure, tuple(algebra), tuple(rounding), tuple(notes))
+
+
+# -- two programs, or a program and a runtime --------------------------------------------------------------------------
+
+Runner = Callable[[Case], Sequence[Tensor]]
+
+
+def compare(a: Program, b: Program, cases: Iterable[Case], *, progress: Progress | None = None) -> Evidence:
+    """Evidence that two programs with rounded weights are one function.
+
+    Their weights were rounded separately, so they agree only as far as a program agrees with itself after its weights are
+    nudged by one rounding of their stored dtype. That is measured on ``a``; ``b`` may differ by a small multiple.
+
+    Raises:
+        InputError: ``b`` does not take the inputs of ``a``.
+    """
+
+    def flat(case: Case) -> list[Any]:
+        args, kwargs = pytree.tree_unflatten(list(case.flat), a.exported.call_spec.in_spec)
+        return flat_inputs(b, args, kwargs)
+
+    everything = list(cases)
+    flat(everything[0])
+    return _compared(
+        a, lambda case: run(b, flat(case), wide=True), lambda case: run(b, flat(case)), everything, progress, state=True
+    )
+
+
+def compare_runtime(a: Program, b: Runner, cases: Iterable[Case], *, progress: Progress | None = None) -> Evidence:
+    """Evidence that a runtime computes what a program computes, up to rounding; the truth is ``a`` in float64."""
+    return _compared(a, b, b, list(cases), progress, state=False)
+
+
+def _compared(
+    a: Program, wide: Runner, stored: Runner, cases: Sequence[Case], progress: Progress | None, *, state: bool
+) -> Evidence:
+    algebra: list[Agreement] = []
+    rounding: list[Rounding] = []
+    notes: list[str] = []
+    outputs = None if state else sum(s.kind.name == "USER_OUTPUT" for s in a.exported.graph_signature.output_specs)
+    for done, case in enumerate(cases):
+        if progress:
+            progress(case.name, done, len(cases))
+        try:
+            truth = run(a, case.flat, wide=True)[:outputs]
+            own = _distances(truth, run(a, case.flat)[:outputs])
+            nudged = _distances(truth, run(a, case.flat, wide=True, weights=_nudged_by_dtype(a))[:outputs])
+            got = wide(case)
+        except Exception as error:
+            if done == 0:
+                raise NormfuseError(f"the models do not run in float64: {first_line(error)}") from error
+            notes.append(f"not run on '{case.name}': {first_line(error)}")
+            continue
+        noise = [max(x, y, FLOOR) for x, y in zip(own, nudged, strict=True)]
+        errors = _distances(truth, got)
+        ok = len(errors) == len(noise) and all(x <= MARGIN * y for x, y in zip(errors, noise, strict=False))
+        algebra.append(Agreement(case.name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
+        after = max(errors if stored is wide else _distances(truth, stored(case)), default=0.0)
+        rounding.append(Rounding(case.name, max(own, default=0.0), after))
+    return Evidence("full", None, tuple(algebra), tuple(rounding), tuple(notes))
+
+
+def _nudged_by_dtype(program: Program) -> Weights:
+    dtypes = {program.tensor(name).dtype for name in program.stored.values()}
+    return _nudged(max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52))
+
+
+def _nudged(size: float, weights: Weights | None = None) -> Weights:
+    def nudge(name: str, value: Tensor) -> Tensor:
+        value = value if weights is None else weights(name, value)
+        return value * (1.0 + size * _noise(f"nudge {name}", value))
+
+    return nudge
+
+
+def _nudged_inputs(flat: Sequence[Any]) -> list[Any]:
+    """A large mean in an input costs digits that no change of weights shows."""
+    return [
+        value.double() * (1.0 + NUDGE * _noise(f"input {place}", value))
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for place, value in enumerate(flat)
+    ]
+
+
+def _noise(name: str, like: Tensor) -> Tensor:
+    """Standard normal numbers, the same ones for the same name in every run."""
+    generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
+
+
+def _distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    if len(truth) != len(other):
+        return [math.inf]
+    return [distance(a, b) for a, b in zip(truth, other, strict=True)]
+
+
+def distance(truth: Tensor, other: Tensor) -> float:
+    """The largest difference of two outputs relative to the largest finite entry of the first.
+
+    NaN and infinity agree only with themselves in the same places; integer outputs must be equal. Returns inf where the
+    outputs cannot be compared at all.
+    """
+    if truth.shape != other.shape:
+        return math.inf
+    if not truth.is_floating_point() and not truth.is_complex():
+        return 0.0 if torch.equal(truth, other.to(truth.dtype)) else math.inf
+    wide = torch.complex128 if truth.is_complex() else torch.float64
+    truth, other = truth.to(wide), other.to(wide)
+    finite = torch.isfinite(truth)
+    if not torch.equal(finite, torch.isfinite(other)) or not _same_where(~finite, truth, other):
+        return math.inf
+    # a mask's finfo.min is no size of this output: beside 1e38 every other difference would vanish
+    masked = finite & ((truth.abs() >= 1e30) | (truth.abs() == torch.finfo(torch.float16).max))
+    plain = finite & ~masked
+    scale = truth[plain].abs().max().item() if plain.any() else 0.0
+    difference = (truth - other)[plain].abs().max().item() if plain.any() else 0.0
+    behind_mask = ((truth - other)[masked].abs() / truth[masked].abs()).max().item() if masked.any() else 0.0
+    return max(behind_mask, difference / scale if scale > 0.0 else (0.0 if difference == 0.0 else math.inf))
+
+
+def _same_where(where: Tensor, a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a[where].nan_to_num(nan=7.0), b[where].nan_to_num(nan=7.0))
