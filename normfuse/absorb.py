@@ -6,23 +6,22 @@ Each says which stored tensors change so that the affine is not needed any more,
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Node
 
 from normfuse.affine import MOVES, Affine, moved
-from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, SetTensor
+from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, SetTensor, literal
 from normfuse.facts import Facts
 from normfuse.formula import Added, Apply, Formula, Read, Scaled
 from normfuse.rules import METADATA, carries, rank, same, times_read
-from normfuse.views import arguments, aten, dtype, shape
+from normfuse.views import arguments, aten, shape
 
 
 @dataclass(frozen=True)
 class Obstacle:
-    """Why an affine cannot be absorbed: the node in the way and a kind that the passes turn into words."""
+    """Why an affine cannot be absorbed: the node in the way, and what about it is."""
 
     at: Node
     kind: str
@@ -99,6 +98,8 @@ class _Writers:
             return Obstacle(node, "op")
         if shift is not None and node.target not in (*_KEEPS, aten.add.Tensor, aten.sub.Tensor, aten.addmm.default):
             return Obstacle(node, "shift")
+        if node.target is aten.addmm.default and arguments(node)["beta"] != 1:
+            return Obstacle(node, "shift")  # the bias is scaled on its way
         for place, (operand, own) in enumerate(carried):
             everyone = node.target in _KEEPS
             first = place == (len(carried) - 1 if node.target is aten.addmm.default else 0)
@@ -113,10 +114,9 @@ class _Writers:
         return self.fold(operand, axis, scale, shift)
 
     def _stored(self, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
-        name = self.facts.program.stored.get(node.name)
-        kind = dtype(node)
-        if name is None or name in self.facts.program.written or kind is None or not kind.is_floating_point:
-            return Obstacle(node, "input" if name is None else "written")
+        if not self.facts.editable(node):
+            return Obstacle(node, "tensor")
+        name = self.facts.program.stored[node.name]
         formula: Formula = Read(name)
         formula = formula if scale is None else Scaled(formula, scale, axis)
         self.edits.append(SetTensor(name, formula if shift is None else Added(formula, shift, axis)))
@@ -126,7 +126,7 @@ class _Writers:
         a = arguments(node)
         weight, bias, groups = a["weight"], a["bias"], a.get("groups", 1)
         transposed = a.get("transposed", "conv_transpose" in str(node.target))
-        channel = rank(node) - (1 if node.target is aten.linear.default else rank(weight) - 1)
+        channel = _channel(node, node, weight)
         if axis != channel or rank(weight) < 2:
             return Obstacle(node, "axis")
         if bias is not None and (rank(bias) != 1 or not same(shape(bias)[0], shape(node)[channel])):
@@ -143,12 +143,12 @@ class _Writers:
 
     def _grouped_transposed(self, weight: Node, scale: Formula | None, groups: int) -> Obstacle | None:
         """W[i, j] of group i // (Cin/g) writes channel (i // (Cin/g))·(Cout/g) + j."""
-        name = self.facts.program.stored.get(weight.name)
         self.nodes.add(weight)
         if scale is None:
             return None
-        if name is None or times_read(weight) != 1:
+        if not self.facts.editable(weight) or times_read(weight) != 1:
             return Obstacle(weight, "shared")
+        name = self.facts.program.stored[weight.name]
         sizes = tuple(int(size) for size in shape(weight))
         split = Apply("view.default", (Read(name), (groups, sizes[0] // groups, sizes[1], -1)))
         entries = Apply("view.default", (scale, (groups, 1, sizes[1], 1)))
@@ -157,15 +157,11 @@ class _Writers:
 
     def _new_bias(self, node: Node, weight: Node, shift: Formula | None) -> Obstacle | None:
         name = _stored_behind(self.facts, weight)
-        size = shape(node)[rank(node) - (1 if node.target is aten.linear.default else rank(weight) - 1)]
+        size = shape(node)[_channel(node, node, weight)]
         if name is None or shift is None:
             return Obstacle(weight, "op")
-        made = _bias_name(self.facts, name)
         ones = Apply("ones.default", ((int(size),),))
-        self.edits.append(NewTensor(made, Apply("mul.Tensor", (shift, ones)), name))
-        args = [_literal(value) for value in _positional(node)]
-        args[2] = Ref(made)
-        self.edits.append(Reroute(node.name, Call(str(node.target).removeprefix("aten."), tuple(args))))
+        self.edits.extend(_with_new_bias(self.facts, node, name, Apply("mul.Tensor", (shift, ones))))
         return None
 
 
@@ -183,15 +179,17 @@ def _stored_behind(facts: Facts, node: Node) -> str | None:
     return facts.program.stored.get(node.name)
 
 
-def _positional(node: Node) -> Iterator[Any]:
-    named = arguments(node)
-    yield from named.values()
+def _with_new_bias(facts: Facts, layer: Node, weight: str, value: Formula) -> tuple[Edit, Edit]:
+    """A bias for a layer that has none, and the call that reads it."""
+    made = _bias_name(facts, weight)
+    named = {**arguments(layer), "bias": Ref(made)}
+    call = Call(str(layer.target).removeprefix("aten."), tuple(map(literal, named.values())))
+    return NewTensor(made, value, weight), Reroute(layer.name, call)
 
 
-def _literal(value: Any) -> Any:
-    if isinstance(value, Node):
-        return Ref(value.name)
-    return tuple(_literal(each) for each in value) if isinstance(value, (list, tuple)) else value
+def _channel(layer: Node, value: Node, weight: Node) -> int:
+    """The channel axis of a layer's input or output."""
+    return rank(value) - (1 if layer.target is aten.linear.default else rank(weight) - 1)
 
 
 def into_readers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle:
@@ -233,16 +231,15 @@ class _Readers:
         weight, bias = a["weight"], a["bias"]
         linear = reader.target is aten.linear.default
         transposed = a.get("transposed", "conv_transpose" in str(reader.target))
-        channel = rank(value) - 1 if linear else rank(value) - (rank(weight) - 1)
-        if a["input"] is not value or axis != channel or rank(weight) < 2:
+        if a["input"] is not value or axis != _channel(reader, value, weight) or rank(weight) < 2:
             return Obstacle(reader, "axis")
         if transposed or a.get("groups", 1) != 1:
             return Obstacle(reader, "groups")
         if self.shift is not None and not linear and not _unpadded(a.get("padding", 0)):
             return Obstacle(reader, "padding")
-        name = self.facts.program.stored.get(weight.name)
-        if name is None or name in self.facts.program.written or times_read(weight) != 1:
+        if not self.facts.editable(weight) or times_read(weight) != 1:
             return Obstacle(weight, "shared")
+        name = self.facts.program.stored[weight.name]
         if self.scale is not None:
             self.edits.append(SetTensor(name, Scaled(Read(name), self.scale, 1)))
             self.nodes.add(weight)
@@ -253,17 +250,13 @@ class _Readers:
         others = (1, *range(2, rank(weight)))
         added = Apply("sum.dim_IntList", (Scaled(Read(name), self.shift, 1), others))
         if bias is not None:
-            bias_name = self.facts.program.stored.get(bias.name)
-            if bias_name is None or times_read(bias) != 1 or bias_name in self.facts.program.written:
+            if not self.facts.editable(bias) or times_read(bias) != 1:
                 return Obstacle(bias, "shared")
+            bias_name = self.facts.program.stored[bias.name]
             self.nodes.add(bias)
             self.edits.append(SetTensor(bias_name, Added(Read(bias_name), added, 0)))
             return None
-        made = _bias_name(self.facts, name)
-        self.edits.append(NewTensor(made, added, name))
-        args = [_literal(each) for each in _positional(reader)]
-        args[2] = Ref(made)
-        self.edits.append(Reroute(reader.name, Call(str(reader.target).removeprefix("aten."), tuple(args))))
+        self.edits.extend(_with_new_bias(self.facts, reader, name, added))
         return None
 
 

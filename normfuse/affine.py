@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from normfuse.edits import Call, Expression, Ref
+from normfuse.edits import Call, Expression, Ref, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Number, Read
 from normfuse.rules import carries, rank, same, spans, times_read
@@ -184,7 +184,7 @@ def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None
     """BN(x) + αx: two affines of one value, in one layout, are one."""
     one, other = _of(x, found), _of(y, found)
     axes = {form.axis for form in (one, other)} - {None}
-    if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or shape(x) != shape(y) != shape(node):
+    if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or not shape(x) == shape(y) == shape(node):
         return None
     sign = Number(-1.0 if node.target is aten.sub.Tensor else 1.0)
     scale = Apply("add.Tensor", (one.scale or Number(1.0), _product(other.scale, sign) or sign))
@@ -230,9 +230,8 @@ def _reduced(form: Affine, node: Node) -> tuple[Move, ...]:
     if not rest and str(shape(node)) == str(shape(form.base)):
         return ()
     if sizes is None:
-        arguments_ = tuple(node.args[1:])
-        return (*form.moves, (str(node.target).removeprefix("aten."), arguments_))
-    return (*rest, ("view.default", (tuple(Ref(s.name) if isinstance(s, Node) else s for s in sizes),)))
+        return (*form.moves, (str(node.target).removeprefix("aten."), literal(node.args[1:])))
+    return (*rest, ("view.default", (literal(sizes),)))
 
 
 def _permutation(node: Node) -> tuple[int, ...]:

@@ -118,7 +118,9 @@ def rewrite(
         tried = cases(original, flat_inputs(original, given.args, given.kwargs))
         evidence = prove(original, rewritten, chosen, tried, level=verify, progress=progress)
     clock.lap("verify")
-    report = Report(name, chosen, evidence, _kinds(original), _kinds(rewritten), clock.laps, original.notes)
+    counted = evidence.structure  # the proof has counted the norms already
+    before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(rewritten))
+    report = Report(name, chosen, evidence, before, after, clock.laps, original.notes)
     if not evidence.ok:
         raise failed(evidence, report)
     baked = rewritten.baked()
@@ -264,7 +266,7 @@ def inspect(
     plans = {each: plan(program, [each]) for each in all_passes()}
     facts = analyze(program)
     rows = tuple(_row(program, norm, facts, plans) for norm in facts.norms)
-    return Inspection(name, rows, _kinds(program), plan(program, list(plans)))
+    return Inspection(name, rows, dict(Counter(norm.kind for norm in facts.norms)), plan(program, list(plans)))
 
 
 def _row(program: Program, norm: Norm, facts: Any, plans: Mapping[str, Plan]) -> dict[str, Any]:

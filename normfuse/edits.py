@@ -257,6 +257,13 @@ def _is_assertion(node: Node) -> bool:
     return "assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
+def literal(value: Any) -> Any:
+    """An argument of a graph's call as an argument of a `Call`: nodes by name, lists as tuples."""
+    if isinstance(value, Node):
+        return Ref(value.name)
+    return tuple(literal(each) for each in value) if isinstance(value, (list, tuple)) else value
+
+
 def refs(by: Any) -> Iterator[str]:
     """Names of the nodes that an expression reads."""
     match by:

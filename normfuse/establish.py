@@ -127,18 +127,9 @@ def _carried_wholly(node: Node, carried: tuple[Key, ...]) -> bool:
 
 def _stored(facts: Facts, node: Node, axis: int) -> Step:
     name = facts.program.stored.get(node.name)
-    if name is None or not _editable(facts, node):
+    if name is None or not facts.editable(node):
         return Step(obstacle=Obstacle(node, "input" if name is None else "op"))
     return Step(edits=(SetTensor(name, Centered(Read(name), axis)),))
-
-
-def _editable(facts: Facts, node: Node) -> bool:
-    name = facts.program.stored.get(node.name)
-    kind = dtype(node)
-    return name is not None and name not in facts.program.written and kind in _FLOATS
-
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its centred self
 
 
 def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
@@ -190,7 +181,7 @@ def _sole_writers(facts: Facts, node: Node, axis: int) -> list[Key] | None:
             return None
         way.append((value, own))
         if value.op == "placeholder":
-            if not _editable(facts, value):
+            if not facts.editable(value):
                 return None
             continue
         carried = carries(value, own)
@@ -203,7 +194,7 @@ def _sole_writers(facts: Facts, node: Node, axis: int) -> list[Key] | None:
 def _kind(facts: Facts, node: Node) -> str:
     if node.target is aten.cat.default or (node.target in (aten.view.default, aten._unsafe_view.default)):
         return "joined"
-    if any(node in norm.inner for norm in facts.norms):
+    if node in facts.norm_at:
         return "norm"
     return "gate" if node.target is aten.mul.Tensor else "op"
 

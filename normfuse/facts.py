@@ -12,14 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch.fx import Node
 
 from normfuse.program import Program
 from normfuse.recognize import norms_of
 from normfuse.rules import carries, hides, rank
-from normfuse.views import Norm, tensors_in
+from normfuse.views import Norm, dtype, tensors_in
 
 NOTHING: frozenset[int] = frozenset()
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its changed self
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Facts:
         return norms_of(self.program)
 
     @cached_property
-    def _norm_at(self) -> dict[Node, Norm]:
+    def norm_at(self) -> dict[Node, Norm]:
+        """The norm that a node is part of."""
         return {node: norm for norm in self.norms for node in norm.inner}
 
     def hidden_by(self, reader: Node, value: Node) -> frozenset[int]:
         """Axes of ``value`` along which ``reader`` itself cannot see a shift."""
-        norm = self._norm_at.get(reader)
+        norm = self.norm_at.get(reader)
         if norm is not None and norm.x is value and norm.by_hand:
             return frozenset(norm.axes) if norm.kind == "layer_norm" else NOTHING
         return hides(reader, value)
@@ -102,11 +105,16 @@ class Facts:
                 carried = carries(node, axis)
                 if carried is not None and all(own in centered[operand] for operand, own in carried):
                     axes.add(axis)
-            norm = self._norm_at.get(node)
+            norm = self.norm_at.get(node)
             if norm is not None and norm.out is node and norm.kind == "layer_norm" and norm.gain is norm.shift is None:
                 axes |= set(norm.axes) if len(norm.axes) == 1 else set()  # over several, only their joint mean is zero
             centered[node] = frozenset(axes)
         return centered
+
+    def editable(self, node: Node) -> bool:
+        """Whether a node is a stored tensor that may get another value: in an ordinary float, and never updated."""
+        name = self.program.stored.get(node.name)
+        return name is not None and name not in self.program.written and dtype(node) in _FLOATS
 
     @property
     def constant(self) -> frozenset[Node]:

@@ -76,6 +76,17 @@ class FlatTokens(nn.Module):
         return torch.relu(self.norm(flat).reshape(x.shape) + 0.5)
 
 
+class Squeezed(nn.Module):
+    """A pooled map loses two axes before its BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 6, 9), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x).squeeze((2, 3))))
+
+
 class TwoReaders(nn.Module):
     """The convolution's output has a second reader."""
 
@@ -223,6 +234,7 @@ FOLDS: dict[str, Fold] = {
     "weight norm": Fold(
         lambda: Chain(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 6, 3)), nn.BatchNorm2d(6)), IMAGE, kept=1
     ),
+    "squeezed": Fold(Squeezed, IMAGE, 1),
     "flattened tokens": Fold(lambda: FlatTokens(False), TOKENS, 1),
     "flattened along the other axis": Fold(lambda: FlatTokens(True), TOKENS, kept=1),
     "rep tokens": Fold(RepTokens, (noise(2, 5, 8),), 1),

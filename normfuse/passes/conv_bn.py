@@ -15,8 +15,6 @@ Needs
 
 Refuses
     NF301  The BatchNorm has no running statistics, or is in training mode: its statistics come from each batch.
-    NF302  Neither the writers nor the readers can absorb it, and one multiplication and one addition would not be less work
-           than what is there.
 
 Claim
     rounding: the same function of real numbers.
