@@ -41,6 +41,7 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	PYTHONPATH=. $(BIN)/python benchmarks/planning_scale.py
 	PYTHONPATH=. $(BIN)/python benchmarks/memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/rms_norm.py
 
 clean:
 	rm -rf $(VENV) out

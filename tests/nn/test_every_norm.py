@@ -26,6 +26,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "PowerNorm": lambda: normfuse.nn.PowerNorm(C, num_groups=2, warmup_iters=2),
     "PowerNorm without groups": lambda: normfuse.nn.PowerNorm(C, group_scaling=False),
     "GroupScaling": lambda: normfuse.nn.GroupScaling(2),
+    "RMSNorm": lambda: normfuse.nn.RMSNorm(C),
+    "CRMSNorm": lambda: normfuse.nn.CRMSNorm(C),
     "ScaledLayerNorm": lambda: normfuse.nn.ScaledLayerNorm(C, 3),
     "ScaledRMSNorm": lambda: normfuse.nn.ScaledRMSNorm(C, 3),
     "SimplifiedLinearAttention": lambda: normfuse.nn.SimplifiedLinearAttention(C, 2, (2, 3)),
@@ -40,7 +42,10 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ScaledStdConv1d": lambda: normfuse.nn.ScaledStdConv1d(C, C, 3),
     "ScaledStdConv2d": lambda: normfuse.nn.ScaledStdConv2d(C, C, 3),
 }
-CHANNELS_LAST = {"UnifiedNorm", "RepBN", "PRepBN", "PowerNorm", "GroupScaling", "ScaledLayerNorm", "ScaledRMSNorm"}
+CHANNELS_LAST = {
+    "UnifiedNorm", "RepBN", "PRepBN", "PowerNorm", "GroupScaling", "RMSNorm", "CRMSNorm", "ScaledLayerNorm", "ScaledRMSNorm",
+}  # fmt: skip
+RESPELLED = {"RMSNorm", "CRMSNorm"}  # exported they are other operators than in eager mode: equal to rounding
 
 every = pytest.mark.parametrize("name", MODULES)
 
@@ -70,8 +75,9 @@ def test_export_in_eval_is_eager(name: str) -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(module, (given(name),), strict=False, dynamic_shapes=({0: batch},))
     assert not exported.graph_signature.buffers_to_mutate
+    tolerance = 5e-7 if name in RESPELLED else 0
     for x in (given(name), torch.cat([given(name)] * 3)):
-        torch.testing.assert_close(exported.module()(x), module(x), rtol=0, atol=0)
+        torch.testing.assert_close(exported.module()(x), module(x), rtol=tolerance, atol=tolerance)
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
 
 
