@@ -1,12 +1,12 @@
-"""Values that are y = a⊙x + c along one axis, with a and c computed from stored tensors: found, and absorbed.
+"""Values that are y = a⊙x + c along one axis, with a and c computed from stored tensors, found in a program.
 
 `forms` is one loop forward: BatchNorm with running statistics, arithmetic with constants, views in between, and sums of two
-such values of the same x (BN(x) + αx) compose, whoever wrote them. `into_writers` and `into_readers` say which stored
-tensors change so that the affine is not needed any more; each answers with edits or with the node that stands in the way.
+such values of the same x (BN(x) + αx) compose, whoever wrote them.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from normfuse.edits import Call, Expression, Ref, literal
 from normfuse.facts import Facts
-from normfuse.formula import Apply, Formula, Number, Read
+from normfuse.formula import Apply, Formula, Number, Read, is_formula
 from normfuse.rules import carries, rank, same, spans, times_read
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape
 
@@ -117,7 +117,7 @@ def _arithmetic(facts: Facts, node: Node, found: dict[Node, Affine]) -> Affine |
         if node.target is aten.sub.Tensor:  # c - y = -(y - c)
             less = _with_constant(facts, node, y, x, aten.sub.Tensor, found)
             minus = Number(-1.0)
-            return less and replace(less, scale=_product(less.scale, minus) or minus, shift=_product(less.shift, minus))
+            return less and replace(less, scale=product(less.scale, minus) or minus, shift=product(less.shift, minus))
         x, y = y, x
     if is_tensor(y) and y not in facts.constant:
         return _sum(node, x, y, found) if node.target in (aten.add.Tensor, aten.sub.Tensor) else None
@@ -166,17 +166,19 @@ def _then(
         form.base,
         form.moves,
         form.axis if axis is None else axis,
-        _product(form.scale, scale),
-        _total(None if form.shift is None else _product(form.shift, scale), shift),
+        product(form.scale, scale),
+        total(None if form.shift is None else product(form.shift, scale), shift),
         form.inner | inner,
     )
 
 
-def _product(a: Formula | None, b: Formula | None) -> Formula | None:
+def product(a: Formula | None, b: Formula | None) -> Formula | None:
+    """The product of two scales, where None stands for one; a shift times a scale likewise."""
     return b if a is None else a if b is None else Apply("mul.Tensor", (a, b))
 
 
-def _total(a: Formula | None, b: Formula | None) -> Formula | None:
+def total(a: Formula | None, b: Formula | None) -> Formula | None:
+    """The sum of two shifts, where None stands for zero."""
     return b if a is None else a if b is None else Apply("add.Tensor", (a, b))
 
 
@@ -187,8 +189,8 @@ def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None
     if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or not shape(x) == shape(y) == shape(node):
         return None
     sign = Number(-1.0 if node.target is aten.sub.Tensor else 1.0)
-    scale = Apply("add.Tensor", (one.scale or Number(1.0), _product(other.scale, sign) or sign))
-    shift = _total(one.shift, None if other.shift is None else _product(other.shift, sign))
+    scale = Apply("add.Tensor", (one.scale or Number(1.0), product(other.scale, sign) or sign))
+    shift = total(one.shift, None if other.shift is None else product(other.shift, sign))
     return Affine(one.base, one.moves, next(iter(axes), None), scale, shift, one.inner | other.inner | {node})
 
 
@@ -247,32 +249,54 @@ def _permutation(node: Node) -> tuple[int, ...]:
 
 def constant(facts: Facts, node: Node) -> Formula | None:
     """A value that depends on stored tensors alone, as a formula with its entries in one row."""
-    formula = _constant(facts, node)
+    formula = constant_formula(facts, node)
     return formula if formula is None or rank(node) == 1 else Apply("flatten.using_ints", (formula, 0, -1))
 
 
-def _constant(facts: Facts, node: Any) -> Formula | None:
-    if not isinstance(node, Node):
+def constant_formula(facts: Facts, node: Any) -> Formula | None:
+    """A value that depends on stored tensors alone, as a formula in its own shape; None where it has none."""
+    if node not in facts.constant:
         return None
     if node.op == "placeholder":
-        name = facts.program.stored.get(node.name)
-        return None if name is None or name in facts.program.written else Read(name)
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return Read(facts.program.stored[node.name])
+    if node.target is operator.getitem:
+        source = constant_formula(facts, node.args[0])
+        return replace(source, output=node.args[1]) if isinstance(source, Apply) else None
+    if not isinstance(node.target, torch._ops.OpOverload) or not _stays_float(node):
         return None
-    args: list[Any] = []
-    for value in (arguments(node)[each.name] for each in node.target._schema.arguments if not each.kwarg_only):
-        if isinstance(value, Node):
-            inner = _constant(facts, value)
-            if inner is None:
-                return None
-            args.append(inner)
-        elif isinstance(value, (list, tuple)):
-            if any(not isinstance(each, (int, float)) for each in value):
-                return None
-            args.append(tuple(value))
-        else:
+    if node.target in (aten._to_copy.default, aten.detach.default):
+        return constant_formula(facts, node.args[0])
+    named = arguments(node)
+    args, kwargs = [], []
+    for each in node.target._schema.arguments:
+        value = _literal(facts, named[each.name])
+        if value is _NO_LITERAL or (each.kwarg_only and is_formula(value)):
+            return None
+        if not each.kwarg_only:
             args.append(value)
-    return Apply(str(node.target).removeprefix("aten."), tuple(args))
+        elif value is not None:
+            kwargs.append((each.name, value))
+    return Apply(str(node.target).removeprefix("aten."), tuple(args), tuple(kwargs))
+
+
+_NO_LITERAL = object()
+
+
+def _literal(facts: Facts, value: Any) -> Any:
+    """An argument of a constant call in a formula."""
+    if isinstance(value, Node):
+        return _NO_LITERAL if (formula := constant_formula(facts, value)) is None else formula
+    if isinstance(value, (list, tuple)):
+        parts = tuple(_literal(facts, each) for each in value)
+        return _NO_LITERAL if any(part is _NO_LITERAL for part in parts) else parts
+    return value if value is None or isinstance(value, (bool, int, float, str)) else _NO_LITERAL
+
+
+def _stays_float(node: Node) -> bool:
+    """Whether a call takes and gives ordinary floats: formulas know no integers, masks or complex numbers."""
+    values = (each.meta.get("val") for each in (node, *node.all_input_nodes))
+    tensors = (each for value in values for each in (value if isinstance(value, (tuple, list)) else (value,)))
+    return all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in tensors)
 
 
 def maximal(found: dict[Node, Affine]) -> Iterator[tuple[Node, Affine]]:

@@ -20,7 +20,7 @@ from normfuse.cases import Case, cases
 from normfuse.errors import InputError, NormfuseError
 from normfuse.evidence import Evidence, failed
 from normfuse.facts import analyze
-from normfuse.findings import NO_NORM, Claim, Refusal
+from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, found_on
 from normfuse.interpret import flat_inputs
 from normfuse.loading import load, proven_first, write_atomically
@@ -242,7 +242,7 @@ class Inspection:
         if self.plan.refusals:
             yield from refusals_lines(self.plan.refusals)
             yield ""
-        yield norms_table(self.counts, _after(self.plan, self.counts))
+        yield norms_table(self.counts, self.plan.norms_after(self.counts))
 
 
 def inspect(
@@ -295,15 +295,6 @@ def _fate(chosen: Plan, node: str) -> str | None:
 
 def _short(fate: str) -> str:
     return fate.removeprefix("becomes ").removeprefix("refused, ").partition(":")[0]
-
-
-def _after(chosen: Plan, before: Mapping[str, int]) -> Counter[str]:
-    after = Counter(before)
-    for each in chosen.rewrites:
-        after[each.was] -= len(each.sites)
-        if each.becomes != NO_NORM:
-            after[each.becomes] += len(each.sites)
-    return +after
 
 
 # -- from what the user has to a program -------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class Rewrite:
     Attributes:
         pass_name: the pass that proposes.
         sites: the norms that it changes; more than one where they share writers.
-        was: the kind of each of the norms, such as ``layer_norm``.
+        was: the kind of each site's norm, such as ``layer_norm``; ``affine`` where it is none.
         becomes: what each of them will be, such as ``rms_norm`` (counted after the edits are made).
         edits: the changes.
         region: names of the nodes whose values the rewrite reasons about; every reader of a changed tensor must be one.
@@ -41,7 +41,7 @@ class Rewrite:
 
     pass_name: str
     sites: tuple[Site, ...]
-    was: str
+    was: tuple[str, ...]
     becomes: str
     edits: tuple[Edit, ...]
     region: frozenset[str]

@@ -11,7 +11,7 @@ rewrites of one tensor still round once. It never computes by itself: `evaluate`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -65,13 +65,23 @@ class Added:
 
 @dataclass(frozen=True)
 class Apply:
-    """An aten operator on formulas and literals, such as ``rsqrt.default``: arithmetic of the model's own on its weights."""
+    """An aten operator on formulas and literals, such as ``rsqrt.default``: arithmetic of the model's own on its weights.
+
+    Attributes:
+        op: name of the operator.
+        args: its positional arguments, formulas among them.
+        kwargs: its keyword arguments, literals only.
+        output: which of its results is meant, where it yields several.
+    """
 
     op: str
     args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+    output: int = 0
 
     def __str__(self) -> str:
-        return f"{self.op.partition('.')[0]}({', '.join(map(str, self.args))})"
+        given = (*map(str, self.args), *(f"{name}={value}" for name, value in self.kwargs))
+        return f"{self.op.partition('.')[0]}({', '.join(given)}){f'[{self.output}]' if self.output else ''}"
 
 
 @dataclass(frozen=True)
@@ -97,23 +107,36 @@ def evaluate(formula: Formula, read: Callable[[str], Tensor]) -> Tensor:
     Returns:
         A float64 tensor of the shape of the innermost `Read`.
     """
+    return formed(formula, lambda name: read(name).detach(), torch.float64)
+
+
+def formed(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+    """The value of a formula in a dtype of the caller's; gradients flow to the tensors that are read (live mode).
+
+    Args:
+        formula: what to compute.
+        read: gives the stored tensor of a name.
+        dtype: the floating dtype to compute in.
+    """
     match formula:
         case Read(name):
-            return read(name).detach().to(torch.float64)
+            return read(name).to(dtype)
         case Number(number):
-            return torch.tensor(number, dtype=torch.float64)
+            return torch.tensor(number, dtype=dtype)
         case Centered(of, dim):
-            value = evaluate(of, read)
+            value = formed(of, read, dtype)
             return value - value.mean(dim, keepdim=True)
         case Scaled(of, by, dim):
-            value = evaluate(of, read)
-            return value * _along(evaluate(by, read), value, dim)
+            value = formed(of, read, dtype)
+            return value * _along(formed(by, read, dtype), value, dim)
         case Added(of, by, dim):
-            value = evaluate(of, read)
-            return value + _along(evaluate(by, read), value, dim)
-        case Apply(op, args):
-            result: Tensor = aten_operator(op)(*(_argument(each, read) for each in args))
-            return result
+            value = formed(of, read, dtype)
+            return value + _along(formed(by, read, dtype), value, dim)
+        case Apply(op, args, kwargs, output):
+            values = (_within(each, lambda inner: formed(inner, read, dtype)) for each in args)
+            result = aten_operator(op)(*values, **dict(kwargs))
+            chosen: Tensor = result[output] if isinstance(result, (tuple, list)) else result
+            return chosen
 
 
 def _along(entries: Tensor, value: Tensor, dim: int) -> Tensor:
@@ -122,10 +145,11 @@ def _along(entries: Tensor, value: Tensor, dim: int) -> Tensor:
     return entries.to(value.device).reshape(sizes)
 
 
-def _argument(value: Any, read: Callable[[str], Tensor]) -> Any:
-    if is_formula(value):
-        return evaluate(value, read)
-    return [_argument(each, read) for each in value] if isinstance(value, tuple) else value
+def _within(argument: Any, to: Callable[[Formula], Any]) -> Any:
+    """An argument of `Apply` with every formula in it, also those in a tuple, replaced."""
+    if isinstance(argument, tuple):
+        return tuple(_within(each, to) for each in argument)
+    return to(argument) if is_formula(argument) else argument
 
 
 def aten_operator(name: str) -> torch._ops.OpOverload:
@@ -158,8 +182,8 @@ def substitute(formula: Formula, pending: Mapping[str, Formula]) -> Formula:
             return Scaled(substitute(of, pending), substitute(by, pending), dim)
         case Added(of, by, dim):
             return Added(substitute(of, pending), substitute(by, pending), dim)
-        case Apply(op, args):
-            return Apply(op, tuple(substitute(each, pending) if is_formula(each) else each for each in args))
+        case Apply(args=args):
+            return replace(formula, args=tuple(_within(each, lambda inner: substitute(inner, pending)) for each in args))
 
 
 def is_formula(value: Any) -> bool:
@@ -179,10 +203,11 @@ def reads(formula: Formula) -> Iterator[str]:
         case Scaled(of, by, _) | Added(of, by, _):
             yield from reads(of)
             yield from reads(by)
-        case Apply(_, args):
+        case Apply(args=args):
+            found: list[str] = []
             for each in args:
-                if is_formula(each):
-                    yield from reads(each)
+                _within(each, lambda inner: found.extend(reads(inner)))
+            yield from found
 
 
 def to_json(formula: Formula) -> dict[str, Any]:
@@ -198,8 +223,8 @@ def to_json(formula: Formula) -> dict[str, Any]:
             return {"scale": to_json(of), "by": to_json(by), "dim": dim}
         case Added(of, by, dim):
             return {"shift": to_json(of), "by": to_json(by), "dim": dim}
-        case Apply(op, args):
-            return {"apply": op, "args": [to_json(each) if is_formula(each) else {"literal": each} for each in args]}
+        case Apply(op, args, kwargs, output):
+            return {"apply": op, "args": list(map(_to_json, args)), "kwargs": dict(kwargs), "output": output}
 
 
 def from_json(data: Mapping[str, Any]) -> Formula:
@@ -211,13 +236,19 @@ def from_json(data: Mapping[str, Any]) -> Formula:
     if "center" in data:
         return Centered(from_json(data["center"]), int(data["dim"]))
     if "apply" in data:
-        return Apply(str(data["apply"]), tuple(_argument_from_json(each) for each in data["args"]))
+        args, kwargs = tuple(map(_argument_from_json, data["args"])), tuple(data.get("kwargs", {}).items())
+        return Apply(str(data["apply"]), args, kwargs, int(data.get("output", 0)))
     kind, of = (Scaled, data["scale"]) if "scale" in data else (Added, data["shift"])
     return kind(from_json(of), from_json(data["by"]), int(data["dim"]))
 
 
-def _argument_from_json(data: Mapping[str, Any]) -> Any:
-    if "literal" not in data:
-        return from_json(data)
-    literal = data["literal"]
-    return tuple(literal) if isinstance(literal, list) else literal
+def _to_json(argument: Any) -> Any:
+    if isinstance(argument, tuple):
+        return [_to_json(each) for each in argument]
+    return to_json(argument) if is_formula(argument) else argument
+
+
+def _argument_from_json(data: Any) -> Any:
+    if isinstance(data, list):
+        return tuple(map(_argument_from_json, data))
+    return from_json(data) if isinstance(data, Mapping) else data

@@ -15,6 +15,7 @@ A rewrite that touches what another one of the same round changes waits for the 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +25,7 @@ from normfuse import formula as formulas
 from normfuse.edits import Edit, NewTensor, Reroute, SetTensor, apply
 from normfuse.errors import InvalidPlan
 from normfuse.facts import Facts, analyze
-from normfuse.findings import Claim, Refusal, Rewrite
+from normfuse.findings import NO_NORM, Claim, Refusal, Rewrite
 from normfuse.formula import Centered, Formula, Read
 from normfuse.program import Program, Site
 from normfuse.registry import Pass, find
@@ -63,6 +64,15 @@ class Plan:
         for rewrites in self.rounds:
             program = _apply_round(program, rewrites)
         return program
+
+    def norms_after(self, before: Mapping[str, int]) -> Counter[str]:
+        """How many norms of each kind there will be, of the program's own ``before``."""
+        after = Counter(before)
+        for each in self.rewrites:
+            after.subtract(each.was)
+            if each.becomes != NO_NORM:
+                after[each.becomes] += len(each.sites)
+        return +after
 
     def without(self, edit: Edit) -> Plan:
         """The plan with one edit left out wherever it occurs (for tests of the proof itself)."""
@@ -231,7 +241,7 @@ def _rewrite_from_dict(data: Mapping[str, Any]) -> Rewrite:
     return Rewrite(
         data["pass"],
         tuple(_site_from_dict(each) for each in data["sites"]),
-        data["was"],
+        tuple(data["was"]),
         data["becomes"],
         tuple(editing.from_json(each) for each in data["edits"]),
         frozenset(data["region"]),

@@ -31,7 +31,6 @@ from normfuse.edits import SetTensor
 from normfuse.errors import NormfuseError, first_line
 from normfuse.evidence import MARGIN, Agreement, Evidence, Rounding, Structure
 from normfuse.facts import analyze
-from normfuse.findings import NO_NORM
 from normfuse.interpret import Weights, flat_inputs, run
 from normfuse.planner import Plan
 from normfuse.program import Program
@@ -102,7 +101,8 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
         return value * 1e-3 if name in changed else value
 
     def redrawn(name: str, value: Tensor) -> Tensor:
-        return value * (1.0 + 0.5 * _noise(name, value)) + (0.1 * value.std() if value.numel() > 1 else 0.0)
+        # factors are positive, so that a variance stays one
+        return value * torch.exp(0.5 * _noise(name, value)) + (0.1 * value.std() if value.numel() > 1 else 0.0)
 
     return {"weights with a mean": shifted, "writers of tiny variance": shrunk, "other weights": redrawn}
 
@@ -110,11 +110,7 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
 def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
     before = Counter(norm.kind for norm in analyze(original).norms)
     after = Counter(norm.kind for norm in analyze(rewritten).norms)
-    expected = Counter(before)
-    for rewrite in plan.rewrites:
-        expected[rewrite.was] -= len(rewrite.sites)
-        if rewrite.becomes != NO_NORM:
-            expected[rewrite.becomes] += len(rewrite.sites)
+    expected = plan.norms_after(before)
     problems = [
         f"{expected[kind]} {kind} were promised and {after[kind]} are there"
         for kind in sorted(expected | after)

@@ -20,11 +20,11 @@ from torch.fx import Node
 
 from normfuse.interpret import call, default_dtype
 from normfuse.program import Program
-from normfuse.rules import rank
+from normfuse.rules import rank, same, spans
 from normfuse.views import Norm, arguments, aten, dtype, operator_norm, shape, tensors_in
 
-_ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
-_MEANS = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
+ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
+MEANS = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
           aten.linalg_vector_norm.default, aten.var_mean.correction, aten.var_mean.dim}  # fmt: skip
 _ARITHMETIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
@@ -41,12 +41,43 @@ def norms_of(program: Program) -> tuple[Norm, ...]:
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     by_hand: list[Norm] = []
     for node in program.graph.nodes:
-        if node.target in _ROOTS and node not in taken:
+        if node.target in ROOTS and node not in taken:
             norm = _around(program, node, order)
             if norm is not None and not norm.inner & taken:
                 by_hand.append(norm)
                 taken |= norm.inner
+    by_hand += [norm for node in program.graph.nodes if node not in taken and (norm := _offline(program, node)) is not None]
     return tuple(sorted((*by_operator, *by_hand), key=lambda norm: order[norm.out]))
+
+
+def _offline(program: Program, node: Node) -> Norm | None:
+    """A product with, or a quotient by, the root of stored statistics along one axis: a norm that is a constant."""
+    if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node in program.constant:
+        return None
+    x, y = (node.args[1], node.args[0]) if node.args[0] in program.constant else node.args
+    if not isinstance(x, Node) or not isinstance(y, Node) or y not in program.constant or shape(x) != shape(node):
+        return None
+    axes = [own for own in range(rank(node)) if spans(y, node, own) and not same(shape(node)[own], 1)]
+    eps = _root_of_statistics(y)
+    return (
+        None
+        if eps is None or len(axes) != 1
+        else Norm(node, "offline_norm", x, tuple(axes), None, None, eps, frozenset({node}))
+    )
+
+
+def _root_of_statistics(node: Node) -> float | None:
+    """The eps under the root that a stored value is, or is made with; None where there is no root."""
+    seen = [node]
+    for each in seen:
+        if each.target in (aten.rsqrt.default, aten.sqrt.default) or (
+            each.target is aten.pow.Tensor_Scalar and each.args[1] in (0.5, -0.5)
+        ):
+            under = each.args[0]
+            added = under.args[1] if isinstance(under, Node) and under.target is aten.add.Tensor else 0.0
+            return float(added) if isinstance(added, (int, float)) else 0.0
+        seen.extend(inner for inner in each.all_input_nodes if inner not in seen)
+    return None
 
 
 def _around(program: Program, root: Node, order: Mapping[Node, int]) -> Norm | None:
@@ -88,14 +119,14 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
         if node in seen:
             continue
         seen.add(node)
-        if node.target in _MEANS:
+        if node.target in MEANS:
             reduced = node.args[0]
             dims = arguments(node).get("dim")
             if isinstance(reduced, Node) and isinstance(dims, (list, tuple)) and len(dims) == 1:
                 axis = dims[0] % max(rank(reduced), 1)
                 sources = (reduced, *reduced.all_input_nodes)
                 candidates += [(s, axis) for s in sources if shape(s) == shape(out) and dtype(s) == dtype(out)]
-        if node.target in _ARITHMETIC | _MEANS:
+        if node.target in _ARITHMETIC | MEANS:
             frontier.extend(node.all_input_nodes)
     yield from dict.fromkeys(candidates)
 
@@ -116,7 +147,7 @@ def _between(program: Program, x: Node, out: Node, axis: int) -> Span | None:
         if node in program.constant:
             stored.add(node)
             continue
-        if node.target not in _ARITHMETIC | _MEANS or len(inner) >= _LIMIT:
+        if node.target not in _ARITHMETIC | MEANS or len(inner) >= _LIMIT:
             return None
         inner.add(node)
         frontier.extend(tensors_in((node.args, node.kwargs)))

@@ -84,11 +84,11 @@ class Report:
 
     def _rewrites(self) -> Iterator[dict[str, Any]]:
         for group, rewrite in enumerate(self.plan.rewrites):
-            for site in rewrite.sites:
+            for site, was in zip(rewrite.sites, rewrite.was, strict=True):
                 yield {
                     "pass": rewrite.pass_name,
                     **site.to_dict(),
-                    "was": rewrite.was,
+                    "was": was,
                     "becomes": rewrite.becomes,
                     "claim": rewrite.claim.name.lower(),
                     "group": group,
@@ -138,11 +138,15 @@ def rewrites_lines(rewrites: Iterable[Rewrite]) -> Iterator[RenderableType]:
     for by_pass in _grouped(rewrites, key=lambda each: each.pass_name):
         yield Text(f"Rewritten by {by_pass[0].pass_name}", style="bold")
         grid = _entries()
-        for same in _grouped(by_pass, key=lambda each: (each.was, each.becomes, _pattern(each.because))):
+        for same in _grouped(by_pass, key=lambda each: (_kinds(each), each.becomes, _pattern(each.because))):
             sites = [site for each in same for site in each.sites]
-            what = Text.assemble((f"{same[0].was} → {same[0].becomes}", "green"), f"  {sites_text(sites)}")
+            what = Text.assemble((f"{_kinds(same[0])} → {same[0].becomes}", "green"), f"  {sites_text(sites)}")
             grid.add_row(str(len(sites)), what + _reason(same[0].because, sites[0], of_many=len(same) > 1))
         yield grid
+
+
+def _kinds(rewrite: Rewrite) -> str:
+    return ", ".join(dict.fromkeys(rewrite.was))
 
 
 def refusals_lines(refusals: Iterable[Refusal]) -> Iterator[RenderableType]:

@@ -372,8 +372,8 @@ def _select_scatter(node: Node, a: dict[str, Any], axis: int) -> Carried:
 @_row(aten.constant_pad_nd.default, aten.pad.default)
 def _pad(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x, padding = a["self"], a["pad"]
-    if a.get("mode", "constant") != "constant" or not (a["value"] is None or _is_zero(a["value"])):
-        return None
+    if a.get("mode", "constant") == "constant" and not (a["value"] is None or _is_zero(a["value"])):
+        return None  # the other modes repeat entries
     behind = rank(x) - 1 - axis  # pads are listed from the last axis forward, two per axis
     touched = list(padding[2 * behind : 2 * behind + 2])
     return ((x, axis),) if all(_is_zero(each) for each in touched) else None

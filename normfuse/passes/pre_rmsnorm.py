@@ -87,7 +87,7 @@ def _rewrite(program: Program, region: Region) -> Rewrite:
     return Rewrite(
         pass_name="pre_rmsnorm",
         sites=tuple(program.site(norm.out) for norm in region.norms),
-        was="layer_norm",
+        was=("layer_norm",) * len(region.norms),
         becomes="rms_norm",
         edits=(*region.edits, *(_as_rms(norm, region) for norm in region.norms)),
         region=frozenset(node.name for node in region.nodes),

@@ -19,12 +19,13 @@ from normfuse.program import Program
 from normfuse.proving import prove
 from tests.batch_norms import FOLDS, Fold
 from tests.models import TRAPS, Trap
+from tests.streams import STREAMS
 
 PASSES = sorted(registry.passes())
 HEADINGS = ("What", "Formula", "Needs", "Refuses", "Claim", "Reference")
 
 
-MODELS: dict[str, Trap | Fold] = {**TRAPS, **FOLDS}
+MODELS: dict[str, Trap | Fold] = {**TRAPS, **FOLDS, **STREAMS}
 
 
 @pytest.fixture(scope="module", params=MODELS)

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import normfuse
+from normfuse.dissolve import HALF, LEFT, READERS, WRITERS
 from tests.batch_norms import FOLDS
+
+WAYS = (WRITERS, READERS, HALF, LEFT)
 
 
 @pytest.mark.parametrize("name", FOLDS)
@@ -16,8 +19,8 @@ def test_every_batch_norm_goes_where_it_should(name: str) -> None:
     fold = FOLDS[name]
     result = normfuse.rewrite(fold.module(), "conv_bn", inputs=fold.inputs)
     report = result.report.to_dict()
-    ways = Counter(each["because"].split(" that ")[-1].split(" ")[0] for each in report["rewrites"])
-    assert (ways["write"], ways["read"], ways["left"]) == (fold.writers, fold.readers, fold.kept)
+    ways = Counter(way for each in report["rewrites"] for way in WAYS if each["because"].startswith(way))
+    assert tuple(ways[way] for way in WAYS) == (fold.writers, fold.readers, fold.halves, fold.kept)
     assert tuple(refusal["code"] for refusal in report["refusals"]) == fold.codes
     assert report["norms"]["after"].get("batch_norm", 0) == len(fold.codes)
     assert result.report.evidence.ok

@@ -120,7 +120,7 @@ def test_the_planner_does_not_trust_a_pass_with_tied_tensors() -> None:
     def careless(program: normfuse.Program, facts: object) -> object:
         site = program.site(next(node for node in program.graph.nodes if node.name == "layer_norm"))
         edits = (SetTensor(name, Centered(Read(name), 1)),)
-        yield Rewrite("careless", (site,), "layer_norm", "layer_norm", edits, frozenset({"embedding"}), Claim.ROUNDING, "")
+        yield Rewrite("careless", (site,), ("layer_norm",), "layer_norm", edits, frozenset({"embedding"}), Claim.ROUNDING, "")
 
     chosen = plan(program, [Pass("careless", careless, "")])  # type: ignore[arg-type]
     assert chosen.rounds == ()

@@ -1,0 +1,102 @@
+"""What the passes for norms with stored statistics share: a value that is affine is dissolved in the layers around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from torch.fx import Node
+
+from normfuse.absorb import Absorbed, Obstacle, scale_shift
+from normfuse.affine import MOVES, Affine, forms, maximal, moved
+from normfuse.edits import Edit, Reroute
+from normfuse.facts import Facts
+from normfuse.findings import NO_NORM, Claim, Rewrite
+from normfuse.formula import Apply
+from normfuse.program import Program
+from normfuse.readers import into_readers, well_conditioned
+from normfuse.views import Norm, dtype
+from normfuse.writers import into_writers
+
+WRITERS = "folded into the layers that write its input"
+READERS = "folded into the layers that read its output"
+HALF = "its scale is folded into the layers that read its output, its shift is left as one addition"
+LEFT = "left as one multiplication and one addition"
+
+
+def dissolve(program: Program, facts: Facts, pass_name: str, chosen: Callable[[Affine, list[Norm]], bool]) -> Iterator[Rewrite]:
+    """One rewrite per maximal affine value that is chosen.
+
+    Args:
+        program: the program.
+        facts: of it.
+        pass_name: who proposes.
+        chosen: told the form of a value and the norms in it.
+    """
+    everything = dict(maximal(forms(facts)))
+    for value, form in everything.items():
+        inside = [norm for norm in facts.norms if norm.out in form.inner]
+        if chosen(form, inside):
+            found = _decide(facts, value, form, everything)
+            if found is not None:
+                yield _rewrite(program, facts, pass_name, value, form, *found)
+
+
+def _decide(
+    facts: Facts, value: Node, form: Affine, everything: dict[Node, Affine]
+) -> tuple[Absorbed, tuple[Edit, ...], str] | None:
+    gone: tuple[Edit, ...] = (Reroute(value.name, moved(form)),)
+    before = into_writers(facts, form, value)
+    if isinstance(before, Absorbed):
+        return before, gone, WRITERS
+    behind = into_readers(facts, form, value, everything)
+    if isinstance(behind, Absorbed):
+        return behind, gone, READERS
+    program, like = facts.program, _like(facts, value)
+    if form.scale is not None and form.shift is not None and well_conditioned(program, form.scale):
+        half = into_readers(facts, replace(form, shift=None), value, {})
+        if isinstance(half, Absorbed):
+            left = replace(form, scale=None, shift=Apply("div.Tensor", (form.shift, form.scale)))
+            return half, scale_shift(left, value, like), f"{HALF}: {_told(program, before)}; {_told(program, behind)}"
+    if _steps(facts, form) <= (form.scale is not None) + (form.shift is not None):
+        return None  # it is no more than one multiplication and one addition already
+    nothing = Absorbed((), frozenset())
+    return nothing, scale_shift(form, value, like), f"{LEFT}: {_told(program, before)}; {_told(program, behind)}"
+
+
+def _like(facts: Facts, value: Node) -> str:
+    """A stored tensor whose dtype a new one for this value takes."""
+    program = facts.program
+    return next(name for node, name in program.stored.items() if dtype(program.nodes[node]) == dtype(value))
+
+
+def _told(program: Program, obstacle: Obstacle) -> str:
+    where = (
+        "the caller" if obstacle.at.op == "output" else f"'{program.stored.get(obstacle.at.name) or program.site(obstacle.at)}'"
+    )
+    return f"{where} {obstacle.why}" if obstacle.at.op != "output" else "the caller reads its output"
+
+
+def _steps(facts: Facts, form: Affine) -> int:
+    """Operations that compute the value at run time; a norm counts for more than it could be replaced by."""
+    if any(norm.out in form.inner for norm in facts.norms):
+        return 3
+    return sum(node.target not in MOVES for node in form.inner)
+
+
+def _rewrite(
+    program: Program,
+    facts: Facts,
+    name: str,
+    value: Node,
+    form: Affine,
+    absorbed: Absorbed,
+    gone: tuple[Edit, ...],
+    because: str,
+) -> Rewrite:
+    nodes = absorbed.nodes | form.inner | {form.base}
+    norms = [norm for norm in facts.norms if norm.out in form.inner or (absorbed.values and norm.out in absorbed.nodes)]
+    sites = tuple(program.site(norm.out) for norm in norms) or (program.site(value),)
+    was = tuple(norm.kind for norm in norms) or ("affine",)
+    region = frozenset(node.name for node in nodes)
+    return Rewrite(name, sites, was, NO_NORM, (*absorbed.edits, *gone), region, Claim.ROUNDING, because)

@@ -1,0 +1,291 @@
+"""Fold a channel affine into all that reads a value, however far: the value gives way to its base, and a debt goes forward.
+
+From the value on, every value v is stored as t with v = scale ⊙ t + shift along one axis: that is its debt. Layers settle a
+debt in their weights and biases. Views, picks and means pass it on. A sum passes it on once what it adds has been divided by
+the scale, so that the scale of a post-norm stream travels to its head (the re-basis t = D⁻¹(s - e) of the residual stream),
+and another channel affine on the way composes with it and dissolves as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from normfuse.absorb import (
+    LAYERS,
+    Absorbed,
+    Draft,
+    Obstacle,
+    channel,
+    full,
+    is_transposed,
+    passes_shift,
+    per_group,
+    sizes_of,
+    unpadded,
+)
+from normfuse.affine import Affine, constant_formula, moved, product, total
+from normfuse.edits import Reroute, literal
+from normfuse.facts import Facts
+from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, reads, substitute
+from normfuse.program import Program
+from normfuse.rules import METADATA, carries, rank, times_read
+from normfuse.views import arguments, aten, is_tensor, shape, tensors_in
+from normfuse.writers import axis_of_base, fold
+
+CONDITION = 1e4
+"""How far apart the entries of a scale may be that others are divided by: float32 has digits for twice that."""
+
+
+@dataclass(frozen=True)
+class Debt:
+    """A value v that is stored as t: ``v = scale ⊙ t + shift`` along ``axis``."""
+
+    axis: int
+    scale: Formula | None
+    shift: Formula | None
+
+
+def into_readers(facts: Facts, form: Affine, value: Node, others: dict[Node, Affine]) -> Absorbed | Obstacle:
+    """Scale and shift of a value folded into all its readers.
+
+    Args:
+        facts: of the program.
+        form: of the value.
+        value: the value.
+        others: maximal affine values by node; those that the walk meets dissolve as well.
+    """
+    if form.axis is None:
+        return Obstacle(value, "is scaled as a whole, not along an axis")
+    walk = _Readers(facts, {out: other for out, other in others.items() if out is not value})
+    obstacle = walk.settle(value, Debt(form.axis, form.scale, form.shift))
+    return obstacle or Absorbed(tuple(walk.draft.edits), frozenset(walk.draft.nodes), frozenset(walk.dissolved))
+
+
+class _Readers:
+    """The walk forward, in execution order: when a node is looked at, the debts of all its operands are known."""
+
+    def __init__(self, facts: Facts, others: dict[Node, Affine]) -> None:
+        self.facts, self.draft = facts, Draft(facts)
+        self.others: dict[Node, list[tuple[Node, Affine]]] = {}
+        for out, form in others.items():
+            self.others.setdefault(form.base, []).append((out, form))
+        self.debts: dict[Node, Debt] = {}
+        self.dissolved: set[Node] = set()
+        self._settled: set[Node] = set()
+        """nodes inside affine values that have been dissolved"""
+
+    def settle(self, value: Node, debt: Debt) -> Obstacle | None:
+        if not any(reader.target not in METADATA for reader in value.users):
+            return Obstacle(value, "is read by nobody")
+        self._owe(value, debt)
+        node = value.next
+        while node.op != "root":
+            owing = [each for each in dict.fromkeys(tensors_in((node.args, node.kwargs))) if each in self.debts]
+            if owing and node not in self._settled and node.target not in METADATA:
+                self.draft.nodes.add(node)
+                stopped = self._reader(node, owing)
+                if stopped:
+                    return stopped
+            node = node.next
+        return None
+
+    def _owe(self, value: Node, debt: Debt) -> None:
+        self.debts[value] = debt
+        for out, form in self.others.get(value, ()):
+            if (form.axis in (None, debt.axis) and not form.moves) or axis_of_base(form, out) == debt.axis:
+                self._compose(out, form, debt)
+
+    def _compose(self, out: Node, form: Affine, debt: Debt) -> None:
+        """Another affine of a value that owes: one debt for both."""
+        axis = debt.axis if form.axis is None else form.axis
+        scale = product(debt.scale, form.scale)
+        shift = total(None if debt.shift is None else product(debt.shift, form.scale), form.shift)
+        self._settled |= form.inner
+        self.draft.nodes |= form.inner
+        self.draft.edits.append(Reroute(out.name, moved(form)))
+        self.dissolved.add(out)
+        self._owe(out, Debt(axis, scale, shift))
+
+    def _reader(self, node: Node, owing: list[Node]) -> Obstacle | None:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            a = arguments(node)
+            if node.target in LAYERS and owing == [a["input"]]:
+                return self._layer(node, a, self.debts[owing[0]])
+            if node.target in _PRODUCTS and owing == [a[_PRODUCTS[node.target][0]]]:
+                return self._product(node, a, owing[0])
+            if node.target in (aten.add.Tensor, aten.sub.Tensor) and a["alpha"] == 1:
+                return self._sum(node, a, owing)
+            if node.target is aten.cat.default and self._joins_channels(node, a, owing):
+                return self._joined(node, a)
+        return self._passed(node, owing)
+
+    # -- passing a debt on ---------------------------------------------------------------------------------------------
+
+    def _passed(self, node: Node, owing: list[Node]) -> Obstacle | None:
+        debt = self.debts[owing[0]]
+        onward = [own for own in range(rank(node)) if (owing[0], debt.axis) in (carries(node, own) or ())]
+        if len(onward) != 1:
+            return Obstacle(node, "is no linear layer")
+        if debt.shift is not None and not passes_shift(node):
+            return Obstacle(node, "does not let a shift through")
+        carried = carries(node, onward[0]) or ()
+        if {operand for operand, _ in carried} & set(owing) != set(owing):
+            return Obstacle(node, "reads the value in two ways")
+        for operand, axis in carried:
+            if operand in self.debts:
+                if self.debts[operand] != replace(debt, axis=axis):
+                    return Obstacle(node, "joins values of different scales")
+            else:
+                stopped = self._repay(operand, axis, debt.scale, debt.shift)
+                if stopped:
+                    return stopped
+        self._owe(node, replace(debt, axis=onward[0]))
+        return None
+
+    def _repay(self, operand: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+        """What meets values that owe must be stored as they are: t = (v - shift) / scale, in what writes it."""
+        if times_read(operand) != 1:
+            return Obstacle(operand, "is read more than once")
+        if scale is not None and not well_conditioned(self.facts.program, scale):
+            return Obstacle(operand, f"would be divided by scales that are zero, or more than {CONDITION:g} apart")
+        less = None if shift is None else Apply("neg.default", (shift,))
+        over = None if scale is None else Apply("reciprocal.default", (scale,))
+        return fold(self.draft, operand, axis, over, product(less, over) if less is not None else None)
+
+    def _sum(self, node: Node, a: dict[str, Any], owing: list[Node]) -> Obstacle | None:
+        x, y = a["self"], a["other"]
+        debt = self.debts[owing[0]]
+        onward = [own for own in range(rank(node)) if _is_axis(node, own, owing[0], debt.axis)]
+        if len(onward) != 1 or x is y:
+            return Obstacle(node, "is no linear layer")
+        minus = node.target is aten.sub.Tensor
+        shift: Formula | None = None
+        for operand in (x, y):
+            sign = (
+                Apply("neg.default", (self.debts[operand].shift,)) if self._owes_less(operand, operand is y and minus) else None
+            )
+            if operand in self.debts:
+                if self.debts[operand].scale != debt.scale or not _is_axis(node, onward[0], operand, self.debts[operand].axis):
+                    return Obstacle(node, "joins values of different scales")
+                shift = total(shift, sign or self.debts[operand].shift)
+            elif debt.scale is not None:
+                stopped = self._term(node, operand, onward[0], debt.scale)
+                if stopped:
+                    return stopped
+        self._owe(node, Debt(onward[0], debt.scale, shift))
+        return None
+
+    def _owes_less(self, operand: Any, minus: bool) -> bool:
+        return minus and operand in self.debts and self.debts[operand].shift is not None
+
+    def _term(self, node: Node, operand: Any, axis: int, scale: Formula) -> Obstacle | None:
+        """What is added to a value that owes is divided by the scale."""
+        own = axis - (rank(node) - rank(operand)) if is_tensor(operand) else -1
+        if own < 0 or str(shape(operand)[own]) != str(shape(node)[axis]):
+            return Obstacle(node, "adds what does not vary along the channels")
+        return self._repay(operand, own, scale, None)
+
+    def _joins_channels(self, node: Node, a: dict[str, Any], owing: list[Node]) -> bool:
+        return bool(self.debts[owing[0]].axis == a["dim"] % rank(node))
+
+    def _joined(self, node: Node, a: dict[str, Any]) -> Obstacle | None:
+        """Joined along the channels: one debt of all parts, in which those that owe nothing have ones and zeros."""
+        axis = a["dim"] % rank(node)
+        owed = [self.debts[operand] for operand in a["tensors"] if operand in self.debts]
+        like = next(each for debt in owed for each in (debt.scale, debt.shift) if each)  # for the device
+        scales: list[Formula] = []
+        shifts: list[Formula] = []
+        for operand in a["tensors"]:
+            size, debt = shape(operand)[axis] if rank(operand) == rank(node) else None, self.debts.get(operand)
+            if not isinstance(size, int) or (debt and debt.axis != axis):
+                return Obstacle(node, "joins parts whose sizes are not known")
+            for entries, own, none in ((scales, debt and debt.scale, 1.0), (shifts, debt and debt.shift, 0.0)):
+                entries.append(full(own, size) if own else Apply("new_full.default", (like, (size,), none)))
+        scale = Apply("cat.default", (tuple(scales),)) if any(debt.scale for debt in owed) else None
+        shift = Apply("cat.default", (tuple(shifts),)) if any(debt.shift for debt in owed) else None
+        self._owe(node, Debt(axis, scale, shift))
+        return None
+
+    # -- settling it ---------------------------------------------------------------------------------------------------
+
+    def _layer(self, node: Node, a: dict[str, Any], debt: Debt) -> Obstacle | None:
+        weight, groups = a["weight"], a.get("groups", 1)
+        if rank(weight) < 2 or debt.axis != channel(node, a["input"]):
+            return Obstacle(node, "mixes another axis than the channels")
+        plain = constant_formula(self.facts, weight)
+        if plain is None or times_read(weight) != 1:
+            return Obstacle(weight, "is no stored weight" if plain is None else "is read more than once")
+        scale, shift, sizes, transposed = debt.scale, debt.shift, sizes_of(weight), is_transposed(node)
+        if scale is not None and groups > 1 and not transposed:
+            every = full(scale, groups * sizes[1])
+            stopped = self.draft.change(weight, lambda own: per_group(own, every, groups, sizes))
+        else:
+            stopped = fold(self.draft, weight, 0 if transposed else 1, scale, None) if scale is not None else None
+        if stopped or shift is None:
+            return stopped
+        if transposed or not (node.target is aten.linear.default or unpadded(a["padding"])):
+            return self._map(node, a, plain, shift)
+        shifted = per_group(plain, full(shift, groups * sizes[1]), groups, sizes) if groups > 1 else Scaled(plain, shift, 1)
+        added = Apply("sum.dim_IntList", (shifted, tuple(range(1, len(sizes)))))
+        return self.draft.new_bias(node, added) if a["bias"] is None else self._added(a["bias"], added)
+
+    def _map(self, node: Node, a: dict[str, Any], weight: Formula, shift: Formula) -> Obstacle | None:
+        """Where zeros are added around the input, what a shift adds differs from place to place: a map of it is stored.
+
+        It is worth its bytes where it is no larger than the weight.
+        """
+        (_, *places), out = shape(a["input"])[-rank(a["weight"]) + 1 :], shape(node)[-rank(a["weight"]) + 1 :]
+        if not all(isinstance(size, int) for size in (*places, *out)) or prod(out) > prod(sizes_of(a["weight"])):
+            return Obstacle(node, "adds zeros around its input, which a shift would change")
+        channels = int(shape(a["input"])[channel(node, a["input"])])
+        column = Apply("view.default", (full(shift, channels), (1, channels, *(1 for _ in places))))
+        everywhere = Apply("expand.default", (column, (1, channels, *places)))
+        given = {**a, "input": everywhere, "weight": weight, "bias": None}
+        arguments_ = tuple(each if is_formula(each) else literal(each) for each in given.values())
+        self.draft.add_map(node, Apply(str(node.target).removeprefix("aten."), arguments_), next(reads(weight)))
+        return None
+
+    def _added(self, bias: Node, entries: Formula) -> Obstacle | None:
+        if times_read(bias) != 1:
+            return Obstacle(bias, "is read more than once")
+        return fold(self.draft, bias, rank(bias) - 1, None, entries)
+
+    def _product(self, node: Node, a: dict[str, Any], value: Node) -> Obstacle | None:
+        """``x @ W``, with or without a bias: GPT-2's Conv1D."""
+        debt, weight = self.debts[value], a[_PRODUCTS[node.target][1]]
+        plain = constant_formula(self.facts, weight)
+        if plain is None or rank(weight) != 2 or debt.axis != rank(value) - 1 or times_read(weight) != 1:
+            return Obstacle(node, "multiplies by what is not a weight of its own")
+        stopped = fold(self.draft, weight, 0, debt.scale, None) if debt.scale is not None else None
+        if stopped or debt.shift is None:
+            return stopped
+        added = Apply("sum.dim_IntList", (Scaled(plain, debt.shift, 0), (0,)))
+        if node.target is aten.addmm.default:
+            if a["beta"] != 1 or a["alpha"] != 1:
+                return Obstacle(node, "scales its bias")
+            return self._added(a["self"], added)
+        self.draft.add_map(node, added, next(reads(plain)))
+        return None
+
+
+_PRODUCTS: dict[Any, tuple[str, str]] = {
+    aten.mm.default: ("self", "mat2"),
+    aten.matmul.default: ("self", "other"),
+    aten.addmm.default: ("mat1", "mat2"),
+}
+
+
+def _is_axis(node: Node, own: int, operand: Any, axis: int) -> bool:
+    """Whether axis ``own`` of an elementwise result is that axis of an operand."""
+    return is_tensor(operand) and own - (rank(node) - rank(operand)) == axis and str(shape(operand)) == str(shape(node))
+
+
+def well_conditioned(program: Program, scale: Formula) -> bool:
+    """Whether one may divide by a scale: no zeros, and entries less than `CONDITION` apart."""
+    sizes = evaluate(substitute(scale, program.formulas), program.tensor).abs()
+    return bool(sizes.min() > 0 and sizes.max() <= CONDITION * sizes.min())

@@ -1,0 +1,145 @@
+"""Fold a channel affine into what writes a value: weights, biases and tables, through whatever lies between."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from normfuse.absorb import LAYERS, Absorbed, Draft, Obstacle, channel, full, is_transposed, passes_shift, per_group, sizes_of
+from normfuse.affine import MOVES, Affine
+from normfuse.facts import Facts
+from normfuse.formula import Added, Apply, Formula, Scaled
+from normfuse.rules import METADATA, carries, rank, same, times_read
+from normfuse.views import arguments, aten, shape
+
+
+def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle:
+    """Scale and shift of a value folded into the stored tensors that write its base."""
+    stray = next((reader for reader in form.base.users if reader not in form.inner and reader.target not in METADATA), None)
+    if stray is not None:
+        return Obstacle(stray, "reads the value before the norm as well")
+    axis = axis_of_base(form, value)
+    if axis is None and form.axis is not None:
+        return Obstacle(form.base, "is reshaped so that its channels are no longer one axis")
+    draft = Draft(facts)
+    stopped = fold(draft, form.base, rank(form.base) - 1 if axis is None else axis, form.scale, form.shift)
+    return stopped or Absorbed(tuple(draft.edits), frozenset(draft.nodes))
+
+
+def axis_of_base(form: Affine, value: Node) -> int | None:
+    """The axis of the base that the form's axis is; None where the views in between do not tell."""
+    if form.axis is None or not form.moves:
+        return form.axis
+    ((name, args), *others) = form.moves
+    if others:
+        return None
+    if name == "permute.default":
+        return int(args[0][form.axis])
+    views = [reader for reader in form.base.users if reader in form.inner and reader.target in MOVES]
+    if len(views) != 1 or str(shape(views[0])) != str(shape(value)):
+        return None
+    carried = carries(views[0], form.axis)
+    return carried[0][1] if carried else None
+
+
+def fold(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+    """Collect the edits after which ``node`` is ``scale ⊙ node + shift`` along ``axis``; what stops it, if anything."""
+    draft.nodes.add(node)
+    if node in draft.mapped:
+        return Obstacle(node, "has a map added to what it gives")
+    if node in draft.facts.constant:
+        return _constant(draft, node, axis, scale, shift)
+    if node.target in LAYERS:
+        return _layer(draft, node, axis, scale, shift)
+    if node.target is aten.cat.default and axis == arguments(node)["dim"] % rank(node):
+        return _joined(draft, node, axis, scale, shift)
+    carried = carries(node, axis)
+    if not carried:
+        return Obstacle(node, "does not let a scale of its channels through")
+    if shift is not None and not passes_shift(node) and not _is_sum(node):
+        return Obstacle(node, "does not let a shift through")
+    # a sum takes the shift once, where there is a bias: addmm names it last
+    taker = len(carried) - 1 if node.target is aten.addmm.default else 0
+    for place, (operand, own) in enumerate(carried):
+        stopped = _onward(draft, operand, own, scale, shift if place == taker or not _is_sum(node) else None)
+        if stopped:
+            return stopped
+    return None
+
+
+def _is_sum(node: Node) -> bool:
+    if node.target is aten.addmm.default:
+        return bool(arguments(node)["beta"] == 1)  # otherwise the bias is scaled on its way
+    return node.target in (aten.add.Tensor, aten.sub.Tensor)
+
+
+def _onward(draft: Draft, operand: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+    if times_read(operand) != 1:
+        return Obstacle(operand, "is read more than once")
+    return fold(draft, operand, axis, scale, shift)
+
+
+def _constant(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+    """A stored tensor, or arithmetic on stored tensors: changed where it is stored if it gets there, else anew."""
+    if node.op != "placeholder" and shift is None:
+        edits, nodes = list(draft.edits), set(draft.nodes)
+        carried = carries(node, axis)
+        if carried and all(_onward(draft, operand, own, scale, None) is None for operand, own in carried):
+            return None
+        draft.edits, draft.nodes = edits, nodes
+
+    return draft.change(node, lambda own: _affine(own, axis, scale, shift))
+
+
+def _affine(formula: Formula, axis: int, scale: Formula | None, shift: Formula | None) -> Formula:
+    formula = formula if scale is None else Scaled(formula, scale, axis)
+    return formula if shift is None else Added(formula, shift, axis)
+
+
+def _joined(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+    """Joined along the channels: each operand takes its own part."""
+    total = shape(node)[axis]
+    if not isinstance(total, int) or any(rank(operand) != rank(node) for operand in arguments(node)["tensors"]):
+        return Obstacle(node, "joins parts whose sizes are not known")
+    scale, shift = (entries and full(entries, total) for entries in (scale, shift))
+    start = 0
+    for operand in arguments(node)["tensors"]:
+        size = shape(operand)[axis]
+        stopped = _onward(draft, operand, axis, part(scale, start, size), part(shift, start, size))
+        if stopped:
+            return stopped
+        start += size
+    return None
+
+
+def part(entries: Formula | None, start: int, size: int) -> Formula | None:
+    """The entries of some of the channels; a single entry stands for all of them."""
+    return None if entries is None else Apply("slice.Tensor", (entries, 0, start, start + size))
+
+
+def _layer(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+    a = arguments(node)
+    weight, bias, groups = a["weight"], a["bias"], a.get("groups", 1)
+    if rank(weight) < 2 or axis != channel(node, node):
+        return Obstacle(node, "writes its channels along another axis")
+    if bias is not None and (rank(bias) != 1 or not same(shape(bias)[0], shape(node)[axis])):
+        return Obstacle(node, "has a bias of another shape than its channels")
+    stopped = None if scale is None else _weight(draft, weight, scale, groups, transposed=is_transposed(node))
+    if stopped:
+        return stopped
+    if bias is not None:
+        return _onward(draft, bias, 0, scale, shift)
+    if node in draft.biases:
+        draft.change_again(draft.biases[node], lambda own: _affine(own, 0, scale, shift))
+        return None
+    if shift is None:
+        return None
+    return draft.new_bias(node, full(shift, int(shape(node)[axis])))
+
+
+def _weight(draft: Draft, weight: Node, scale: Formula, groups: int, *, transposed: bool) -> Obstacle | None:
+    if not transposed:
+        return _onward(draft, weight, 0, scale, None)
+    if groups == 1:
+        return _onward(draft, weight, 1, scale, None)
+    sizes = sizes_of(weight)
+    return draft.change(weight, lambda own: per_group(own, scale, groups, sizes))
