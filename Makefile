@@ -41,6 +41,8 @@ lint: $(VENV)/dev
 bench: $(VENV)/dev
 	PYTHONPATH=. $(BIN)/python benchmarks/planning_scale.py
 	PYTHONPATH=. $(BIN)/python benchmarks/memory.py
+	PYTHONPATH=. $(BIN)/python benchmarks/fold_patterns.py
+	PYTHONPATH=. $(BIN)/python benchmarks/fold_speed.py
 	PYTHONPATH=. $(BIN)/python benchmarks/rms_norm.py
 
 clean:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from normfuse.findings import Claim
     from normfuse.inputs import Inputs
     from normfuse.loading import load
+    from normfuse.nn.recalibrate import recalibrate
     from normfuse.planner import Plan, plan
     from normfuse.program import Program
     from normfuse.report import Report
@@ -27,7 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "export", "inspect", "load", "plan", "rewrite", "verify",
+    "VerificationFailed", "export", "inspect", "load", "plan", "recalibrate", "rewrite", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "findings": ("Claim",),
     "inputs": ("Inputs",),
     "loading": ("load",),
+    "nn.recalibrate": ("recalibrate",),
     "planner": ("Plan", "plan"),
     "program": ("Program",),
     "report": ("Report",),

@@ -20,8 +20,8 @@ from normfuse.formula import Apply, Formula, Number, Read, is_formula
 from normfuse.rules import carries, rank, same, spans, times_read
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape
 
-Move: TypeAlias = tuple[str, tuple[Any, ...]]
-"""One shape op on the way from the base to the value: its name and its arguments after the first."""
+Move: TypeAlias = tuple[str, tuple[Any, ...], str]
+"""One shape op on the way from the base to the value: its name, its arguments after the first, and the shape it is given."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Affine:
 def forms(facts: Facts) -> dict[Node, Affine]:
     """Every value that is a channel affine of an earlier one, with the earliest such base."""
     found: dict[Node, Affine] = {}
-    batch_norms = {norm.out: norm for norm in facts.norms if norm.kind == "batch_norm"}
+    batch_norms = {norm.out: norm for norm in facts.norms if norm.kind in ("batch_norm", "instance_norm")}
     for node in facts.program.graph.nodes:
         if node in facts.constant or not _is_float(node):
             continue
@@ -76,6 +76,7 @@ def _batch_norm(facts: Facts, norm: Norm, found: dict[Node, Affine]) -> Affine |
     a = arguments(call)
     if (
         a.get("training")
+        or a.get("use_input_stats")
         or a.get("running_mean") is None
         or not all(each is None or each in facts.constant for each in _statistics(a))
     ):
@@ -191,13 +192,25 @@ def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None
     sign = Number(-1.0 if node.target is aten.sub.Tensor else 1.0)
     scale = Apply("add.Tensor", (one.scale or Number(1.0), product(other.scale, sign) or sign))
     shift = total(one.shift, None if other.shift is None else product(other.shift, sign))
-    return Affine(one.base, one.moves, next(iter(axes), None), scale, shift, one.inner | other.inner | {node})
+    inner = one.inner | other.inner | {node}
+    return _past_views(Affine(one.base, one.moves, next(iter(axes), None), scale, shift, inner), found)
+
+
+def _past_views(form: Affine, found: dict[Node, Affine]) -> Affine:
+    """The form over an earlier base, where that is a view which nobody else reads: RepBN's transpose is read twice."""
+    view = found.get(form.base)
+    if view is None or view.scale is not None or view.shift is not None or not set(form.base.users) <= form.inner:
+        return form
+    return replace(form, base=view.base, moves=(*view.moves, *form.moves), inner=view.inner | form.inner)
 
 
 MOVES = {
-    aten.permute.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default,
-    aten.squeeze.dim, aten.squeeze.dims, aten.clone.default, aten.alias.default, aten.t.default,
+    aten.permute.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default, aten.reshape.default,
+    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.clone.default, aten.alias.default, aten.t.default,
 }  # fmt: skip
+
+
+_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 
 
 def _moved(node: Node, found: dict[Node, Affine]) -> Affine | None:
@@ -218,22 +231,23 @@ def _reduced(form: Affine, node: Node) -> tuple[Move, ...]:
     """The moves with ``node``'s added; permutations and views that undo each other are left out."""
     if node.target in (aten.clone.default, aten.alias.default):
         return form.moves
+    given = str(shape(node.args[0]))  # type: ignore[arg-type]
     if node.target in (aten.permute.default, aten.transpose.int, aten.t.default):
-        order = _permutation(node)
-        if form.moves and form.moves[-1][0] == "permute.default":
-            before = form.moves[-1][1][0]
-            order = tuple(before[own] for own in order)
-            rest = form.moves[:-1]
-        else:
-            rest = form.moves
-        return rest if order == tuple(range(len(order))) else (*rest, ("permute.default", (order,)))
-    sizes = tuple(node.args[1]) if node.target in (aten.view.default, aten._unsafe_view.default) else None  # type: ignore[arg-type]
-    rest = form.moves[:-1] if form.moves and form.moves[-1][0] == "view.default" else form.moves
-    if not rest and str(shape(node)) == str(shape(form.base)):
-        return ()
-    if sizes is None:
-        return (*form.moves, (str(node.target).removeprefix("aten."), literal(node.args[1:])))
-    return (*rest, ("view.default", (literal(sizes),)))
+        order, rest = _permutation(node), form.moves
+        if rest and rest[-1][0] == "permute.default":
+            order, given = tuple(rest[-1][1][0][own] for own in order), rest[-1][2]
+            rest = rest[:-1]
+        return rest if order == tuple(range(len(order))) else (*rest, ("permute.default", (order,), given))
+    # one reshape after the other is one reshape, and none if it ends where they began
+    began, rest = given, form.moves
+    while rest and rest[-1][0] != "permute.default":
+        began, rest = rest[-1][2], rest[:-1]
+    if began == str(shape(node)):
+        return rest
+    if node.target in _VIEWS:
+        name = "reshape.default" if rest else "view.default"  # the copy after a permutation was left out
+        return (*rest, (name, (literal(node.args[1]),), began))
+    return (*form.moves, (str(node.target).removeprefix("aten."), literal(node.args[1:]), given))
 
 
 def _permutation(node: Node) -> tuple[int, ...]:
@@ -264,7 +278,7 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
         return replace(source, output=node.args[1]) if isinstance(source, Apply) else None
     if not isinstance(node.target, torch._ops.OpOverload) or not _stays_float(node):
         return None
-    if node.target in (aten._to_copy.default, aten.detach.default):
+    if node.target in (aten._to_copy.default, aten.detach.default, aten.clone.default):
         return constant_formula(facts, node.args[0])
     named = arguments(node)
     args, kwargs = [], []
@@ -310,6 +324,6 @@ def maximal(found: dict[Node, Affine]) -> Iterator[tuple[Node, Affine]]:
 def moved(form: Affine) -> Expression:
     """The base in the value's layout, as an expression."""
     expression: Expression = Ref(form.base.name)
-    for name, args in form.moves:
+    for name, args, _ in form.moves:
         expression = Call(name, (expression, *args))
     return expression

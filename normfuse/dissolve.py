@@ -52,25 +52,26 @@ def _decide(
     behind = into_readers(facts, form, value, everything)
     if isinstance(behind, Absorbed):
         return behind, gone, READERS
-    program, like = facts.program, _like(facts, value)
+    program, dtype_of = facts.program, like(facts, value)
     if form.scale is not None and form.shift is not None and well_conditioned(program, form.scale):
         half = into_readers(facts, replace(form, shift=None), value, {})
         if isinstance(half, Absorbed):
             left = replace(form, scale=None, shift=Apply("div.Tensor", (form.shift, form.scale)))
-            return half, scale_shift(left, value, like), f"{HALF}: {_told(program, before)}; {_told(program, behind)}"
+            return half, scale_shift(left, value, dtype_of), f"{HALF}: {told(program, before)}; {told(program, behind)}"
     if _steps(facts, form) <= (form.scale is not None) + (form.shift is not None):
         return None  # it is no more than one multiplication and one addition already
     nothing = Absorbed((), frozenset())
-    return nothing, scale_shift(form, value, like), f"{LEFT}: {_told(program, before)}; {_told(program, behind)}"
+    return nothing, scale_shift(form, value, dtype_of), f"{LEFT}: {told(program, before)}; {told(program, behind)}"
 
 
-def _like(facts: Facts, value: Node) -> str:
+def like(facts: Facts, value: Node) -> str:
     """A stored tensor whose dtype a new one for this value takes."""
     program = facts.program
     return next(name for node, name in program.stored.items() if dtype(program.nodes[node]) == dtype(value))
 
 
-def _told(program: Program, obstacle: Obstacle) -> str:
+def told(program: Program, obstacle: Obstacle) -> str:
+    """What stands in the way, as a sentence for the user."""
     where = (
         "the caller" if obstacle.at.op == "output" else f"'{program.stored.get(obstacle.at.name) or program.site(obstacle.at)}'"
     )
@@ -97,6 +98,6 @@ def _rewrite(
     nodes = absorbed.nodes | form.inner | {form.base}
     norms = [norm for norm in facts.norms if norm.out in form.inner or (absorbed.values and norm.out in absorbed.nodes)]
     sites = tuple(program.site(norm.out) for norm in norms) or (program.site(value),)
-    was = tuple(norm.kind for norm in norms) or ("affine",)
+    was, becomes = (tuple(norm.kind for norm in norms), NO_NORM) if norms else (("affine",), "folded")
     region = frozenset(node.name for node in nodes)
-    return Rewrite(name, sites, was, NO_NORM, (*absorbed.edits, *gone), region, Claim.ROUNDING, because)
+    return Rewrite(name, sites, was, becomes, (*absorbed.edits, *gone), region, Claim.ROUNDING, because)

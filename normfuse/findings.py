@@ -31,7 +31,7 @@ class Rewrite:
     Attributes:
         pass_name: the pass that proposes.
         sites: the norms that it changes; more than one where they share writers.
-        was: the kind of each site's norm, such as ``layer_norm``; ``affine`` where it is none.
+        was: the kind of each site's norm, such as ``layer_norm``, or what it was where it is none, such as ``affine``.
         becomes: what each of them will be, such as ``rms_norm`` (counted after the edits are made).
         edits: the changes.
         region: names of the nodes whose values the rewrite reasons about; every reader of a changed tensor must be one.

@@ -69,9 +69,10 @@ class Plan:
         """How many norms of each kind there will be, of the program's own ``before``."""
         after = Counter(before)
         for each in self.rewrites:
-            after.subtract(each.was)
-            if each.becomes != NO_NORM:
-                after[each.becomes] += len(each.sites)
+            for was in each.was:
+                if was in before:  # some rewrites are of other things than norms
+                    after[was] -= 1
+                    after[each.becomes] += each.becomes != NO_NORM
         return +after
 
     def without(self, edit: Edit) -> Plan:

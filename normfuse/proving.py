@@ -150,6 +150,10 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
         noise = [max(each, FLOOR) for each in _distances(truth, nudged)]
         errors = _distances(truth, run(b, flat, wide=True, weights=weights))
         ok = all(error <= MARGIN * own for error, own in zip(errors, noise, strict=True))
+        if not _any_number(truth):
+            notes.append(f"'{name}' shows little: the original's outputs are not finite")
+            if ok and done > 0:
+                continue
         algebra.append(Agreement(name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
         if weights is not None:
             continue
@@ -164,6 +168,11 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
             explained = after <= MARGIN * max(rounded, default=0.0)
         rounding.append(Rounding(name, before, after, explained))
     return Evidence(so_far.level, so_far.structure, tuple(algebra), tuple(rounding), tuple(notes))
+
+
+def _any_number(outputs: Sequence[Tensor]) -> bool:
+    """Whether there is anything to compare: NaN agrees with NaN whatever was rewritten."""
+    return any(bool(torch.isfinite(each).any()) for each in outputs) or not any(each.numel() for each in outputs)
 
 
 # -- two programs, or a program and a runtime --------------------------------------------------------------------------

@@ -97,7 +97,7 @@ class _Readers:
     def _owe(self, value: Node, debt: Debt) -> None:
         self.debts[value] = debt
         for out, form in self.others.get(value, ()):
-            if (form.axis in (None, debt.axis) and not form.moves) or axis_of_base(form, out) == debt.axis:
+            if (form.axis in (None, debt.axis) and not form.moves) or axis_of_base(self.facts, form, out) == debt.axis:
                 self._compose(out, form, debt)
 
     def _compose(self, out: Node, form: Affine, debt: Debt) -> None:

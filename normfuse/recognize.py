@@ -36,7 +36,8 @@ _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9
 
 def norms_of(program: Program) -> tuple[Norm, ...]:
     """Every norm of a program, in execution order."""
-    by_operator = [norm for node in program.graph.nodes if (norm := operator_norm(node)) is not None]
+    every = (operator_norm(node) for node in program.graph.nodes)
+    by_operator = [norm for norm in every if norm is not None and norm.x not in program.constant]  # some standardize weights
     taken = {node for norm in by_operator for node in norm.inner}
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     by_hand: list[Norm] = []

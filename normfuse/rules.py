@@ -209,7 +209,7 @@ def _full(node: Node, a: dict[str, Any], axis: int) -> Carried:
 # -- moving axes -------------------------------------------------------------------------------------------------------
 
 
-@_row(aten.view.default, aten._unsafe_view.default)
+@_row(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _reshape(node: Node, a: dict[str, Any], axis: int) -> Carried:
     """Row-major order: an axis survives a reshape iff its size and the number of entries behind it stay the same."""
     x = a["self"]

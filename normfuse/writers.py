@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from torch.fx import Node
 
 from normfuse.absorb import LAYERS, Absorbed, Draft, Obstacle, channel, full, is_transposed, passes_shift, per_group, sizes_of
@@ -17,7 +20,7 @@ def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle
     stray = next((reader for reader in form.base.users if reader not in form.inner and reader.target not in METADATA), None)
     if stray is not None:
         return Obstacle(stray, "reads the value before the norm as well")
-    axis = axis_of_base(form, value)
+    axis = axis_of_base(facts, form, value)
     if axis is None and form.axis is not None:
         return Obstacle(form.base, "is reshaped so that its channels are no longer one axis")
     draft = Draft(facts)
@@ -25,20 +28,17 @@ def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle
     return stopped or Absorbed(tuple(draft.edits), frozenset(draft.nodes))
 
 
-def axis_of_base(form: Affine, value: Node) -> int | None:
+def axis_of_base(facts: Facts, form: Affine, value: Node) -> int | None:
     """The axis of the base that the form's axis is; None where the views in between do not tell."""
-    if form.axis is None or not form.moves:
-        return form.axis
-    ((name, args), *others) = form.moves
-    if others:
-        return None
-    if name == "permute.default":
-        return int(args[0][form.axis])
-    views = [reader for reader in form.base.users if reader in form.inner and reader.target in MOVES]
-    if len(views) != 1 or str(shape(views[0])) != str(shape(value)):
-        return None
-    carried = carries(views[0], form.axis)
-    return carried[0][1] if carried else None
+    node, axis = value, form.axis
+    while axis is not None and node is not form.base:
+        if node.target in MOVES:
+            carried = carries(node, axis)
+            node, axis = carried[0] if carried else (node, None)
+        else:  # a norm, or arithmetic with constants: it keeps its operand's shape
+            onward = form.inner - facts.constant | {form.base}
+            node = next(each for each in node.all_input_nodes if each in onward)
+    return axis
 
 
 def fold(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
@@ -52,6 +52,8 @@ def fold(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Form
         return _layer(draft, node, axis, scale, shift)
     if node.target is aten.cat.default and axis == arguments(node)["dim"] % rank(node):
         return _joined(draft, node, axis, scale, shift)
+    if node.target is operator.getitem and _splits_along(node.args[0], axis):
+        return _parted(draft, node, axis, scale, shift)
     carried = carries(node, axis)
     if not carried:
         return Obstacle(node, "does not let a scale of its channels through")
@@ -80,14 +82,20 @@ def _onward(draft: Draft, operand: Node, axis: int, scale: Formula | None, shift
 
 def _constant(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
     """A stored tensor, or arithmetic on stored tensors: changed where it is stored if it gets there, else anew."""
-    if node.op != "placeholder" and shift is None:
-        edits, nodes = list(draft.edits), set(draft.nodes)
-        carried = carries(node, axis)
-        if carried and all(_onward(draft, operand, own, scale, None) is None for operand, own in carried):
-            return None
-        draft.edits, draft.nodes = edits, nodes
-
+    if node.op != "placeholder" and shift is None and _comes_from_stored(draft.facts, node, axis):
+        stops = (_onward(draft, operand, own, scale, None) for operand, own in carries(node, axis) or ())
+        return next((stopped for stopped in stops if stopped), None)
     return draft.change(node, lambda own: _affine(own, axis, scale, shift))
+
+
+def _comes_from_stored(facts: Facts, node: Node, axis: int) -> bool:
+    """Whether a scale of a computed value is one of the stored tensors that it is computed from, each read once."""
+    if times_read(node) != 1:
+        return False
+    if node.op == "placeholder":
+        return facts.editable(node)
+    carried = carries(node, axis)
+    return bool(carried) and all(_comes_from_stored(facts, operand, own) for operand, own in carried or ())
 
 
 def _affine(formula: Formula, axis: int, scale: Formula | None, shift: Formula | None) -> Formula:
@@ -109,6 +117,28 @@ def _joined(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: F
             return stopped
         start += size
     return None
+
+
+def _splits_along(split: Any, axis: int) -> bool:
+    return split.target in (aten.split.Tensor, aten.split_with_sizes.default) and axis == arguments(split)["dim"] % rank(split)
+
+
+def _parted(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+    """Split along the channels: the other parts are scaled by ones and shifted by zeros."""
+    split: Any = node.args[0]
+    place: Any = node.args[1]
+    sizes = [each.shape[axis] for each in split.meta["val"]]
+    if not all(isinstance(size, int) for size in sizes) or sum(each.args[1] == place for each in split.users) != 1:
+        return Obstacle(node, "is a part of what is read in other ways")
+
+    def whole(entries: Formula | None, none: float) -> Formula | None:
+        if entries is None:
+            return None
+        others = (Apply("new_full.default", (entries, (size,), none)) for size in sizes)
+        parts = (full(entries, sizes[place]) if own == place else other for own, other in enumerate(others))
+        return Apply("cat.default", (tuple(parts),))
+
+    return _onward(draft, arguments(split)["self"], axis, whole(scale, 1.0), whole(shift, 0.0))
 
 
 def part(entries: Formula | None, start: int, size: int) -> Formula | None:

