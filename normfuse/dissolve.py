@@ -20,7 +20,7 @@ from normfuse.writers import into_writers
 
 WRITERS = "folded into the layers that write its input"
 READERS = "folded into the layers that read its output"
-HALF = "its scale is folded into the layers that read its output, its shift is left as one addition"
+HALF = "its scale is folded, its shift is left as one addition"
 LEFT = "left as one multiplication and one addition"
 
 
@@ -53,15 +53,19 @@ def _decide(
     if isinstance(behind, Absorbed):
         return behind, gone, READERS
     program, dtype_of = facts.program, like(facts, value)
-    if form.scale is not None and form.shift is not None and well_conditioned(program, form.scale):
-        half = into_readers(facts, replace(form, shift=None), value, {})
+    stopped = f"{told(program, before)}; {told(program, behind)}"
+    if form.scale is not None and form.shift is not None:
+        half = into_writers(facts, replace(form, shift=None), value)
         if isinstance(half, Absorbed):
+            return half, scale_shift(replace(form, scale=None), value, dtype_of), f"{HALF}: {stopped}"
+        half = into_readers(facts, replace(form, shift=None), value, {})
+        if isinstance(half, Absorbed) and well_conditioned(program, form.scale):
             left = replace(form, scale=None, shift=Apply("div.Tensor", (form.shift, form.scale)))
-            return half, scale_shift(left, value, dtype_of), f"{HALF}: {told(program, before)}; {told(program, behind)}"
+            return half, scale_shift(left, value, dtype_of), f"{HALF}: {stopped}"
     if _steps(facts, form) <= (form.scale is not None) + (form.shift is not None):
         return None  # it is no more than one multiplication and one addition already
     nothing = Absorbed((), frozenset())
-    return nothing, scale_shift(form, value, dtype_of), f"{LEFT}: {told(program, before)}; {told(program, behind)}"
+    return nothing, scale_shift(form, value, dtype_of), f"{LEFT}: {stopped}"
 
 
 def like(facts: Facts, value: Node) -> str:

@@ -150,6 +150,9 @@ class LayerScaled(nn.Module):
 class ByHand(nn.Module):
     """A frozen BatchNorm as detection code writes it."""
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.weight, self.bias = nn.Conv2d(4, 6, 3), nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6))

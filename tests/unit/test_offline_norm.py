@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_each_pass_takes_its_own(name: str, pass_name: str, norms: int) -> None:
 
 @pytest.mark.parametrize("gain", [0.0, 1e-6])
 def test_a_stream_is_not_divided_by_what_is_zero_or_small(gain: float) -> None:
-    model = Transformer(Statistic, post=True)
+    model: Any = Transformer(Statistic, post=True)
     with torch.no_grad():
         model.blocks[1].norm1.weight[3] = gain
     result = normfuse.rewrite(model.eval(), "unified_norm", inputs=WORDS)

@@ -42,7 +42,7 @@ class Layer(nn.Module):
             case "scale":
                 return self.scale * x - 0.5
             case "root":
-                return x / (self.norm.running_var.view(-1, 1, 1) + 1e-3).sqrt()
+                return x / (self.norm.get_buffer("running_var").view(-1, 1, 1) + 1e-3).sqrt()
             case "conv":
                 return self.one(x)
             case "grouped" | "padded":
