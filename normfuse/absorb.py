@@ -127,7 +127,7 @@ class Draft:
     def change_again(self, name: str, to: Callable[[Formula], Formula]) -> bool:
         """Change what the draft makes of a tensor already: a layer may both read a value and write to its stream."""
         for place, edit in enumerate(self.edits):
-            if not isinstance(edit, Reroute) and edit.name == name:
+            if isinstance(edit, SetTensor | NewTensor) and edit.name == name:
                 self.edits[place] = replace(edit, formula=to(edit.formula))
                 return True
         return False
