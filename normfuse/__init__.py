@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normfuse.api import Inspection, Result, export, inspect, rewrite, verify
+    from normfuse.api import Inspection, Result, deploy, export, inspect, restore, rewrite, tune, verify
     from normfuse.errors import NormfuseError, VerificationFailed
     from normfuse.evidence import Evidence
     from normfuse.findings import Claim
@@ -28,11 +28,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "export", "inspect", "load", "plan", "recalibrate", "rewrite", "verify",
+    "VerificationFailed", "deploy", "export", "inspect", "load", "plan", "recalibrate", "restore", "rewrite", "tune", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "api": ("Inspection", "Result", "export", "inspect", "rewrite", "verify"),
+    "api": ("Inspection", "Result", "deploy", "export", "inspect", "restore", "rewrite", "tune", "verify"),
     "errors": ("NormfuseError", "VerificationFailed"),
     "evidence": ("Evidence",),
     "findings": ("Claim",),

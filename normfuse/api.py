@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from rich.console import RenderableType
@@ -16,6 +16,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
+from normfuse import tuning
 from normfuse.cases import Case, cases
 from normfuse.errors import InputError, NormfuseError
 from normfuse.evidence import Evidence, failed
@@ -27,6 +28,7 @@ from normfuse.loading import load, proven_first, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
 from normfuse.proving import Progress, Runner, compare, compare_runtime, prove
+from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
 from normfuse.views import Norm
@@ -56,6 +58,23 @@ class Result:
     def module(self) -> nn.Module:
         """A module that is called with the same arguments as the original."""
         return self.program.module()
+
+    def apply_to(self, model: nn.Module, *, keep: bool = False) -> nn.Module:
+        """Make the same plan on the live module that was rewritten, in place; see `deploy`.
+
+        Args:
+            model: the module that `rewrite` was given.
+            keep: keep the module's own tensors, so that `restore` can put them back.
+
+        Returns:
+            The same object.
+
+        Raises:
+            CannotApply: part of the plan has no place on modules; nothing is changed.
+            VerificationFailed: the module is not equivalent afterwards; it is put back.
+        """
+        tuning.applied(model, self.report.plan, self.inputs, keep=keep)
+        return model
 
     def save(self, path: str | Path) -> Path:
         """Write ``.pt2`` atomically; `torch.export.load` opens it without normfuse.
@@ -87,7 +106,7 @@ def rewrite(
 
     Args:
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, or the path of a saved one. It is not changed.
-        passes: names of passes, or ``"all"``.
+        passes: names of passes, or ``"all"`` for those of `normfuse.registry.ALL`, which contain the others.
         inputs: example positional inputs; found on the model (timm, transformers, ``.pt2``) when None.
         kwargs: example keyword inputs.
         dynamic_shapes: as for `torch.export.export`.
@@ -105,8 +124,7 @@ def rewrite(
         TraceError: torch.export cannot trace the model.
         VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
     """
-    if verify not in LEVELS:
-        raise NormfuseError(f"there is no verification level '{verify}'", hint=f"the levels are: {', '.join(LEVELS)}")
+    _level(verify)
     clock = _Clock()
     name, original, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     clock.lap("trace")
@@ -126,6 +144,105 @@ def rewrite(
     baked = rewritten.baked()
     clock.lap("write")
     return Result(baked, report, given, (Path(model),) if isinstance(model, (str, Path)) else ())
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def tune(
+    model: Module,
+    passes: str | Sequence[str],
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    verify: str = "full",
+    allow: str = "rounding",
+    progress: Progress | None = None,
+) -> Module:
+    """Rewrite a live model for training, in place: its layers read formulas of its own parameters (live mode, *Tune*).
+
+    Gradients reach the original parameters and equal the original model's; the state dict, optimizers, hooks and training
+    modes are as before. A BatchNorm that is set to train turns its rewrite off by itself, and on again.
+
+    Args:
+        model: the model; its class, its parameters and its state dict stay.
+        passes: names of passes, or ``"all"`` for those of `normfuse.registry.ALL`, which contain the others.
+        inputs: as for `rewrite`.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        verify: as for `rewrite`.
+        allow: as for `rewrite`.
+        progress: as for `rewrite`.
+
+    Returns:
+        The same object. What could not be rewritten on modules is told by a `NormfuseWarning`.
+
+    Raises:
+        InputError: no example inputs are known, or they do not fit.
+        TraceError: torch.export cannot trace the model, in evaluation mode or as it trains.
+        CannotApply: nothing can be rewritten; the error lists the reasons.
+        VerificationFailed: the result is not equivalent; the model is put back.
+    """
+    given = _given(model, inputs, kwargs, dynamic_shapes)
+    tuning.tuned(model, _names(passes), given, allow=_claim(allow), level=_level(verify), progress=progress)
+    return model
+
+
+def deploy(
+    model: Module,
+    passes: str | Sequence[str] | None = None,
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    keep: bool = False,
+    verify: str = "full",
+    allow: str = "rounding",
+    progress: Progress | None = None,
+) -> Module:
+    """Rewrite a live model for inference, in place: its tensors take the formulas' values (*Deploy*).
+
+    A tensor that nobody reads any more leaves the state dict; a layer may get a bias. Every other key stays.
+
+    Args:
+        model: the model; its class stays.
+        passes: names of passes, or ``"all"``; None to evaluate the formulas of a tuned model.
+        inputs: as for `rewrite`.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        keep: keep the model's own tensors, so that `restore` can put them back.
+        verify: as for `rewrite`.
+        allow: as for `rewrite`.
+        progress: as for `rewrite`.
+
+    Returns:
+        The same object. What could not be rewritten on modules is told by a `NormfuseWarning`.
+
+    Raises:
+        InputError: no example inputs are known, or they do not fit.
+        TraceError: torch.export cannot trace the model.
+        CannotApply: nothing can be rewritten; the error lists the reasons.
+        VerificationFailed: the result is not equivalent; the model is put back.
+    """
+    if passes is None:
+        if not tuning.is_live(model):
+            raise NormfuseError("this model is not tuned, so there is nothing to evaluate", hint="name the passes to deploy")
+        tuning.baked(model, keep=keep)
+        return model
+    given = _given(model, inputs, kwargs, dynamic_shapes)
+    tuning.deployed(model, _names(passes), given, allow=_claim(allow), level=_level(verify), keep=keep, progress=progress)
+    return model
+
+
+def restore(model: Module) -> Module:
+    """The untouched model behind a tuned one, or behind one that was deployed with ``keep=True``: in place, bit for bit.
+
+    Raises:
+        NormfuseError: the model was deployed and its own tensors were not kept.
+    """
+    tuning.restored(model)
+    return model
 
 
 def verify(
@@ -233,7 +350,7 @@ class Inspection:
             return
         table = plain_table("norm", "kind", "axis", "eps", "mean seen by", "would be")
         for row in self.norms:
-            fates = ", ".join(map(_short, row["passes"].values()))
+            fates = _fates(row["passes"].values(), row["kind"])
             axes = ",".join(map(str, row["axes"]))
             cells = (row["site"], row["kind"], axes, f"{row['eps']:g}", row["seen_by"] or "—", fates or "—")
             table.add_row(*map(Text, cells))
@@ -263,7 +380,7 @@ def inspect(
         trust_pickle: as for `rewrite`.
     """
     name, program, _ = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
-    plans = {each: plan(program, [each]) for each in all_passes()}
+    plans = {each: plan(program, [each]) for each in ALL}
     facts = analyze(program)
     rows = tuple(_row(program, norm, facts, plans) for norm in facts.norms)
     return Inspection(name, rows, dict(Counter(norm.kind for norm in facts.norms)), plan(program, list(plans)))
@@ -291,6 +408,12 @@ def _fate(chosen: Plan, node: str) -> str | None:
             return f"becomes {rewrite_.becomes}"
     refusal: Refusal | None = next((each for each in chosen.refusals if each.site.node == node), None)
     return f"refused, {refusal.code}: {refusal.reason}" if refusal else None
+
+
+def _fates(every: Iterable[str], kind: str) -> str:
+    """What a norm would be; where it stays what it is, the codes of the refusals."""
+    becomes = [each for each in every if each.startswith("becomes ") and each != f"becomes {kind}"]
+    return ", ".join(dict.fromkeys(map(_short, becomes or every)))
 
 
 def _short(fate: str) -> str:
@@ -341,7 +464,13 @@ def _names(passes: Any) -> list[str]:
         raise NormfuseError(
             "name the passes to run, such as passes=['pre_rmsnorm']", hint=f"there are {', '.join(all_passes())}"
         )
-    return list(dict.fromkeys(name for each in asked for name in (all_passes() if each == "all" else [each])))
+    return list(dict.fromkeys(name for each in asked for name in (ALL if each == "all" else [each])))
+
+
+def _level(name: str) -> str:
+    if name not in LEVELS:
+        raise NormfuseError(f"there is no verification level '{name}'", hint=f"the levels are: {', '.join(LEVELS)}")
+    return name
 
 
 def _claim(name: str) -> Claim:

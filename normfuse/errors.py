@@ -5,6 +5,7 @@
      ├─ InputError           example inputs are missing, or do not fit the model
      ├─ TraceError           torch.export could not trace the model
      ├─ InvalidPlan          the plan does not fit this program
+     ├─ CannotApply          the plan cannot be made on the model's modules; lists each reason
      ├─ MissingExtra         an optional package is needed; names the pip command that brings it
      ├─ ExportError          the target refused the program; names the node
      └─ VerificationFailed   exit 1: the rewritten program is not the original; carries the report
@@ -41,6 +42,14 @@ class TraceError(NormfuseError):
 
 class InvalidPlan(NormfuseError):
     """The plan does not fit this program."""
+
+
+class CannotApply(NormfuseError):
+    """The plan cannot be made on the live modules; nothing was changed, and ``reasons`` lists why."""
+
+    def __init__(self, reasons: list[str], *, hint: str | None = None) -> None:
+        super().__init__(f"this cannot be done on the model's modules: {'; '.join(reasons)}", hint=hint)
+        self.reasons = reasons
 
 
 class ExportError(NormfuseError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -152,6 +153,7 @@ def _within(argument: Any, to: Callable[[Formula], Any]) -> Any:
     return to(argument) if is_formula(argument) else argument
 
 
+@cache
 def aten_operator(name: str) -> torch._ops.OpOverload:
     """The aten operator of a name such as ``rsqrt.default``: one that computes, and touches neither operands nor files.
 

@@ -70,7 +70,7 @@ class Plan:
         after = Counter(before)
         for each in self.rewrites:
             for was in each.was:
-                if was in before:  # some rewrites are of other things than norms
+                if was in after:  # some rewrites are of other things than norms
                     after[was] -= 1
                     after[each.becomes] += each.becomes != NO_NORM
         return +after
@@ -138,10 +138,25 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
         if not accepted:
             done = {site.node for earlier in rounds for each in earlier for site in each.sites}
             open_still = (refusal for refusal in judged if refusal.site.node not in done)
-            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*refusals, *open_still))))
+            stands = (each for each in dict.fromkeys((*refusals, *open_still)) if not _overtaken(each, rounds))
+            return Plan(names, tuple(rounds), tuple(stands))
         rounds.append(tuple(accepted))
         program = _apply_round(program, tuple(accepted))
     raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
+
+
+def _overtaken(refusal: Refusal, rounds: Sequence[Sequence[Rewrite]]) -> bool:
+    """Whether another pass has made something else of the norm, so that it does not matter why this one did not."""
+    return any(
+        each.pass_name != refusal.pass_name and was != each.becomes and _place(site) == _place(refusal.site)
+        for rewrites in rounds
+        for each in rewrites
+        for site, was in zip(each.sites, each.was, strict=True)
+    )
+
+
+def _place(site: Site) -> str:
+    return site.module or site.node
 
 
 def _apply_round(program: Program, rewrites: Sequence[Rewrite]) -> Program:

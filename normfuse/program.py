@@ -14,7 +14,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,8 @@ class Program:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
         dynamic_shapes: Any = None,
+        *,
+        trains: Callable[[nn.Module], bool] = lambda module: False,
     ) -> Program:
         """Trace a module as it behaves at inference; its training flags and its config are put back afterwards.
 
@@ -87,11 +89,14 @@ class Program:
             args: example positional inputs.
             kwargs: example keyword inputs.
             dynamic_shapes: as for `torch.export.export`.
+            trains: which of its modules are in training mode while it is traced.
 
         Raises:
             TraceError: torch.export could not trace the model.
         """
-        with _at_inference(module) as notes, quiet():
+        with at_inference(module) as notes, quiet():
+            for child in module.modules():
+                child.training = trains(child)
             try:
                 exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
             except Exception as error:  # torch.export raises anything that the user's forward raises
@@ -99,7 +104,10 @@ class Program:
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
                     hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
                 ) from error
-            return cls.from_exported(exported, tuple(notes))
+            finally:
+                for child in module.modules():
+                    child.training = False
+        return cls.from_exported(exported, tuple(notes))
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram, notes: tuple[str, ...] = ()) -> Program:
@@ -288,7 +296,7 @@ def _source_line(stack_trace: str | None) -> str:
 
 
 @contextlib.contextmanager
-def _at_inference(module: nn.Module) -> Iterator[list[str]]:
+def at_inference(module: nn.Module) -> Iterator[list[str]]:
     """The module with training off and no key-value cache; yields what to tell the user of it."""
     training = [child for child in module.modules() if child.training]
     was_training = module.training

@@ -17,6 +17,10 @@ from normfuse.findings import Finding
 from normfuse.program import Program
 
 
+ALL = ("offline_norm", "pre_rmsnorm", "fold_affine")
+"""What ``all`` stands for: the passes that cost nothing at inference, each other pass being a part or a variant of one of them."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """A pass as the registry knows it.
@@ -73,9 +77,10 @@ def find(name: str) -> Pass:
 
 @cache
 def codes() -> dict[str, str]:
-    """Every refusal code with its story: the passes' and the planner's."""
-    planner = importlib.import_module("normfuse.planner")
-    everything = stories(inspect.getdoc(planner) or "")
+    """Every refusal code with its story: the passes', the planner's and the appliers'."""
+    everything: dict[str, str] = {}
+    for name in ("planner", "eager"):
+        everything |= stories(inspect.getdoc(importlib.import_module(f"normfuse.{name}")) or "")
     for each in passes().values():
         everything |= each.codes
     return dict(sorted(everything.items()))

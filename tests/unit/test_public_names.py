@@ -9,7 +9,7 @@ import normfuse
 
 PUBLIC = {
     "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "export", "inspect", "load", "plan", "recalibrate", "rewrite", "verify",
+    "VerificationFailed", "deploy", "export", "inspect", "load", "plan", "recalibrate", "restore", "rewrite", "tune", "verify",
 }  # fmt: skip
 
 

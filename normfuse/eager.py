@@ -1,0 +1,416 @@
+"""What a plan means for the modules that a program was traced from: which tensors they read, which forwards change.
+
+The graph before and the graph after are compared, so several rounds of rewrites are one change. Of a reader that is still
+there but reads another value, the new value is placed on modules in one of three ways:
+
+    instead   a module's forward gives an expression of its input: BatchNorm → its input, LayerNorm → RMSNorm
+    after     an expression of what the module's forward gave: a mean-subtraction behind an embedding's dropout
+    before    the module is given an expression of its first input: a mean-subtraction in front of the first block
+
+Everything else has no place on modules and is refused before anything is changed:
+
+    NF104  The rewrite cannot be made on the live modules: it would put an operation between two functions of one forward
+           method, or it replaces code that is in no module of its own. Rewrite the traced program instead (normfuse.rewrite).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+from torch.fx import Node
+from torch.fx.node import map_aggregate
+
+from normfuse.edits import Call, Expression, Ref, literal, refs
+from normfuse.formula import Formula
+from normfuse.program import Program
+from normfuse.rules import METADATA
+from normfuse.views import arguments, aten, shape, tensors_in
+
+VALUE = Ref("·")
+"""In an expression on a module: the module's input (``instead``, ``before``) or what its forward gave (``after``)."""
+
+FREE_OF_SIZES = frozenset({
+    "rms_norm.default", "mul.Tensor", "add.Tensor", "sub.Tensor", "neg.default", "mean.dim", "transpose.int",
+    "permute.default", "type_as.default", "clone.default",
+})  # fmt: skip
+"""What may run on modules: a live model meets other sizes than the traced ones, which `view` would have in its arguments."""
+
+Instance: TypeAlias = str
+"""One call of a module in a trace, such as ``L__self__conv@1`` for the second call of ``conv``."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What becomes of one module's forward: an expression over `VALUE` and stored tensors' names."""
+
+    place: str
+    by: Expression
+
+
+@dataclass(frozen=True)
+class Unplaced:
+    """A new value that has no place on modules.
+
+    Attributes:
+        node: the value that it would have replaced.
+        reason: why it has no place, for `Refusal`.
+        origin: (pass, site) of the rewrite that wanted it, where the graph tells.
+    """
+
+    node: Node
+    reason: str
+    origin: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """A rewritten program as changes of modules.
+
+    Attributes:
+        formulas: what stored tensors become, over the original ones, new biases included.
+        biases: names of biases that their modules did not have, with the tensor whose dtype each takes.
+        changes: module path → what becomes of its forward.
+        read: names of the stored tensors that somebody still reads.
+        unplaced: what cannot be expressed; nothing may be applied unless it is empty.
+    """
+
+    formulas: Mapping[str, Formula]
+    biases: Mapping[str, str]
+    changes: Mapping[str, Change]
+    read: frozenset[str]
+    unplaced: tuple[Unplaced, ...]
+
+
+def adapt(program: Program, rewritten: Program, model: nn.Module) -> Adaptation:
+    """Express the difference of two programs as changes of the modules that they were traced from.
+
+    Args:
+        program: the traced model.
+        rewritten: what a plan made of it; its formulas not yet evaluated.
+        model: the model; it is looked at, not changed.
+    """
+    comparison = _Comparison(program, rewritten)
+    comparison.keep_sizes()
+    changes = dict(comparison.agreed(model))
+    read = frozenset(name for node, name in rewritten.stored.items() if rewritten.nodes[node].users)
+    twins = frozenset(twin for name in read & set(program.tensor_names()) for twin in program.twins(name))
+    return Adaptation(rewritten.formulas, comparison.biases, changes, read | twins, tuple(comparison.unplaced))
+
+
+class _Comparison:
+    """Two graphs, and the values that readers read instead of others."""
+
+    def __init__(self, program: Program, rewritten: Program) -> None:
+        self.old, self.new = program, rewritten
+        self.unplaced: list[Unplaced] = []
+        self.biases: dict[str, str] = {}
+        self.paths: dict[Instance, str] = {}
+        self.bodies: dict[Instance, set[Node]] = defaultdict(set)
+        for node in program.graph.nodes:
+            for instance, path in _stack(node):
+                self.paths[instance] = path
+                self.bodies[instance].add(node)
+        self.same = {node: program.nodes[node.name] for node in rewritten.graph.nodes if self._stayed(node)}
+        for node in rewritten.graph.find_nodes(op="placeholder"):
+            if node.name not in program.nodes:
+                self._new_tensor(node)
+
+    def _stayed(self, node: Node) -> bool:
+        return node.name in self.old.nodes and "normfuse" not in node.meta
+
+    def _new_tensor(self, tensor: Node) -> None:
+        """A new tensor has a place on modules where it is the bias of a layer that had none."""
+        name = self.new.stored[tensor.name]
+        (reader,) = tensor.users if len(tensor.users) == 1 else (None,)
+        layer = self._layer_without_bias(tensor, reader) if reader is not None else None
+        home, _, own_name = name.rpartition(".")
+        weight = self.old.stored[arguments(layer)["weight"].name] if layer is not None else ""
+        if reader is None or layer is None or own_name != "bias" or {_path(layer), weight.rpartition(".")[0]} != {home}:
+            by = next(iter(tensor.users), tensor)
+            self._refuse(by, "it computes with a new tensor that no module has a place for", by)
+            return
+        self.same[reader] = layer
+        self.biases[name] = weight
+
+    def _layer_without_bias(self, tensor: Node, reader: Node) -> Node | None:
+        a = arguments(reader) if isinstance(reader.target, torch._ops.OpOverload) else {}
+        weight = a.get("weight")
+        if a.get("bias") is not tensor or not isinstance(weight, Node) or weight.name not in self.old.stored:
+            return None
+        found = [
+            node
+            for node in self.old.nodes[weight.name].users
+            if node.target is reader.target and _stack(node) == _stack(reader) and arguments(node)["bias"] is None
+        ]
+        return found[0] if len(found) == 1 else None
+
+    # -- what is read instead ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def replaced(self) -> dict[tuple[Node, Node], set[Node]]:
+        """(Old value, new value) → the readers, nodes of the old graph, that read the new one instead."""
+        self._recognize_copies()
+        found: dict[tuple[Node, Node], set[Node]] = defaultdict(set)
+        waiting = list(self.same.items())
+        while waiting:
+            new, old = waiting.pop()
+            given = [each for each in _operands(new) if each not in self._new_biases]
+            for before, after in zip(_operands(old), given, strict=True):
+                if after not in self.same and self._is_same_call(after, before):
+                    self.same[after] = before  # a view behind a norm, made anew behind what took its place
+                    waiting.append((after, before))
+                if self.same.get(after) is not before:
+                    found[before, after].add(old)
+                    waiting.extend(self._given_anew(before, after))
+        return found
+
+    def _given_anew(self, value: Node, new: Node) -> Iterator[tuple[Node, Node]]:
+        """What a module that gives way was given, where the new graph makes it anew of what took another norm's place."""
+        for instance in self._owners(value):
+            inputs = self._inputs(instance)
+            for made in self._made(new, {}) if len(inputs) == 1 else ():
+                (given,) = inputs
+                if self._is_same_call(made, given):
+                    self.same[made] = given
+                    yield made, given
+
+    def _recognize_copies(self) -> None:
+        """New calls that compute what an old call computes, such as the view in front of a norm."""
+        for node in self.new.graph.nodes:
+            operands = [self.same.get(each) for each in node.all_input_nodes] if node.op == "call_function" else []
+            if node not in self.same and operands and operands[0] is not None:
+                alike = (each for each in operands[0].users if self._is_same_call(node, each))
+                old = next((each for each in alike if each.all_input_nodes == operands), None)
+                if old is not None:
+                    self.same[node] = old
+
+    def _is_same_call(self, new: Node, old: Node) -> bool:
+        """Whether two nodes call one operator with one set of settings, on whatever operands."""
+        gone = old.name not in self.new.nodes
+        return new.op == old.op == "call_function" and gone and _settings(new) == _settings(old)
+
+    @cached_property
+    def _new_biases(self) -> set[Node]:
+        return {self.new.reader_of(name) for name in self.biases}
+
+    @cached_property
+    def _still_there(self) -> set[Node]:
+        assert self.replaced is not None  # completes what is the same
+        return set(self.same.values())
+
+    def _readers(self, value: Node) -> set[Node]:
+        """Readers of an old value that are still there and would notice a change."""
+        return {reader for reader in value.users if reader in self._still_there and reader.target not in METADATA}
+
+    # -- where the new value goes --------------------------------------------------------------------------------------
+
+    def keep_sizes(self) -> None:
+        """A tensor of another size has no place in a module whose code counts on its size."""
+        for old in self.old.graph.find_nodes(op="placeholder"):
+            new = self.new.nodes.get(old.name)
+            if old.name in self.old.stored and new is not None and shape(new) != shape(old):
+                self._refuse(old, f"the tensor '{self.old.stored[old.name]}' would get another size")
+
+    def agreed(self, model: nn.Module) -> Iterator[tuple[str, Change]]:
+        """Changes of modules: one that is called several times must change alike in all of its calls."""
+        calls: dict[int, set[Instance]] = defaultdict(set)
+        for instance, path in self.paths.items():
+            calls[id(model.get_submodule(path))].add(instance)
+        found: dict[int, list[tuple[Instance, Node, Change]]] = defaultdict(list)
+        for placed in self._placed():
+            found[id(model.get_submodule(self.paths[placed[0]]))].append(placed)
+        for module, places in found.items():
+            instance, value, change = places[0]
+            if {each for each, _, _ in places} != calls[module] or any(other != change for _, _, other in places):
+                self._refuse(value, "its module is called several times, and the calls do not change alike")
+            else:
+                yield self.paths[instance], change
+
+    def _placed(self) -> Iterator[tuple[Instance, Node, Change]]:
+        """(Module call, value that is replaced, change); what has no place is left in `unplaced`."""
+        seen_as: dict[Node, Node] = {}
+        later: list[tuple[Node, Node, set[Node]]] = []
+        for (value, new), readers in self.replaced.items():
+            made = self._made(new, {})
+            if value in {self.same.get(leaf) for leaf in self._leaves(new, {})} and made:
+                found = self._insert(value, new, made, readers)
+                if found is not None:
+                    seen_as[new] = value
+                    yield found[0], value, found[1]
+            else:
+                later.append((value, new, readers))
+        order = {node: place for place, node in enumerate(self.old.graph.nodes)}
+        for value, new, readers in sorted(later, key=lambda each: order[each[0]]):
+            found_here = list(self._instead(value, new, seen_as, readers))
+            if found_here and new not in self.same:
+                seen_as[new] = value  # what reads the new value is given what the module gives
+            yield from found_here
+
+    def _insert(self, value: Node, new: Node, made: set[Node], readers: set[Node]) -> tuple[Instance, Change] | None:
+        """Something is done to a value on its way to its readers."""
+        leaves = {self.same.get(leaf) for leaf in self._leaves(new, {})}
+        by = self._expression(new, {})
+        if leaves - {value} or by is None:
+            self._refuse(value, "a new operation would read two values that no single module is given", new)
+            return None
+        raw = {user for user in self._now(value).users if user not in made and user.target not in METADATA}
+        for instance in self._owners(value):
+            if self._outputs(instance) == {value} and all(self.same.get(user) in self.bodies[instance] for user in raw):
+                return instance, Change("after", by)
+        for instance in self._around(readers):
+            inside = [user for user in (*raw, *new.users) if instance in dict(_stack(user))]
+            if value not in self.bodies[instance] and set(inside) == set(new.users):
+                return instance, Change("before", by)
+        self._refuse(value, "a new operation would stand between two functions of one forward method", new)
+        return None
+
+    def _instead(
+        self, value: Node, new: Node, seen_as: dict[Node, Node], readers: set[Node]
+    ) -> Iterator[tuple[Instance, Node, Change]]:
+        """A module's whole forward gives way to an expression of its input."""
+        leaves = {seen_as.get(leaf) or self.same.get(leaf) for leaf in self._leaves(new, seen_as)}
+        source = next(iter(leaves), None)
+        by = self._expression(new, seen_as)
+        way = list(self._way(value, source)) if self._readers(value) <= readers else []
+        if len(leaves) != 1:
+            self._refuse(value, "what takes its place reads several values", new)
+        elif by is None:
+            self._refuse(value, "what takes its place depends on the sizes of the traced inputs", new)
+        elif not way or way[-1][1] is not source:
+            self._refuse(value, "it is in no module of its own that could be replaced", new)
+        else:
+            if by == VALUE and self._is_read_beside(*way[-1]):
+                by = Call("clone.default", (VALUE,))
+            for place, (instance, _) in enumerate(way):
+                yield instance, value, Change("instead", VALUE if place else by)
+
+    def _way(self, value: Node, source: Node | None) -> Iterator[tuple[Instance, Node]]:
+        """From a value back to its source through modules of which nothing is left: (call, what it is given)."""
+        while value is not source and value not in self._still_there:
+            found = next(((i, given) for i in reversed(list(self._owners(value))) if (given := self._given(i, value))), None)
+            if found is None:
+                return
+            instance, value = found
+            yield instance, value
+
+    def _is_read_beside(self, instance: Instance, source: Node) -> bool:
+        """Whether somebody else, the caller included, holds what the last module on a way is given.
+
+        The module gave a tensor of its own, into which the model's code may write.
+        """
+        return source.op == "placeholder" or any(instance not in dict(_stack(user)) for user in source.users)
+
+    def _given(self, instance: Instance, value: Node) -> Node | None:
+        """The one value that a module call is given, if it computes this value and nothing that is still there."""
+        body = self.bodies[instance]
+        computes = any(node in self._still_there and node.target not in METADATA for node in body)
+        inputs = self._inputs(instance)
+        return next(iter(inputs)) if not computes and self._outputs(instance) == {value} and len(inputs) == 1 else None
+
+    def _refuse(self, value: Node, reason: str, new: Node | None = None) -> None:
+        self.unplaced.append(Unplaced(value, reason, new.meta.get("normfuse") if new is not None else None))
+
+    def _owners(self, value: Node) -> Iterator[Instance]:
+        """The module calls that a value is computed in, the innermost first."""
+        return (instance for instance, _ in reversed(_stack(value)))
+
+    def _around(self, readers: set[Node]) -> Iterator[Instance]:
+        """The module calls that all readers are in, the innermost first."""
+        if readers:
+            first, *others = readers
+            yield from (each for each in self._owners(first) if all(each in dict(_stack(other)) for other in others))
+
+    def _outputs(self, instance: Instance) -> set[Node]:
+        body = self.bodies[instance]
+        return {node for node in body if any(user not in body and user.target not in METADATA for user in node.users)}
+
+    def _inputs(self, instance: Instance) -> set[Node]:
+        body = self.bodies[instance]
+        read = {operand for node in body for operand in node.all_input_nodes} - body
+        return {node for node in read if node.name not in self.old.stored}
+
+    def _now(self, value: Node) -> Node:
+        """An old value's node in the new graph."""
+        return self._by_old[value]
+
+    @cached_property
+    def _by_old(self) -> dict[Node, Node]:
+        return {old: new for new, old in self.same.items()}
+
+    # -- expressions ---------------------------------------------------------------------------------------------------
+
+    def _made(self, new: Node, stops: Mapping[Node, Node]) -> set[Node]:
+        """The nodes of a new value's expression that the old graph does not have."""
+        if new in self.same or new in stops or new.op == "placeholder":
+            return set()
+        return {new}.union(*(self._made(operand, stops) for operand in new.all_input_nodes))
+
+    def _leaves(self, new: Node, stops: Mapping[Node, Node]) -> set[Node]:
+        """The values, stored tensors left out, that a new value is computed from."""
+        if new.name in self.new.stored:
+            return set()
+        if new in self.same or new in stops:
+            return {new}
+        return set().union(*(self._leaves(operand, stops) for operand in new.all_input_nodes))
+
+    def _expression(self, new: Node, stops: Mapping[Node, Node]) -> Expression | None:
+        """A new value over `VALUE` and tensors' names; None where it has sizes of the trace in it."""
+        if new.name in self.new.stored:
+            return Ref(self.new.stored[new.name])
+        if new in self.same or new in stops:
+            return VALUE
+        op = str(new.target).removeprefix("aten.")
+        if op not in FREE_OF_SIZES:
+            return None
+        args = [self._expression(each, stops) if isinstance(each, Node) else literal(each) for each in new.args]
+        wanted = str(new.kwargs["dtype"]).removeprefix("torch.") if "dtype" in new.kwargs else None
+        return (
+            None if None in [a for a, b in zip(args, new.args, strict=True) if b is not None] else Call(op, tuple(args), wanted)
+        )
+
+
+def _operands(node: Node) -> list[Node]:
+    """Every node among a call's arguments, once per occurrence, in the order of the operator's schema."""
+    return list(tensors_in(arguments(node) if isinstance(node.target, torch._ops.OpOverload) else (node.args, node.kwargs)))
+
+
+def _settings(node: Node) -> Any:
+    """A call's operator and arguments with the operands left blank; a transposition is a permutation."""
+    if node.target is aten.transpose.int:
+        order, a = list(range(len(shape(node)))), arguments(node)
+        order[a["dim0"]], order[a["dim1"]] = order[a["dim1"]], order[a["dim0"]]
+        return aten.permute.default, {"self": None, "dims": order}
+    given = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else (node.args, node.kwargs)
+    return node.target, map_aggregate(given, lambda each: None if isinstance(each, Node) else each)
+
+
+def _stack(node: Node) -> list[tuple[Instance, str]]:
+    """The module calls that a node was traced in, the outermost first: (call, path)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [(key, re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", path))) for key, (path, _) in stack.items()]
+
+
+def _path(node: Node) -> str:
+    return _stack(node)[-1][1] if _stack(node) else ""
+
+
+def stored_names(by: Expression) -> Iterator[str]:
+    """Names of the stored tensors that a change's expression reads."""
+    return (name for name in refs(by) if name != VALUE.node)
+
+
+def input_of(program: Program, path: str) -> torch.Tensor | None:
+    """The (fake) value that a module was given in the trace; None where it is not given one tensor of fixed sizes."""
+    body = {node for node in program.graph.nodes if path in {each for _, each in _stack(node)}}
+    given = {operand for node in body for operand in node.all_input_nodes} - body
+    values = [node.meta.get("val") for node in given if node.name not in program.stored]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    fixed = len(tensors) == len(values) > 0 and all(isinstance(size, int) for size in tensors[0].shape)
+    return tensors[0] if fixed else None

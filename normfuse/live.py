@@ -1,0 +1,282 @@
+"""A module that reads formulas in place of its own tensors, or whose forward gives way: the same object, another class.
+
+A rewritten module's class becomes a subclass of its own class with the same name. Per changed tensor it has a property, which
+Python finds before `nn.Module.__getattr__`, so the module's own code reads the formula's value while its parameters, their
+names, hooks, optimizers, ``.to()`` and `state_dict` go on as before. Everything a module needs is data in its `Rewritten`
+record, so copying and pickling work, and taking the class away again restores the module.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfuse.eager import VALUE, Change
+from normfuse.edits import Call, Ref
+from normfuse.errors import NormfuseError
+from normfuse.formula import evaluate
+from normfuse.recomputed import Formed, Recipe
+
+RECORD = "_normfuse"
+"""The attribute that holds a module's `Rewritten` record."""
+
+
+@dataclass
+class Rewritten:
+    """What a module reads and computes otherwise than its class says.
+
+    Attributes:
+        tensors: attribute → how its value is formed.
+        home: tensor name → the module that holds it (None for the module itself, so that replicas hold their own) and the
+            attribute there.
+        change: what becomes of the forward method.
+        guards: modules that must not be in training mode; while one is, the module does what its own class says.
+        spare: (module, home, name) of tensors that nobody reads once the formulas are evaluated.
+        kept: the model's own tensors after `bake` has put others in their place; None where they were not kept.
+    """
+
+    tensors: dict[str, Recipe] = field(default_factory=dict)
+    home: dict[str, tuple[nn.Module | None, str]] = field(default_factory=dict)
+    change: Change | None = None
+    guards: list[nn.Module] = field(default_factory=list)
+    spare: list[tuple[nn.Module, str, str]] = field(default_factory=list)
+    kept: list[Kept] | None = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of a module as it was: ``home`` is ``_parameters`` or ``_buffers``, ``data`` its value where that changed."""
+
+    module: nn.Module
+    home: str
+    name: str
+    tensor: Tensor | None
+    data: Tensor | None
+
+    def put_back(self) -> None:
+        """Make the module hold it again."""
+        getattr(self.module, self.home)[self.name] = self.tensor
+        if self.tensor is not None and self.data is not None:
+            self.tensor.data = self.data
+
+
+def install(module: nn.Module, record: Rewritten) -> None:
+    """Give a module the behaviour of a record; `own_class` takes it away again."""
+    module.__dict__[RECORD] = record
+    attributes = tuple(sorted(record.tensors))
+    module.__class__ = _class_for(type(module), attributes, record.change is not None)  # type: ignore[arg-type]
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether a module has a record."""
+    return RECORD in module.__dict__
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if is_rewritten(module):
+        del _plain(module).__dict__[RECORD]
+
+
+@functools.cache
+def _class_for(base: Any, attributes: tuple[str, ...], forward: bool) -> type[nn.Module]:
+    """A subclass with the class's own name, a property per attribute, and the record's forward where there is one."""
+    members: dict[str, Any] = {name: _property(name) for name in attributes}
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made, args, *state = tuple(base.__reduce_ex__(self, protocol))
+        as_base = tuple(base if each is type(self) else each for each in args)
+        return _made_again, (attributes, forward, made, as_base), *state
+
+    if forward:
+        members["forward"] = _forward_of(base)
+    return type(base.__name__, (base,), members | {"__reduce_ex__": reduce})
+
+
+def _made_again(attributes: tuple[str, ...], forward: bool, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """An unpickled or copied module, before its state is filled in."""
+    module = made(*args)
+    module.__class__ = _class_for(type(module), attributes, forward)  # type: ignore[arg-type]
+    return module
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def _property(name: str) -> property:
+    def read(self: nn.Module) -> Any:
+        try:
+            return _value(self, name)
+        except AttributeError as error:  # torch would hand out the module's own tensor instead
+            raise NormfuseError(f"'{name}' of a rewritten {type(self).__name__} cannot be computed: {error}") from error
+
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value  # what DataParallel does with a replica's parameters
+
+    return property(read, write)
+
+
+def _value(module: nn.Module, name: str) -> Any:
+    record: Rewritten = module.__dict__[RECORD]
+    if _idle(module, record):
+        return own(module, name)
+    recipe = record.tensors[name]
+    leaves = [own(module if holder is None else holder, attribute) for holder, attribute in _homes(record, recipe)]
+    dtype = own(module, recipe.like).dtype
+    # a compiler decides by itself what to keep for backward
+    return recipe.form(leaves, dtype) if torch.compiler.is_compiling() else Formed.of(recipe, leaves, dtype)
+
+
+def _homes(record: Rewritten, recipe: Recipe) -> Iterator[tuple[nn.Module | None, str]]:
+    return (record.home[name] for name in recipe.names)
+
+
+def own(module: nn.Module, name: str) -> Any:
+    """The tensor that a module itself holds under a name."""
+    for home in (module.__dict__, module._parameters, module._buffers):
+        if name in home:
+            return home[name]
+    raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
+
+
+def _idle(module: nn.Module, record: Rewritten) -> bool:
+    """Whether the module does what its own class says: a guard is training, or it is a replica, which knows no other ones."""
+    if record.guards and module.__dict__.get("_is_replica", False):
+        return True
+    return any(guard.training for guard in record.guards)
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
+    original: Callable[..., Any] = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        record: Rewritten = self.__dict__[RECORD]
+        if record.change is None or _idle(self, record):
+            return original(self, *args, **kwargs)
+        by = record.change.by
+        if record.change.place == "after":
+            return _computed(by, original(self, *args, **kwargs), self, record)
+        value = args[0] if args else next(iter(kwargs.values()))
+        value = _computed(by, value, self, record)
+        if record.change.place == "instead":
+            return value
+        if args:
+            return original(self, value, *args[1:], **kwargs)
+        return original(self, **{**kwargs, next(iter(kwargs)): value})
+
+    return forward
+
+
+def _computed(by: Any, value: Any, module: nn.Module, record: Rewritten) -> Any:
+    """The value of a change's expression; what occurs in it twice is computed once."""
+    done: dict[Any, Any] = {}
+
+    def of(part: Any) -> Any:
+        match part:
+            case Ref():
+                holder, attribute = (None, None) if part == VALUE else record.home[part.node]
+                return value if attribute is None else getattr(holder or module, attribute)
+            case Call():
+                if part not in done:
+                    done[part] = part.target()(*map(of, part.args), **part.keywords())
+                return done[part]
+            case tuple():
+                return list(part)
+            case _:
+                return part
+
+    return of(by)
+
+
+# -- deploy and the way back -------------------------------------------------------------------------------------------
+
+
+def bake(model: nn.Module) -> None:
+    """Put the formulas' values in the place of a model's tensors; the originals are kept in the records.
+
+    Every formula is evaluated in float64 and rounded once, and all of them are evaluated before any tensor changes. Tensors
+    that nobody reads any more leave the state dict: beside the changed ones they would tell the model's own class to apply
+    its norms twice.
+    """
+    records = dict(rewritten(model))
+    values = [(module, name, _baked(module, record, name)) for module, record in records.items() for name in record.tensors]
+    before = [(_kept(module, name), value) for module, name, value in values]
+    tied: dict[tuple[Any, ...], Tensor] = {}
+    for kept, value in before:
+        records[kept.module].kept = [*(records[kept.module].kept or ()), kept]
+        if kept.tensor is None or kept.data is None:
+            kept.module.register_parameter(kept.name, nn.Parameter(value))
+        else:
+            kept.tensor.data = tied.setdefault(_memory(kept.data), value)
+    for module, record in records.items():
+        for holder, home, name in record.spare:
+            record.kept = [*(record.kept or ()), Kept(holder, home, name, getattr(holder, home)[name], None)]
+            getattr(holder, home)[name] = None
+        record.tensors, record.guards, record.spare = {}, [], []
+        install(_plain(module), record)
+
+
+def forget(model: nn.Module) -> None:
+    """Give up the originals that `bake` has kept."""
+    for module, record in list(rewritten(model)):
+        if record.change is None:
+            own_class(module)
+        else:
+            record.kept = None
+
+
+def undo(model: nn.Module) -> bool:
+    """Give a model its own classes and tensors back; False, and nothing done, where its own tensors were not kept."""
+    records = dict(rewritten(model))
+    if any(record.kept is None for record in records.values()):
+        return False
+    for module, record in records.items():
+        for kept in record.kept or ():
+            kept.put_back()
+        own_class(module)
+    return True
+
+
+def rewritten(model: nn.Module) -> Iterator[tuple[nn.Module, Rewritten]]:
+    """The modules that have a record, with it."""
+    return ((module, module.__dict__[RECORD]) for module in model.modules() if is_rewritten(module))
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    module.__class__ = type(module).__mro__[1]
+    return module
+
+
+def _kept(module: nn.Module, name: str) -> Kept:
+    tensor = own(module, name)
+    return Kept(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
+
+
+def home_of(module: nn.Module, name: str) -> str:
+    """Where a module holds a tensor: ``_parameters`` or ``_buffers``."""
+    return "_parameters" if name in module._parameters else "_buffers"
+
+
+def _baked(module: nn.Module, record: Rewritten, attribute: str) -> Tensor:
+    recipe = record.tensors[attribute]
+
+    def read(name: str) -> Tensor:
+        holder, place = record.home[name]
+        tensor: Tensor = own(module if holder is None else holder, place)
+        return tensor
+
+    return evaluate(recipe.formula, read).to(own(module, recipe.like).dtype).contiguous()
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
