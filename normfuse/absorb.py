@@ -14,11 +14,11 @@ from typing import Any
 from torch.fx import Node
 
 from normfuse.affine import MOVES, Affine, constant_formula, moved
-from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, SetTensor, literal
+from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Read, reads
 from normfuse.rules import rank, times_read
-from normfuse.views import arguments, aten, shape
+from normfuse.views import arguments, aten, dtype, shape
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,10 @@ class Draft:
         if self.change_again(f"normfuse_{node.name}", to):
             return None
         formula = constant_formula(self.facts, node) if node.op == "call_function" else None
-        like = None if formula is None else next(reads(formula), None)
-        if formula is None or like is None:
+        if formula is None or next(reads(formula), None) is None:
             return Obstacle(node, "is no stored tensor that may change")
-        self.edits.append(NewTensor(made := f"normfuse_{node.name}", to(formula), like))
-        self.edits.append(Reroute(node.name, Ref(made)))
+        new, read = new_tensor(self.facts, f"normfuse_{node.name}", to(formula), node)
+        self.edits += [new, Reroute(node.name, read)]
         return None
 
     def change_again(self, name: str, to: Callable[[Formula], Formula]) -> bool:
@@ -142,17 +141,28 @@ class Draft:
         made = f"{folder}.bias" if folder else "bias"
         if made in set(self.facts.program.tensor_names()) or own == "bias":
             made = f"{weight.replace('.', '_')}_normfuse_bias"
-        named = {**arguments(layer), "bias": Ref(made)}
-        call = Call(str(layer.target).removeprefix("aten."), tuple(map(literal, named.values())))
-        self.edits += [NewTensor(made, value, weight), Reroute(layer.name, call)]
+        new, read = new_tensor(self.facts, made, value, arguments(layer)["weight"])
+        named = {**arguments(layer), "bias": read}
+        given = (each if isinstance(each, Call | Ref) else literal(each) for each in named.values())
+        self.edits += [new, Reroute(layer.name, Call(str(layer.target).removeprefix("aten."), tuple(given)))]
         self.biases[layer] = made
         return None
 
-    def add_map(self, layer: Node, value: Formula, like: str) -> None:
+    def add_map(self, layer: Node, value: Formula) -> None:
         """Add a stored map to what a layer gives."""
-        made = f"normfuse_{layer.name}_map"
-        self.edits += [NewTensor(made, value, like), Reroute(layer.name, Call("add.Tensor", (Ref(layer.name), Ref(made))))]
+        new, read = new_tensor(self.facts, f"normfuse_{layer.name}_map", value, layer)
+        self.edits += [new, Reroute(layer.name, Call("add.Tensor", (Ref(layer.name), read)))]
         self.mapped.add(layer)
+
+
+def new_tensor(facts: Facts, name: str, formula: Formula, at: Node) -> tuple[NewTensor, Expression]:
+    """A new stored tensor, and what reads it in the dtype of the value ``at``, which under autocast no stored one may have."""
+    program, kind = facts.program, dtype(at)
+    known = [*reads(formula), *program.stored.values()]
+    alike = next((each for each in known if program.tensor(each).dtype == kind), None)
+    if alike is not None:
+        return NewTensor(name, formula, alike), Ref(name)
+    return NewTensor(name, formula, known[0]), Call("_to_copy.default", (Ref(name),), str(kind).removeprefix("torch."))
 
 
 def per_group(weight: Formula, entries: Formula, groups: int, sizes: tuple[int, ...]) -> Formula:
@@ -176,14 +186,8 @@ def sizes_of(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in shape(node))
 
 
-def scale_shift(form: Affine, value: Node, like: str) -> tuple[Edit, ...]:
-    """One multiplication and one addition in place of whatever computes the value.
-
-    Args:
-        form: of the value.
-        value: the value.
-        like: name of a stored tensor that gives the new ones their dtype.
-    """
+def scale_shift(facts: Facts, form: Affine, value: Node) -> tuple[Edit, ...]:
+    """One multiplication and one addition in place of whatever computes the value."""
     edits: list[Edit] = []
     expression = moved(form)
     axis = 0 if form.axis is None else form.axis
@@ -191,6 +195,7 @@ def scale_shift(form: Affine, value: Node, like: str) -> tuple[Edit, ...]:
     for op, entries in (("mul.Tensor", form.scale), ("add.Tensor", form.shift)):
         if entries is not None:
             made = f"normfuse_{value.name}_{'scale' if op == 'mul.Tensor' else 'shift'}"
-            edits.append(NewTensor(made, Apply("view.default", (entries, sizes)), like))
-            expression = Call(op, (expression, Ref(made)))
+            new, read = new_tensor(facts, made, Apply("view.default", (entries, sizes)), value)
+            edits.append(new)
+            expression = Call(op, (expression, read))
     return (*edits, Reroute(value.name, expression))

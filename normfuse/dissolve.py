@@ -15,7 +15,7 @@ from normfuse.findings import NO_NORM, Claim, Rewrite
 from normfuse.formula import Apply
 from normfuse.program import Program
 from normfuse.readers import into_readers, well_conditioned
-from normfuse.views import Norm, dtype
+from normfuse.views import Norm
 from normfuse.writers import into_writers
 
 WRITERS = "folded into the layers that write its input"
@@ -52,26 +52,20 @@ def _decide(
     behind = into_readers(facts, form, value, everything)
     if isinstance(behind, Absorbed):
         return behind, gone, READERS
-    program, dtype_of = facts.program, like(facts, value)
+    program = facts.program
     stopped = f"{told(program, before)}; {told(program, behind)}"
     if form.scale is not None and form.shift is not None:
         half = into_writers(facts, replace(form, shift=None), value)
         if isinstance(half, Absorbed):
-            return half, scale_shift(replace(form, scale=None), value, dtype_of), f"{HALF}: {stopped}"
+            return half, scale_shift(facts, replace(form, scale=None), value), f"{HALF}: {stopped}"
         half = into_readers(facts, replace(form, shift=None), value, {})
         if isinstance(half, Absorbed) and well_conditioned(program, form.scale):
             left = replace(form, scale=None, shift=Apply("div.Tensor", (form.shift, form.scale)))
-            return half, scale_shift(left, value, dtype_of), f"{HALF}: {stopped}"
+            return half, scale_shift(facts, left, value), f"{HALF}: {stopped}"
     if _steps(facts, form) <= (form.scale is not None) + (form.shift is not None):
         return None  # it is no more than one multiplication and one addition already
     nothing = Absorbed((), frozenset())
-    return nothing, scale_shift(form, value, dtype_of), f"{LEFT}: {stopped}"
-
-
-def like(facts: Facts, value: Node) -> str:
-    """A stored tensor whose dtype a new one for this value takes."""
-    program = facts.program
-    return next(name for node, name in program.stored.items() if dtype(program.nodes[node]) == dtype(value))
+    return nothing, scale_shift(facts, form, value), f"{LEFT}: {stopped}"
 
 
 def told(program: Program, obstacle: Obstacle) -> str:

@@ -179,23 +179,24 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _computed(by: Any, value: Any, module: nn.Module, record: Rewritten) -> Any:
     """The value of a change's expression; what occurs in it twice is computed once."""
-    done: dict[Any, Any] = {}
+    return _part(by, value, module, record, {})
 
-    def of(part: Any) -> Any:
-        match part:
-            case Ref():
-                holder, attribute = (None, None) if part == VALUE else record.home[part.node]
-                return value if attribute is None else getattr(holder or module, attribute)
-            case Call():
-                if part not in done:
-                    done[part] = part.target()(*map(of, part.args), **part.keywords())
-                return done[part]
-            case tuple():
-                return list(part)
-            case _:
-                return part
 
-    return of(by)
+def _part(by: Any, value: Any, module: nn.Module, record: Rewritten, done: dict[Any, Any]) -> Any:
+    # no closure: one that calls itself is a cycle, and would hold an activation until the garbage collector comes
+    match by:
+        case Ref():
+            holder, attribute = (None, None) if by == VALUE else record.home[by.node]
+            return value if attribute is None else getattr(holder or module, attribute)
+        case Call():
+            if by not in done:
+                args = (_part(each, value, module, record, done) for each in by.args)
+                done[by] = by.target()(*args, **by.keywords())
+            return done[by]
+        case tuple():
+            return list(by)
+        case _:
+            return by
 
 
 # -- deploy and the way back -------------------------------------------------------------------------------------------

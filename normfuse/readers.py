@@ -31,7 +31,7 @@ from normfuse.absorb import (
 from normfuse.affine import Affine, constant_formula, moved, product, total
 from normfuse.edits import Reroute, literal
 from normfuse.facts import Facts
-from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, reads, substitute
+from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
 from normfuse.program import Program
 from normfuse.rules import METADATA, carries, rank, times_read
 from normfuse.views import arguments, aten, is_tensor, shape, tensors_in
@@ -247,7 +247,7 @@ class _Readers:
         everywhere = Apply("expand.default", (column, (1, channels, *places)))
         given = {**a, "input": everywhere, "weight": weight, "bias": None}
         arguments_ = tuple(each if is_formula(each) else literal(each) for each in given.values())
-        self.draft.add_map(node, Apply(str(node.target).removeprefix("aten."), arguments_), next(reads(weight)))
+        self.draft.add_map(node, Apply(str(node.target).removeprefix("aten."), arguments_))
         return None
 
     def _added(self, bias: Node, entries: Formula) -> Obstacle | None:
@@ -269,7 +269,7 @@ class _Readers:
             if a["beta"] != 1 or a["alpha"] != 1:
                 return Obstacle(node, "scales its bias")
             return self._added(a["self"], added)
-        self.draft.add_map(node, added, next(reads(plain)))
+        self.draft.add_map(node, added)
         return None
 
 

@@ -16,9 +16,8 @@ from normfuse.facts import Facts
 from normfuse.findings import Finding
 from normfuse.program import Program
 
-
 ALL = ("offline_norm", "pre_rmsnorm", "fold_affine")
-"""What ``all`` stands for: the passes that cost nothing at inference, each other pass being a part or a variant of one of them."""
+"""What ``all`` stands for: the passes that cost nothing at inference; each other one is a part or a variant of these."""
 
 
 @dataclass(frozen=True)

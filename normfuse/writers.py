@@ -82,20 +82,22 @@ def _onward(draft: Draft, operand: Node, axis: int, scale: Formula | None, shift
 
 def _constant(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
     """A stored tensor, or arithmetic on stored tensors: changed where it is stored if it gets there, else anew."""
-    if node.op != "placeholder" and shift is None and _comes_from_stored(draft.facts, node, axis):
-        stops = (_onward(draft, operand, own, scale, None) for operand, own in carries(node, axis) or ())
+    if node.op != "placeholder" and _comes_from_stored(draft.facts, node, axis, shifted=shift is not None):
+        stops = (_onward(draft, operand, own, scale, shift) for operand, own in carries(node, axis) or ())
         return next((stopped for stopped in stops if stopped), None)
     return draft.change(node, lambda own: _affine(own, axis, scale, shift))
 
 
-def _comes_from_stored(facts: Facts, node: Node, axis: int) -> bool:
-    """Whether a scale of a computed value is one of the stored tensors that it is computed from, each read once."""
+def _comes_from_stored(facts: Facts, node: Node, axis: int, *, shifted: bool) -> bool:
+    """Whether a scale (and a shift) of a computed value is one of the stored tensors it is computed from, each read once."""
     if times_read(node) != 1:
         return False
     if node.op == "placeholder":
         return facts.editable(node)
     carried = carries(node, axis)
-    return bool(carried) and all(_comes_from_stored(facts, operand, own) for operand, own in carried or ())
+    if not carried or (shifted and not passes_shift(node)):
+        return False
+    return all(_comes_from_stored(facts, operand, own, shifted=shifted) for operand, own in carried)
 
 
 def _affine(formula: Formula, axis: int, scale: Formula | None, shift: Formula | None) -> Formula:

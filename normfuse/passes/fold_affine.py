@@ -33,10 +33,10 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.absorb import Absorbed, Obstacle
+from normfuse.absorb import Absorbed, Obstacle, new_tensor
 from normfuse.affine import Affine, constant, forms, maximal, moved
-from normfuse.dissolve import like, told
-from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, literal
+from normfuse.dissolve import told
+from normfuse.edits import Call, Edit, Expression, Ref, Reroute, literal
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.formula import Apply
@@ -90,7 +90,7 @@ def _without(norm: Norm, shift: Expression | None = None) -> Call:
     named.pop("cudnn_enable", None)
     named.pop("cudnn_enabled", None)
     op = str(norm.out.target).removeprefix("aten.")
-    return Call(op, tuple(each if isinstance(each, Ref) else literal(each) for each in named.values()))
+    return Call(op, tuple(each if isinstance(each, Ref | Call) else literal(each) for each in named.values()))
 
 
 def _fold(
@@ -114,12 +114,11 @@ def _fold(
 def _kept_shift(facts: Facts, norm: Norm, value: Node, form: Affine, core: Expression) -> tuple[Edit, ...]:
     """β/γ behind the norm alone: in the operator where it takes a bias, as an addition elsewhere."""
     assert form.axis is not None
-    made = f"normfuse_{value.name}_shift"
     entries = Apply("div.Tensor", (form.shift, form.scale))
-    if norm.out is value and norm.out.target is aten.layer_norm.default:
-        return NewTensor(made, entries, like(facts, value)), Reroute(value.name, _without(norm, Ref(made)))
+    in_operator = norm.out is value and norm.out.target is aten.layer_norm.default
     column = Apply("view.default", (entries, (-1, *(1 for _ in range(rank(value) - 1 - form.axis)))))
-    return NewTensor(made, column, like(facts, value)), Reroute(value.name, Call("add.Tensor", (core, Ref(made))))
+    new, read = new_tensor(facts, f"normfuse_{value.name}_shift", entries if in_operator else column, value)
+    return new, Reroute(value.name, _without(norm, read) if in_operator else Call("add.Tensor", (core, read)))
 
 
 def _rewrite(program: Program, norm: Norm, form: Affine, absorbed: Absorbed, gone: tuple[Edit, ...], because: str) -> Rewrite:
