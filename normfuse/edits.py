@@ -1,7 +1,8 @@
 """Edits are inert data; `apply` is the only code that changes a program, and it changes a copy.
 
-Two kinds suffice. `SetTensor` gives a stored tensor a new value by a formula. `Reroute` makes readers of a node read an
-expression instead; nodes that nobody reads any more are dropped.
+Four kinds suffice. `SetTensor` gives a stored tensor a new value by a formula, `NewTensor` adds one. `Reroute` makes readers of
+a node read an expression instead; nodes that nobody reads any more are dropped. `Resize` says that a value gets another size
+along an axis; every value that does must be named by one, so nothing changes its shape by accident.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
 
 from normfuse import formula
 from normfuse.errors import InvalidPlan
 from normfuse.formula import Formula
 from normfuse.program import Program
+from normfuse.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,25 @@ class Reroute:
         return f"{self.node} ← {self.by}{some}"
 
 
-Edit: TypeAlias = SetTensor | NewTensor | Reroute
+@dataclass(frozen=True)
+class Resize:
+    """The value of ``node`` gets ``size`` entries along ``axis``; sizes that its call says follow.
+
+    Attributes:
+        node: name of a node, stored tensors included, or of a new value of the same plan.
+        axis: the axis.
+        size: its new size, at least one.
+    """
+
+    node: str
+    axis: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.node} has {self.size} entries along axis {self.axis}"
+
+
+Edit: TypeAlias = SetTensor | NewTensor | Reroute | Resize
 
 
 def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[str, str]] | None = None) -> Program:
@@ -129,24 +148,28 @@ def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[st
         by: (pass, site) of each edit, kept in ``node.meta["normfuse"]`` of the nodes that it makes.
 
     Raises:
-        InvalidPlan: an edit names a node, a reader or a tensor that the program does not have.
+        InvalidPlan: an edit names a node, a reader or a tensor that the program does not have, or a value would change its
+            shape or dtype otherwise than the edits say.
     """
     edits = tuple(edits)
     draft, twin = _copy(program)
+    shapes = Shapes(program.nodes, twin, [(edit.node, edit.axis, edit.size) for edit in edits if isinstance(edit, Resize)])
     formulas, state = dict(program.formulas), dict(program.exported.state_dict)
     for edit in edits:
         match edit:
             case SetTensor(name, new):
                 _check_tensors(program, new)
                 formulas[name] = formula.substitute(new, program.formulas)
+                shapes.store(program.reader_of(name).name, _sizes(program, new))
             case NewTensor(name, new):
                 _check_tensors(program, new)
                 formulas[name] = formula.substitute(new, program.formulas)
                 state[name] = _add_tensor(program, draft.graph, twin, edit)
             case Reroute():
-                _reroute(draft, twin, edit, (by or {}).get(edit))
+                _reroute(draft, twin, shapes, edit, (by or {}).get(edit))
     graph = draft.graph
     _drop_unread(graph)
+    shapes.propagate(graph)
     graph.lint()
     return Program(program.rebuilt(draft, graph, state), formulas, program.notes)
 
@@ -155,9 +178,9 @@ def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: Ne
     """A placeholder for a new stored tensor; its storage is on the meta device until the formula is evaluated."""
     if edit.name in set(program.tensor_names()) or edit.name in nodes:
         raise InvalidPlan(f"the plan makes the tensor '{edit.name}', which this model already has")
-    like = program.tensor(edit.like)
+    like = program.reader_of(edit.like).meta["val"]  # not the tensor, which an earlier round may only have promised
+    form = _sizes(program, edit.formula)
     with next(iter(graph.nodes)).meta["val"].fake_mode:
-        form = formula.evaluate(edit.formula, lambda name: program.reader_of(name).meta["val"]).shape
         value = torch.empty(form, dtype=like.dtype, device=like.device)
     last = max((node for node in graph.nodes if node.name in program.stored), key=_places(graph).__getitem__)
     with graph.inserting_after(last):
@@ -166,6 +189,12 @@ def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: Ne
     node.meta["stored"] = edit.name
     nodes[edit.name] = node
     return nn.Parameter(torch.empty(form, dtype=like.dtype, device="meta"))
+
+
+def _sizes(program: Program, new: Formula) -> tuple[int, ...]:
+    """The sizes of a formula's value."""
+    with next(iter(program.graph.nodes)).meta["val"].fake_mode:
+        return tuple(formula.evaluate(new, lambda name: program.reader_of(name).meta["val"]).shape)
 
 
 def _places(graph: Graph) -> dict[Node, int]:
@@ -194,23 +223,17 @@ def _check_tensors(program: Program, new: Formula) -> None:
             raise InvalidPlan(f"the plan reads the tensor '{name}', which this model does not have")
 
 
-def _reroute(draft: GraphModule, nodes: dict[str, Node], edit: Reroute, origin: tuple[str, str] | None) -> None:
+def _reroute(draft: GraphModule, nodes: dict[str, Node], shapes: Shapes, edit: Reroute, origin: tuple[str, str] | None) -> None:
     node = _find(nodes, edit.node)
     readers = list(node.users) if edit.readers is None else [_find(nodes, name) for name in edit.readers]
     new = _Emitter(draft.graph, nodes, node, origin).emit(edit.by)
-    if _form(new) != _form(node):
-        raise InvalidPlan(f"'{edit.by}' has another shape or dtype than '{edit.node}', which it would replace")
     for reader in readers:
         reader.replace_input_with(node, new)
     if edit.readers is None:
         nodes[edit.node] = new  # later edits of the round mean what took its place
     if edit.name is not None:
         nodes[edit.name] = new
-
-
-def _form(node: Node) -> tuple[str, torch.dtype]:
-    value = node.meta["val"]
-    return str(tuple(value.shape)), value.dtype
+    shapes.replace(node, new, edit.node if edit.readers is None else edit.name or "")
 
 
 def _find(nodes: Mapping[str, Node], name: str) -> Node:
@@ -220,7 +243,7 @@ def _find(nodes: Mapping[str, Node], name: str) -> Node:
 
 
 class _Emitter:
-    """Emits an expression behind a node; calls get their values by running on their operands' fake tensors."""
+    """Emits an expression behind a node; its calls get their values when all edits are made (`normfuse.shapes`)."""
 
     def __init__(self, graph: Graph, nodes: Mapping[str, Node], at: Node, origin: tuple[str, str] | None) -> None:
         self.graph, self.nodes, self.at = graph, nodes, at
@@ -235,15 +258,14 @@ class _Emitter:
             case Call():
                 return self._call(by.target(), tuple(self.emit(each) for each in by.args), by.keywords())
             case tuple():
-                return list(by)
+                return [self.emit(each) for each in by]
             case _:
                 return by
 
     def _call(self, target: torch._ops.OpOverload, args: tuple[Any, ...], keywords: dict[str, Any]) -> Node:
         with self.graph.inserting_after(self.cursor):
             self.cursor = self.graph.call_function(target, args, keywords)
-        fake = map_aggregate(args, lambda each: each.meta["val"] if isinstance(each, Node) else each)
-        self.cursor.meta = {**self.meta, "val": target(*fake, **keywords)}
+        self.cursor.meta = dict(self.meta)
         return self.cursor
 
 
@@ -254,6 +276,8 @@ def _drop_unread(graph: Graph) -> None:
 
 
 def _is_assertion(node: Node) -> bool:
+    if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of a value that nobody else reads it says nothing
+        return any(reader is not node for operand in node.all_input_nodes for reader in operand.users)
     if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of a value that nobody else reads it says nothing
         return any(reader is not node for operand in node.all_input_nodes for reader in operand.users)
     return "assert" in str(node.target) or "sym_constrain" in str(node.target)
@@ -271,8 +295,8 @@ def refs(by: Any) -> Iterator[str]:
     match by:
         case Ref(node):
             yield node
-        case Call():
-            for each in by.args:
+        case Call(args=several) | tuple(several):
+            for each in several:
                 yield from refs(each)
 
 
@@ -289,6 +313,8 @@ def to_json(edit: Edit) -> dict[str, Any]:
         case Reroute(node, by, readers, name):
             readers_json = None if readers is None else list(readers)
             return {"reroute": node, "by": _expression_to_json(by), "readers": readers_json, "name": name}
+        case Resize(node, axis, size):
+            return {"resize": node, "axis": axis, "size": size}
 
 
 def from_json(data: Mapping[str, Any]) -> Edit:
@@ -297,6 +323,8 @@ def from_json(data: Mapping[str, Any]) -> Edit:
         return NewTensor(str(data["new"]), formula.from_json(data["to"]), str(data["like"]))
     if "set" in data:
         return SetTensor(str(data["set"]), formula.from_json(data["to"]))
+    if "resize" in data:
+        return Resize(str(data["resize"]), int(data["axis"]), int(data["size"]))
     readers = None if data["readers"] is None else tuple(data["readers"])
     return Reroute(str(data["reroute"]), _expression_from_json(data["by"]), readers, data["name"])
 
@@ -309,7 +337,7 @@ def _expression_to_json(by: Any) -> Any:
             call = {"call": op, "args": [_expression_to_json(each) for each in args]}
             return call if dtype is None else {**call, "dtype": dtype}
         case tuple():
-            return list(by)
+            return [_expression_to_json(each) for each in by]
         case _:
             return by
 
@@ -321,10 +349,10 @@ def _expression_from_json(data: Any) -> Any:
         case {"call": op, "args": args}:
             return Call(op, tuple(_expression_from_json(each) for each in args), data.get("dtype"))
         case list():
-            return tuple(data)
+            return tuple(map(_expression_from_json, data))
         case _:
             return data
 
 
 def _brief(value: Any) -> str:
-    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+    return f"[{', '.join(map(_brief, value))}]" if isinstance(value, tuple) else str(value)

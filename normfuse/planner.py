@@ -2,8 +2,8 @@
 
 A pass reasons about values; the planner does not take its word for the tensors. Before a rewrite is accepted:
 
-    NF101  An edit changes a stored tensor that has a reader outside the rewrite, and that reader would notice. The pass
-           overlooked a tied or shared weight; the rewrite is refused whole.
+    NF101  An edit changes a stored tensor, or the size of a value, that has a reader outside the rewrite, and that reader would
+           notice. The pass overlooked a tied or shared weight, or somebody who reads a stream; the rewrite is refused whole.
     NF102  The rewrite claims less than was allowed: rewrites are exact, equal up to rounding, or approximate, and approximate
            ones never run unasked.
     NF103  The rewrite speaks of a node or a tensor that the program does not have, or reads a tensor that the program itself
@@ -22,7 +22,7 @@ from typing import Any
 
 from normfuse import edits as editing
 from normfuse import formula as formulas
-from normfuse.edits import Edit, NewTensor, Reroute, SetTensor, apply
+from normfuse.edits import Edit, NewTensor, Reroute, Resize, SetTensor, apply
 from normfuse.errors import InvalidPlan
 from normfuse.facts import Facts, analyze
 from normfuse.findings import NO_NORM, Claim, Refusal, Rewrite
@@ -197,6 +197,12 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
                 if missing:
                     return refuse("NF103", f"the program has no node '{min(missing)}'")
                 made |= {new} if new else set()
+            case Resize(node):
+                if node not in facts.program.nodes.keys() | made:
+                    return refuse("NF103", f"the program has no node '{node}'")
+                stray = _reads_old_size(node, rewrite, facts.program)
+                if stray is not None:
+                    return refuse("NF101", f"the size of '{node}' is also met by '{stray}', outside this rewrite")
     return []
 
 
@@ -210,6 +216,16 @@ def _stray_reader(name: str, formula: Formula, rewrite: Rewrite, facts: Facts) -
         if reader.name not in rewrite.region and reader.target not in METADATA:
             return reader.name
     return "the program, which updates it" if name in facts.program.written else None
+
+
+def _reads_old_size(name: str, rewrite: Rewrite, program: Program) -> str | None:
+    """A reader of a value that gets another size that is outside the rewrite and goes on reading it."""
+    led_away = [edit for edit in rewrite.edits if isinstance(edit, Reroute) and edit.node == name]
+    if name not in program.nodes or any(edit.readers is None for edit in led_away):
+        return None
+    known = rewrite.region.union(*(edit.readers or () for edit in led_away))
+    users = (user for user in program.nodes[name].users if user.target not in METADATA)
+    return next((user.name for user in users if user.name not in known), None)
 
 
 def _centered_dims(formula: Formula) -> frozenset[int] | None:
@@ -229,11 +245,12 @@ def _conflict(one: Rewrite, other: Rewrite) -> bool:
 
 
 def _changed(rewrite: Rewrite) -> set[str]:
-    return {edit.node if isinstance(edit, Reroute) else edit.name for edit in rewrite.edits}
+    return {edit.name if isinstance(edit, SetTensor | NewTensor) else edit.node for edit in rewrite.edits}
 
 
 def _touched(rewrite: Rewrite) -> set[str]:
-    read = {name for edit in rewrite.edits if not isinstance(edit, Reroute) for name in formulas.reads(edit.formula)}
+    formed = (edit.formula for edit in rewrite.edits if isinstance(edit, SetTensor | NewTensor))
+    read = {name for formula in formed for name in formulas.reads(formula)}
     return _changed(rewrite) | rewrite.region | read
 
 

@@ -29,7 +29,8 @@ MEANS = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim,
 _ARITHMETIC = {
     aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
     aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten._to_copy.default,
-    aten.clone.default, aten.add.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.expand.default, operator.getitem,
+    aten.clone.default, aten.type_as.default, aten.add.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.expand.default,
+    operator.getitem,
 }  # fmt: skip
 _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9
 
@@ -191,7 +192,7 @@ def _prove(
         results = [_replay({**given, x: sample}, out, inner) for sample in samples]
     except (RuntimeError, TypeError, KeyError, ValueError):
         return None  # literal sizes inside: not a norm that works on any batch
-    for kind in ("layer_norm", "rms_norm"):
+    for kind in ("layer_norm", "rms_norm", "crms_norm"):
         for eps in constants:
             references = (gain * _norm(kind, sample, axis, eps) for sample in samples)
             if all(_agree(result, reference) for result, reference in zip(results, references, strict=True)):
@@ -221,6 +222,9 @@ def _samples(axes: int, axis: int, size: int, eps: list[float]) -> Iterator[Tens
 
 
 def _norm(kind: str, x: Tensor, axis: int, eps: float) -> Tensor:
+    if kind == "crms_norm":  # of a zero-mean vector whose last entry is not stored
+        total, squares = x.sum(axis, keepdim=True), x.square().sum(axis, keepdim=True)
+        return x / ((squares + total.square()) / (x.shape[axis] + 1) + eps).sqrt()
     centred = x - x.mean(axis, keepdim=True) if kind == "layer_norm" else x
     return centred / (centred.square().mean(axis, keepdim=True) + eps).sqrt()
 
