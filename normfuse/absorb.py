@@ -139,7 +139,8 @@ class Draft:
             return Obstacle(layer, "has a weight that is not stored")
         folder, _, own = weight.rpartition(".")
         made = f"{folder}.bias" if folder else "bias"
-        if made in set(self.facts.program.tensor_names()) or own == "bias":
+        program = self.facts.program
+        if made in {*program.tensor_names(), *program.nodes, *self.biases.values()} or own == "bias":
             made = f"{weight.replace('.', '_')}_normfuse_bias"
         new, read = new_tensor(self.facts, made, value, arguments(layer)["weight"])
         named = {**arguments(layer), "bias": read}

@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Expression, Ref, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Number, Read, is_formula
-from normfuse.rules import carries, rank, same, spans, times_read
+from normfuse.rules import carries, rank, times_read, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape
 
 Move: TypeAlias = tuple[str, tuple[Any, ...], str]
@@ -92,6 +92,12 @@ def _batch_norm(facts: Facts, norm: Norm, found: dict[Node, Affine]) -> Affine |
     return _then(norm.x, found, 1, scale, shift, norm.inner)
 
 
+def why_adaptive(facts: Facts, norm: Norm) -> str:
+    """Why a norm is no constant at inference, as a sentence for the user."""
+    read = {facts.program.stored.get(each.name) for node in norm.inner for each in node.all_input_nodes}
+    return "the program updates its statistics" if read & facts.program.written else "its statistics come from each input"
+
+
 def _statistics(a: dict[str, Any]) -> tuple[Any, ...]:
     return a["weight"], a["bias"], a["running_mean"], a["running_var"]
 
@@ -131,7 +137,7 @@ def _with_constant(facts: Facts, node: Node, x: Any, y: Any, target: Any, found:
     axis: int | None = None
     inner = frozenset({node})
     if isinstance(y, Node):
-        axes = [own for own in range(rank(node)) if spans(y, node, own) and not same(shape(node)[own], 1)]
+        axes = varies_along(y, node)
         entries = constant(facts, y)
         if len(axes) > 1 or entries is None:
             return None
@@ -245,7 +251,8 @@ def _reduced(form: Affine, node: Node) -> tuple[Move, ...]:
     if began == str(shape(node)):
         return rest
     if node.target in _VIEWS:
-        name = "reshape.default" if rest else "view.default"  # the copy after a permutation was left out
+        direct = node.target is aten.view.default and node.args[0] is form.base  # else a copy before it may be left out
+        name = "view.default" if direct else "reshape.default"
         return (*rest, (name, (literal(node.args[1]),), began))
     return (*form.moves, (str(node.target).removeprefix("aten."), literal(node.args[1:]), given))
 
@@ -254,6 +261,8 @@ def _permutation(node: Node) -> tuple[int, ...]:
     x = node.args[0]
     assert isinstance(x, Node)
     order = list(range(rank(x)))
+    if rank(x) < 2:
+        return tuple(order)
     if node.target is aten.permute.default:
         return tuple(d % rank(x) for d in arguments(node)["dims"])
     a, b = (0, 1) if node.target is aten.t.default else (arguments(node)["dim0"] % rank(x), arguments(node)["dim1"] % rank(x))

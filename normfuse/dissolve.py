@@ -34,11 +34,15 @@ def dissolve(program: Program, facts: Facts, pass_name: str, chosen: Callable[[A
         chosen: told the form of a value and the norms in it.
     """
     everything = dict(maximal(forms(facts)))
+    gone: set[Node] = set()
     for value, form in everything.items():
+        if value in gone:
+            continue  # a rewrite before this one dissolves it; should that be refused, the next round asks again
         inside = [norm for norm in facts.norms if norm.out in form.inner]
         if chosen(form, inside):
             found = _decide(facts, value, form, everything)
             if found is not None:
+                gone |= found[0].values
                 yield _rewrite(program, facts, pass_name, value, form, *found)
 
 
@@ -70,10 +74,9 @@ def _decide(
 
 def told(program: Program, obstacle: Obstacle) -> str:
     """What stands in the way, as a sentence for the user."""
-    where = (
-        "the caller" if obstacle.at.op == "output" else f"'{program.stored.get(obstacle.at.name) or program.site(obstacle.at)}'"
-    )
-    return f"{where} {obstacle.why}" if obstacle.at.op != "output" else "the caller reads its output"
+    if obstacle.at.op == "output":
+        return "the caller reads its output"
+    return f"'{program.stored.get(obstacle.at.name) or program.site(obstacle.at)}' {obstacle.why}"
 
 
 def _steps(facts: Facts, form: Affine) -> int:

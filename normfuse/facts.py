@@ -21,7 +21,7 @@ from normfuse.rules import carries, hides, rank
 from normfuse.views import Norm, dtype, tensors_in
 
 NOTHING: frozenset[int] = frozenset()
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its changed self
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its changed self
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Facts:
     def editable(self, node: Node) -> bool:
         """Whether a node is a stored tensor that may get another value: in an ordinary float, and never updated."""
         name = self.program.stored.get(node.name)
-        return name is not None and name not in self.program.written and dtype(node) in _FLOATS
+        return name is not None and name not in self.program.written and dtype(node) in FLOATS
 
     @property
     def constant(self) -> frozenset[Node]:

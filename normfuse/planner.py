@@ -189,7 +189,7 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
                     return refuse("NF101", f"the tensor '{name}' is also read by '{stray}', outside this rewrite")
             case NewTensor(name, formula, like):
                 unknown = [each for each in (like, *formulas.reads(formula)) if each not in tensors]
-                if unknown or name in tensors:
+                if unknown or name in tensors | made | facts.program.nodes.keys():
                     return refuse("NF103", f"the new tensor '{name}' does not fit the program")
                 made.add(name)
             case Reroute(node, by, readers, new):

@@ -158,13 +158,13 @@ class Program:
 
     @cached_property
     def constant(self) -> frozenset[Node]:
-        """Values that depend on stored tensors alone, those that the program updates left out."""
+        """Values that depend on stored tensors alone; those that the program updates and random numbers are none."""
         constant: set[Node] = set()
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 if self.stored.get(node.name) not in {None, *self.written}:
                     constant.add(node)
-            elif node.op != "output" and all(operand in constant for operand in node.all_input_nodes):
+            elif node.op != "output" and not _draws(node) and all(operand in constant for operand in node.all_input_nodes):
                 constant.add(node)
         return frozenset(constant)
 
@@ -268,6 +268,11 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
         for node in graph.find_nodes(op="placeholder")
     ]
     return ExportGraphSignature(made, specs)
+
+
+def _draws(node: Node) -> bool:
+    """Whether a call draws random numbers, other ones each time."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:

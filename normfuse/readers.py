@@ -8,6 +8,7 @@ and another channel affine on the way composes with it and dissolves as well.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -33,7 +34,7 @@ from normfuse.edits import Reroute, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
 from normfuse.program import Program
-from normfuse.rules import METADATA, carries, rank, times_read
+from normfuse.rules import METADATA, carries, rank, same, times_read
 from normfuse.views import arguments, aten, is_tensor, shape, tensors_in
 from normfuse.writers import axis_of_base, fold
 
@@ -134,7 +135,8 @@ class _Readers:
         if debt.shift is not None and not passes_shift(node):
             return Obstacle(node, "does not let a shift through")
         carried = carries(node, onward[0]) or ()
-        if {operand for operand, _ in carried} & set(owing) != set(owing):
+        entering, passed = Counter(tensors_in((node.args, node.kwargs))), Counter(operand for operand, _ in carried)
+        if any(entering[operand] != passed[operand] for operand in owing):  # attention of a value to itself
             return Obstacle(node, "reads the value in two ways")
         for operand, axis in carried:
             if operand in self.debts:
@@ -166,22 +168,18 @@ class _Readers:
         minus = node.target is aten.sub.Tensor
         shift: Formula | None = None
         for operand in (x, y):
-            sign = (
-                Apply("neg.default", (self.debts[operand].shift,)) if self._owes_less(operand, operand is y and minus) else None
-            )
-            if operand in self.debts:
-                if self.debts[operand].scale != debt.scale or not _is_axis(node, onward[0], operand, self.debts[operand].axis):
+            own = self.debts.get(operand)
+            if own is not None:
+                if own.scale != debt.scale or not _is_axis(node, onward[0], operand, own.axis):
                     return Obstacle(node, "joins values of different scales")
-                shift = total(shift, sign or self.debts[operand].shift)
+                less = operand is y and minus and own.shift is not None
+                shift = total(shift, Apply("neg.default", (own.shift,)) if less else own.shift)
             elif debt.scale is not None:
                 stopped = self._term(node, operand, onward[0], debt.scale)
                 if stopped:
                     return stopped
         self._owe(node, Debt(onward[0], debt.scale, shift))
         return None
-
-    def _owes_less(self, operand: Any, minus: bool) -> bool:
-        return minus and operand in self.debts and self.debts[operand].shift is not None
 
     def _term(self, node: Node, operand: Any, axis: int, scale: Formula) -> Obstacle | None:
         """What is added to a value that owes is divided by the scale."""
@@ -232,7 +230,7 @@ class _Readers:
             return self._map(node, a, plain, shift)
         shifted = per_group(plain, full(shift, groups * sizes[1]), groups, sizes) if groups > 1 else Scaled(plain, shift, 1)
         added = Apply("sum.dim_IntList", (shifted, tuple(range(1, len(sizes)))))
-        return self.draft.new_bias(node, added) if a["bias"] is None else self._added(a["bias"], added)
+        return self.draft.new_bias(node, added) if a["bias"] is None else self._added(node, a["bias"], added)
 
     def _map(self, node: Node, a: dict[str, Any], weight: Formula, shift: Formula) -> Obstacle | None:
         """Where zeros are added around the input, what a shift adds differs from place to place: a map of it is stored.
@@ -243,14 +241,18 @@ class _Readers:
         if not all(isinstance(size, int) for size in (*places, *out)) or prod(out) > prod(sizes_of(a["weight"])):
             return Obstacle(node, "adds zeros around its input, which a shift would change")
         channels = int(shape(a["input"])[channel(node, a["input"])])
-        column = Apply("view.default", (full(shift, channels), (1, channels, *(1 for _ in places))))
-        everywhere = Apply("expand.default", (column, (1, channels, *places)))
+        batch = (1,) * channel(node, a["input"])  # none where the input has no batch
+        column = Apply("view.default", (full(shift, channels), (*batch, channels, *(1 for _ in places))))
+        everywhere = Apply("expand.default", (column, (*batch, channels, *places)))
         given = {**a, "input": everywhere, "weight": weight, "bias": None}
         arguments_ = tuple(each if is_formula(each) else literal(each) for each in given.values())
         self.draft.add_map(node, Apply(str(node.target).removeprefix("aten."), arguments_))
         return None
 
-    def _added(self, bias: Node, entries: Formula) -> Obstacle | None:
+    def _added(self, layer: Node, bias: Node, entries: Formula) -> Obstacle | None:
+        axis = channel(layer, layer) if layer.target in LAYERS else rank(layer) - 1
+        if not same(shape(bias)[-1], shape(layer)[axis]):
+            return Obstacle(layer, "has a bias of another shape than its channels")
         if times_read(bias) != 1:
             return Obstacle(bias, "is read more than once")
         return fold(self.draft, bias, rank(bias) - 1, None, entries)
@@ -268,7 +270,7 @@ class _Readers:
         if node.target is aten.addmm.default:
             if a["beta"] != 1 or a["alpha"] != 1:
                 return Obstacle(node, "scales its bias")
-            return self._added(a["self"], added)
+            return self._added(node, a["self"], added)
         self.draft.add_map(node, added)
         return None
 

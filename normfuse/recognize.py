@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from normfuse.interpret import call, default_dtype
 from normfuse.program import Program
-from normfuse.rules import rank, same, spans
+from normfuse.rules import rank, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, operator_norm, shape, tensors_in
 
 ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
@@ -59,7 +59,7 @@ def _offline(program: Program, node: Node) -> Norm | None:
     x, y = (node.args[1], node.args[0]) if node.args[0] in program.constant else node.args
     if not isinstance(x, Node) or not isinstance(y, Node) or y not in program.constant or shape(x) != shape(node):
         return None
-    axes = [own for own in range(rank(node)) if spans(y, node, own) and not same(shape(node)[own], 1)]
+    axes = varies_along(y, node)
     eps = _root_of_statistics(y)
     return (
         None

@@ -95,6 +95,12 @@ def spans(operand: Any, out: Node, axis: int) -> bool:
     return own >= 0 and (not same(shape(operand)[own], 1) or same(shape(out)[axis], 1)) and not repeated(operand, own)
 
 
+def varies_along(operand: Node, out: Node) -> list[int]:
+    """The axes of ``out`` along which a broadcast operand has more than one entry, be they equal."""
+    before = rank(out) - rank(operand)
+    return [before + own for own, size in enumerate(shape(operand)) if not same(size, 1)]
+
+
 _SHAPE_KEEPING = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default}
 
 

@@ -174,4 +174,5 @@ def _weight(draft: Draft, weight: Node, scale: Formula, groups: int, *, transpos
     if groups == 1:
         return _onward(draft, weight, 1, scale, None)
     sizes = sizes_of(weight)
-    return draft.change(weight, lambda own: per_group(own, scale, groups, sizes))
+    every = full(scale, groups * sizes[1])
+    return draft.change(weight, lambda own: per_group(own, every, groups, sizes))

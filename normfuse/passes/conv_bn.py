@@ -15,8 +15,9 @@ Needs
     as a map if that is no larger than the weight, and c stays as one addition before the convolution otherwise.
 
 Refuses
-    NF301  The BatchNorm has no running statistics, or is in training mode: its statistics come from each batch. Train it
-           with running statistics (track_running_stats=True, the default) and call eval() before tracing.
+    NF301  The BatchNorm has no running statistics, or is in training mode, so its statistics come from each input; or the
+           program updates them between calls. Train it with running statistics (track_running_stats=True, the default)
+           and call eval() before tracing.
 
 Claim
     rounding: the same function of real numbers.
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.affine import Affine, forms
+from normfuse.affine import Affine, forms, why_adaptive
 from normfuse.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding, Refusal
@@ -45,7 +46,7 @@ def conv_bn(program: Program, facts: Facts) -> Iterator[Finding]:
     found = forms(facts)
     for norm in facts.norms:
         if norm.kind == "batch_norm" and norm.out not in found:
-            yield Refusal("conv_bn", program.site(norm.out), "NF301", "its statistics come from each batch")
+            yield Refusal("conv_bn", program.site(norm.out), "NF301", why_adaptive(facts, norm))
     yield from dissolve(program, facts, "conv_bn", _has_batch_norm)
 
 

@@ -32,7 +32,7 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from normfuse.absorb import LAYERS, Draft
-from normfuse.affine import MOVES, Affine, forms
+from normfuse.affine import MOVES, Affine, forms, why_adaptive
 from normfuse.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
@@ -46,7 +46,7 @@ def offline_norm(program: Program, facts: Facts) -> Iterator[Finding]:
     found = forms(facts)
     for norm in facts.norms:
         if norm.out not in found:
-            yield Refusal("offline_norm", program.site(norm.out), "NF311", "its statistics come from each input")
+            yield Refusal("offline_norm", program.site(norm.out), "NF311", why_adaptive(facts, norm))
     for root in facts.program.graph.nodes:
         if _is_root(root) and _is_adaptive(facts, root) and _scales(facts, root):
             reason = "it scales by statistics that come from each input"

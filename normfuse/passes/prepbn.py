@@ -15,7 +15,8 @@ Needs
     gives what the model gives in evaluation mode then, which is not what it was trained for.
 
 Refuses
-    NF303  The BatchNorm of a RepBN has no running statistics, or is in training mode: its statistics come from each batch.
+    NF303  The BatchNorm of a RepBN has no running statistics, or is in training mode, so its statistics come from
+           each input; or the program updates them between calls.
 
 Claim
     rounding: the same function of real numbers.
@@ -31,7 +32,7 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.affine import MOVES, Affine, forms
+from normfuse.affine import MOVES, Affine, forms, why_adaptive
 from normfuse.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding, Refusal
@@ -45,7 +46,7 @@ def prepbn(program: Program, facts: Facts) -> Iterator[Finding]:
     found = forms(facts) if batch_norms else {}
     for norm in batch_norms:
         if norm.out not in found and _is_rep(norm):
-            yield Refusal("prepbn", program.site(norm.out), "NF303", "its statistics come from each batch")
+            yield Refusal("prepbn", program.site(norm.out), "NF303", why_adaptive(facts, norm))
     if batch_norms:
         yield from dissolve(program, facts, "prepbn", _has_sum)
 
