@@ -44,7 +44,7 @@ def rewritten(name: str, passed: str) -> normfuse.Result:
 
 WAYS = (WRITERS, READERS, HALF, LEFT)
 IDLE = {"clone", "_assert_tensor_metadata"}
-ALIKE = {"reshape": "view", "transpose": "permute", "t": "permute", "_unsafe_view": "view", "unsqueeze": "view", "squeeze": "view"}
+ALIKE = {"transpose": "permute", "t": "permute", "_unsafe_view": "view", "unsqueeze": "view", "squeeze": "view"}
 
 
 @every_case()
