@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Expression, Ref, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Number, Read, is_formula
-from normfuse.rules import carries, rank, times_read, varies_along
+from normfuse.rules import carries, rank, same, times_read, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape
 
 Move: TypeAlias = tuple[str, tuple[Any, ...], str]
@@ -251,10 +251,20 @@ def _reduced(form: Affine, node: Node) -> tuple[Move, ...]:
     if began == str(shape(node)):
         return rest
     if node.target in _VIEWS:
-        direct = node.target is aten.view.default and node.args[0] is form.base  # else a copy before it may be left out
+        direct = not rest and _in_rows(form.base)  # otherwise a copy that was left out may be needed
         name = "view.default" if direct else "reshape.default"
         return (*rest, (name, (literal(node.args[1]),), began))
     return (*form.moves, (str(node.target).removeprefix("aten."), literal(node.args[1:]), given))
+
+
+def _in_rows(node: Node) -> bool:
+    """Whether a value is proven to lie in memory row by row, as a view of it takes for granted."""
+    behind: Any = 1
+    for size, stride in zip(reversed(shape(node)), reversed(node.meta["val"].stride()), strict=True):
+        if not (same(size, 1) or same(stride, behind)):
+            return False
+        behind = behind * size
+    return True
 
 
 def _permutation(node: Node) -> tuple[int, ...]:
