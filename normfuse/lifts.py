@@ -19,8 +19,8 @@ from normfuse.absorb import LAYERS, Obstacle, channel, is_transposed, passes_shi
 from normfuse.affine import constant, product, total
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Number
-from normfuse.readers import Debt
-from normfuse.rules import carries, rank, same, spans, times_read
+from normfuse.readers import PRODUCTS, Debt
+from normfuse.rules import carries, rank, same, times_read, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape, tensors_in
 from normfuse.widths import follows
 
@@ -144,7 +144,7 @@ class _Walk:
         """Multiplied by, or added to, what varies along the axis alone."""
         debt = self.debts[x]
         entries: Formula | None = Number(float(other)) if not isinstance(other, Node) else constant(self.facts, other)
-        axes = [own for own in range(rank(node)) if spans(other, node, own) and not same(shape(node)[own], 1)]
+        axes = varies_along(other, node) if isinstance(other, Node) else []
         if entries is None or axes not in ([], [debt.axis]) or not (is_first or node.target in _COMMUTING):
             return Obstacle(node, "differs along another axis than the channels")
         if node.target in (aten.div.Tensor, aten.sub.Tensor):
@@ -198,12 +198,7 @@ class _Walk:
         return None
 
 
-_PRODUCTS: dict[Any, tuple[str, str]] = {
-    aten.mm.default: ("self", "mat2"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.matmul.default: ("self", "other"),
-    aten.addmm.default: ("mat1", "mat2"),
-}
+_PRODUCTS = {**PRODUCTS, aten.bmm.default: ("self", "mat2")}
 _COMMUTING = (aten.mul.Tensor, aten.add.Tensor)
 _ARITHMETIC = (*_COMMUTING, aten.div.Tensor, aten.sub.Tensor)
 

@@ -117,7 +117,7 @@ class _Readers:
             a = arguments(node)
             if node.target in LAYERS and owing == [a["input"]]:
                 return self._layer(node, a, self.debts[owing[0]])
-            if node.target in _PRODUCTS and owing == [a[_PRODUCTS[node.target][0]]]:
+            if node.target in PRODUCTS and owing == [a[PRODUCTS[node.target][0]]]:
                 return self._product(node, a, owing[0])
             if node.target in (aten.add.Tensor, aten.sub.Tensor) and a["alpha"] == 1:
                 return self._sum(node, a, owing)
@@ -259,7 +259,7 @@ class _Readers:
 
     def _product(self, node: Node, a: dict[str, Any], value: Node) -> Obstacle | None:
         """``x @ W``, with or without a bias: GPT-2's Conv1D."""
-        debt, weight = self.debts[value], a[_PRODUCTS[node.target][1]]
+        debt, weight = self.debts[value], a[PRODUCTS[node.target][1]]
         plain = constant_formula(self.facts, weight)
         if plain is None or rank(weight) != 2 or debt.axis != rank(value) - 1 or times_read(weight) != 1:
             return Obstacle(node, "multiplies by what is not a weight of its own")
@@ -275,11 +275,12 @@ class _Readers:
         return None
 
 
-_PRODUCTS: dict[Any, tuple[str, str]] = {
+PRODUCTS: dict[Any, tuple[str, str]] = {
     aten.mm.default: ("self", "mat2"),
     aten.matmul.default: ("self", "other"),
     aten.addmm.default: ("mat1", "mat2"),
 }
+"""Products of two factors: the names of the value's argument and of the weight's."""
 
 
 def _is_axis(node: Node, own: int, operand: Any, axis: int) -> bool:

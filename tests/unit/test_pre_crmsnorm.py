@@ -363,3 +363,26 @@ def test_zoo(zoo_model: ZooModel, passes: tuple[str, ...]) -> None:
     assert result.report.evidence.error <= 1e-11
     if len(passes) == 1:
         assert _narrowed(result) == NARROWED.get(zoo_model.name, zoo_model.layer_norms)
+
+
+class Expanded(nn.Module):
+    """A second gain that is stretched over the tokens: equal along them, but not one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.gain, self.head = nn.Linear(5, 8), nn.Parameter(torch.ones(8)), nn.Linear(8, 3)
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(3))
+        self.reads = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Any) -> Any:
+        x = self.write(x)
+        for norm, read in zip(self.norms, self.reads, strict=True):
+            x = x + read(norm(x) * self.gain.expand(4, 8))
+        return self.head(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_gain_that_is_stretched_is_refused(form: str) -> None:
+    result = normfuse.rewrite(_spread(Expanded), form, inputs=(noise(4, 5),))
+    codes = [refusal["code"] for refusal in result.report.to_dict()["refusals"]]
+    assert codes == ["NF403"] * 3
