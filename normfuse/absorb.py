@@ -182,6 +182,11 @@ def full(entries: Formula, size: int) -> Formula:
     return Apply("expand.default", (entries, (size,)))
 
 
+def column(entries: Formula, axis: int, value: Node) -> Formula:
+    """Entries along an axis of a value, in a shape that broadcasts with it."""
+    return Apply("view.default", (entries, (-1, *(1 for _ in range(rank(value) - 1 - axis)))))
+
+
 def sizes_of(node: Node) -> tuple[int, ...]:
     """The sizes of a stored tensor."""
     return tuple(int(size) for size in shape(node))
@@ -191,12 +196,10 @@ def scale_shift(facts: Facts, form: Affine, value: Node) -> tuple[Edit, ...]:
     """One multiplication and one addition in place of whatever computes the value."""
     edits: list[Edit] = []
     expression = moved(form)
-    axis = 0 if form.axis is None else form.axis
-    sizes = (-1, *(1 for _ in range(rank(value) - 1 - axis)))
     for op, entries in (("mul.Tensor", form.scale), ("add.Tensor", form.shift)):
         if entries is not None:
             made = f"normfuse_{value.name}_{'scale' if op == 'mul.Tensor' else 'shift'}"
-            new, read = new_tensor(facts, made, Apply("view.default", (entries, sizes)), value)
+            new, read = new_tensor(facts, made, column(entries, form.axis or 0, value), value)
             edits.append(new)
             expression = Call(op, (expression, read))
     return (*edits, Reroute(value.name, expression))

@@ -27,7 +27,7 @@ from normfuse.interpret import flat_inputs
 from normfuse.loading import load, proven_first, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
-from normfuse.proving import Progress, Runner, compare, compare_runtime, prove
+from normfuse.proving import Progress, Runner, checked_level, compare, compare_runtime, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
@@ -35,8 +35,6 @@ from normfuse.views import Norm
 
 Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | None
 """Example inputs: positional ones in a tuple or list, one tensor, keyword ones in a dict; None to find them on the model."""
-
-LEVELS = ("full", "structure", "none")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def rewrite(
         TraceError: torch.export cannot trace the model.
         VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
     """
-    _level(verify)
+    checked_level(verify)
     clock = _Clock()
     name, original, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     clock.lap("trace")
@@ -185,7 +183,7 @@ def tune(
         VerificationFailed: the result is not equivalent; the model is put back.
     """
     given = _given(model, inputs, kwargs, dynamic_shapes)
-    tuning.tuned(model, _names(passes), given, allow=_claim(allow), level=_level(verify), progress=progress)
+    tuning.tuned(model, _names(passes), given, allow=_claim(allow), level=checked_level(verify), progress=progress)
     return model
 
 
@@ -231,7 +229,9 @@ def deploy(
         tuning.baked(model, keep=keep)
         return model
     given = _given(model, inputs, kwargs, dynamic_shapes)
-    tuning.deployed(model, _names(passes), given, allow=_claim(allow), level=_level(verify), keep=keep, progress=progress)
+    tuning.deployed(
+        model, _names(passes), given, allow=_claim(allow), level=checked_level(verify), keep=keep, progress=progress
+    )
     return model
 
 
@@ -465,12 +465,6 @@ def _names(passes: Any) -> list[str]:
             "name the passes to run, such as passes=['pre_rmsnorm']", hint=f"there are {', '.join(all_passes())}"
         )
     return list(dict.fromkeys(name for each in asked for name in (ALL if each == "all" else [each])))
-
-
-def _level(name: str) -> str:
-    if name not in LEVELS:
-        raise NormfuseError(f"there is no verification level '{name}'", hint=f"the levels are: {', '.join(LEVELS)}")
-    return name
 
 
 def _claim(name: str) -> Claim:

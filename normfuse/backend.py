@@ -48,7 +48,7 @@ from normfuse.errors import NormfuseError, NormfuseWarning, first_line
 from normfuse.evidence import failed
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
-from normfuse.proving import prove
+from normfuse.proving import checked_level, prove
 from normfuse.refolded import Weights
 from normfuse.registry import find
 
@@ -74,8 +74,7 @@ class Options:
         """
         own = {name: value for name, value in (options or {}).items() if name in ("passes", "verify", "inner")}
         chosen = cls(**own, others={name: value for name, value in (options or {}).items() if name not in own})
-        if chosen.verify not in ("full", "structure", "none"):
-            raise NormfuseError(f"there is no verification level '{chosen.verify}'", hint="full, structure or none")
+        checked_level(chosen.verify)
         if isinstance(chosen.passes, str):
             raise NormfuseError("passes must be a list of names", hint=f"options={{'passes': ['{chosen.passes}']}}")
         for name in chosen.passes:

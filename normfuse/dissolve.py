@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch.fx import Node
 
 from normfuse.absorb import Absorbed, Obstacle, scale_shift
-from normfuse.affine import MOVES, Affine, forms, maximal, moved
+from normfuse.affine import MOVES, Affine, maximal, moved
 from normfuse.edits import Edit, Reroute
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Rewrite
@@ -24,26 +24,28 @@ HALF = "its scale is folded, its shift is left as one addition"
 LEFT = "left as one multiplication and one addition"
 
 
-def dissolve(program: Program, facts: Facts, pass_name: str, chosen: Callable[[Affine, list[Norm]], bool]) -> Iterator[Rewrite]:
+def dissolve(
+    facts: Facts, pass_name: str, found: dict[Node, Affine], chosen: Callable[[Affine, list[Norm]], bool]
+) -> Iterator[Rewrite]:
     """One rewrite per maximal affine value that is chosen.
 
     Args:
-        program: the program.
-        facts: of it.
+        facts: of the program.
         pass_name: who proposes.
+        found: its `forms`.
         chosen: told the form of a value and the norms in it.
     """
-    everything = dict(maximal(forms(facts)))
+    everything = dict(maximal(found))
     gone: set[Node] = set()
     for value, form in everything.items():
         if value in gone:
             continue  # a rewrite before this one dissolves it; should that be refused, the next round asks again
         inside = [norm for norm in facts.norms if norm.out in form.inner]
         if chosen(form, inside):
-            found = _decide(facts, value, form, everything)
-            if found is not None:
-                gone |= found[0].values
-                yield _rewrite(program, facts, pass_name, value, form, *found)
+            decided = _decide(facts, value, form, everything)
+            if decided is not None:
+                gone |= decided[0].values
+                yield _rewrite(facts, pass_name, value, form, *decided)
 
 
 def _decide(
@@ -87,7 +89,6 @@ def _steps(facts: Facts, form: Affine) -> int:
 
 
 def _rewrite(
-    program: Program,
     facts: Facts,
     name: str,
     value: Node,
@@ -98,7 +99,8 @@ def _rewrite(
 ) -> Rewrite:
     nodes = absorbed.nodes | form.inner | {form.base}
     norms = [norm for norm in facts.norms if norm.out in form.inner or (absorbed.values and norm.out in absorbed.nodes)]
-    sites = tuple(program.site(norm.out) for norm in norms) or (program.site(value),)
+    site = facts.program.site
+    sites = tuple(site(norm.out) for norm in norms) or (site(value),)
     was, becomes = (tuple(norm.kind for norm in norms), NO_NORM) if norms else (("affine",), "folded")
     region = frozenset(node.name for node in nodes)
     return Rewrite(name, sites, was, becomes, (*absorbed.edits, *gone), region, Claim.ROUNDING, because)

@@ -15,7 +15,6 @@ Everything else has no place on modules and is refused before anything is change
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch.fx.node import map_aggregate
 
 from normfuse.edits import Call, Expression, Ref, literal, refs
 from normfuse.formula import Formula
-from normfuse.program import Program
+from normfuse.program import Program, module_path
 from normfuse.rules import METADATA
 from normfuse.views import arguments, aten, shape, tensors_in
 
@@ -394,7 +393,7 @@ def _settings(node: Node) -> Any:
 def _stack(node: Node) -> list[tuple[Instance, str]]:
     """The module calls that a node was traced in, the outermost first: (call, path)."""
     stack = node.meta.get("nn_module_stack") or {}
-    return [(key, re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", path))) for key, (path, _) in stack.items()]
+    return [(key, module_path(path)) for key, (path, _) in stack.items()]
 
 
 def _path(node: Node) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from normfuse.eager import VALUE, Change
 from normfuse.edits import Call, Ref
 from normfuse.errors import NormfuseError
-from normfuse.formula import evaluate
+from normfuse.formula import rounded
 from normfuse.recomputed import Formed, Recipe
 
 RECORD = "_normfuse"
@@ -276,7 +276,7 @@ def _baked(module: nn.Module, record: Rewritten, attribute: str) -> Tensor:
         tensor: Tensor = own(module if holder is None else holder, place)
         return tensor
 
-    return evaluate(recipe.formula, read).to(own(module, recipe.like).dtype).contiguous()
+    return rounded(recipe.formula, read, own(module, recipe.like).dtype)
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Graph, Node
 
 from normfuse.errors import TraceError, first_line
-from normfuse.formula import Formula, evaluate
+from normfuse.formula import Formula, rounded
 
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -203,8 +203,7 @@ class Program:
         """Where a node comes from: module path and the user's source line."""
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
-        path = re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", path))
-        return Site(node.name, path, _source_line(node.meta.get("stack_trace")))
+        return Site(node.name, module_path(path), _source_line(node.meta.get("stack_trace")))
 
     # -- using it ------------------------------------------------------------------------------------------------------
 
@@ -217,7 +216,7 @@ class Program:
             return self
         state, constants = dict(self.exported.state_dict), dict(self.exported.constants)
         for name in self.formulas:
-            new = evaluate(self.formulas[name], self.tensor).to(self.tensor(name).dtype).contiguous()
+            new = rounded(self.formulas[name], self.tensor, self.tensor(name).dtype)
             for each in (name, *self.twins(name)):
                 home = state if each in state else constants
                 home[each] = _like(new, home[each])
@@ -268,6 +267,11 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
         for node in graph.find_nodes(op="placeholder")
     ]
     return ExportGraphSignature(made, specs)
+
+
+def module_path(traced: str) -> str:
+    """The path of a module as its model knows it, from an entry of a node's ``nn_module_stack``."""
+    return re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", traced))
 
 
 def _draws(node: Node) -> bool:

@@ -47,6 +47,20 @@ Progress = Callable[[str, int, int], None]
 # -- the proof of a plan -----------------------------------------------------------------------------------------------
 
 
+LEVELS = ("full", "structure", "none")
+
+
+def checked_level(name: str) -> str:
+    """The name of a verification level, if it is one.
+
+    Raises:
+        NormfuseError: there is none of that name.
+    """
+    if name not in LEVELS:
+        raise NormfuseError(f"there is no verification level '{name}'", hint=f"the levels are: {', '.join(LEVELS)}")
+    return name
+
+
 def prove(
     original: Program,
     rewritten: Program,

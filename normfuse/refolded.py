@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from normfuse.formula import Formula, evaluate, reads
+from normfuse.formula import Formula, reads, rounded
 
 
 class Weights:
@@ -41,7 +41,7 @@ class Weights:
         counters["normfuse"]["weights computed"] += 1
         with torch.inference_mode(False), torch.no_grad():
             return {
-                name: evaluate(formula, lambda each: inputs[self.positions[each]]).to(dtype).contiguous()
+                name: rounded(formula, lambda each: inputs[self.positions[each]], dtype)
                 for name, (formula, dtype) in self.formulas.items()
             }
 

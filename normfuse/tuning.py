@@ -1,4 +1,4 @@
-"""From a model and a plan to a rewritten model: `tune`, `deploy`, `restore` and `apply_plan`, in place and proven."""
+"""From a model and a plan to a rewritten model, in place and proven: `tune`, `deploy`, `restore` and `Result.apply_to`."""
 
 from __future__ import annotations
 

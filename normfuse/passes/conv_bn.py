@@ -47,7 +47,7 @@ def conv_bn(program: Program, facts: Facts) -> Iterator[Finding]:
     for norm in facts.norms:
         if norm.kind == "batch_norm" and norm.out not in found:
             yield Refusal("conv_bn", program.site(norm.out), "NF301", why_adaptive(facts, norm))
-    yield from dissolve(program, facts, "conv_bn", _has_batch_norm)
+    yield from dissolve(facts, "conv_bn", found, _has_batch_norm)
 
 
 def _has_batch_norm(form: Affine, norms: list[Norm]) -> bool:

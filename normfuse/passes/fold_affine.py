@@ -30,10 +30,11 @@ Reference
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch.fx import Node
 
-from normfuse.absorb import Absorbed, Obstacle, new_tensor
+from normfuse.absorb import Absorbed, Obstacle, column, new_tensor
 from normfuse.affine import Affine, constant, forms, maximal, moved
 from normfuse.dissolve import told
 from normfuse.edits import Call, Edit, Expression, Ref, Reroute, literal
@@ -103,7 +104,7 @@ def _fold(
         gone = (Reroute(value.name, core),)
         return _rewrite(program, norm, form, whole, gone, "gain and shift are folded into all layers that read it")
     if form.scale is not None and form.shift is not None and well_conditioned(program, form.scale):
-        part = into_readers(facts, Affine(form.base, form.moves, form.axis, form.scale, None, form.inner), value, {})
+        part = into_readers(facts, replace(form, shift=None), value, {})
         if isinstance(part, Absorbed):
             kept = _kept_shift(facts, norm, value, form, core)
             because = f"the gain is folded into all layers that read it; the shift stays: {told(program, whole)}"
@@ -116,8 +117,8 @@ def _kept_shift(facts: Facts, norm: Norm, value: Node, form: Affine, core: Expre
     assert form.axis is not None
     entries = Apply("div.Tensor", (form.shift, form.scale))
     in_operator = norm.out is value and norm.out.target is aten.layer_norm.default
-    column = Apply("view.default", (entries, (-1, *(1 for _ in range(rank(value) - 1 - form.axis)))))
-    new, read = new_tensor(facts, f"normfuse_{value.name}_shift", entries if in_operator else column, value)
+    formed = entries if in_operator else column(entries, form.axis, value)
+    new, read = new_tensor(facts, f"normfuse_{value.name}_shift", formed, value)
     return new, Reroute(value.name, _without(norm, read) if in_operator else Call("add.Tensor", (core, read)))
 
 

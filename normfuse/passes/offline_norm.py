@@ -56,7 +56,7 @@ def offline_norm(program: Program, facts: Facts) -> Iterator[Finding]:
         within = (facts.norm_at[node] for node in form.inner if node in facts.norm_at)
         return form.axis is not None and all(norm in norms for norm in within)  # the gain of another norm is its own
 
-    yield from dissolve(program, facts, "offline_norm", is_offline)
+    yield from dissolve(facts, "offline_norm", found, is_offline)
     yield from _computed_weights(program, facts)
 
 

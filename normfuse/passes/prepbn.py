@@ -48,13 +48,12 @@ def prepbn(program: Program, facts: Facts) -> Iterator[Finding]:
         if norm.out not in found and _is_rep(norm):
             yield Refusal("prepbn", program.site(norm.out), "NF303", why_adaptive(facts, norm))
     if batch_norms:
-        yield from dissolve(program, facts, "prepbn", _has_sum)
+        yield from dissolve(facts, "prepbn", found, _has_sum)
 
 
 def _has_sum(form: Affine, norms: list[Norm]) -> bool:
     """Whether a BatchNorm is added to a multiple of its own input."""
-    batch_norms = [norm for norm in norms if norm.kind == "batch_norm"]
-    return any(_is_rep(norm) for norm in batch_norms)
+    return any(norm.kind == "batch_norm" and _is_rep(norm) for norm in norms)
 
 
 def _is_rep(norm: Norm) -> bool:

@@ -29,15 +29,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from normfuse.affine import Affine, forms
 from normfuse.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding
 from normfuse.program import Program
+from normfuse.views import Norm
 
 
 def unified_norm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per norm that divides by stored statistics."""
     if any(norm.kind == "offline_norm" for norm in facts.norms):
-        yield from dissolve(
-            program, facts, "unified_norm", lambda form, norms: any(norm.kind == "offline_norm" for norm in norms)
-        )
+        yield from dissolve(facts, "unified_norm", forms(facts), _has_statistics)
+
+
+def _has_statistics(form: Affine, norms: list[Norm]) -> bool:
+    return any(norm.kind == "offline_norm" for norm in norms)
