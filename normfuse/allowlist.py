@@ -107,6 +107,7 @@ SETTINGS_BASES = frozenset(
         "transformers.generation.configuration_utils.GenerationConfig",
     }
 )
+PACKAGING_TOOLS = frozenset({"pip", "setuptools", "pkg_resources", "_distutils_hack", "wheel"})
 # Modules that carry code as data: what they do is in the file, not in the installed package.
 CODE_CARRIERS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
@@ -154,7 +155,9 @@ _IDENTIFIER = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 
 
 def _is_installed_package(top: str) -> bool:
-    distributions = _distributions().get(top, [])
+    # Looking for pip has an effect: setuptools' import hook takes this process for an installer from then on, and
+    # setuptools, which inductor needs, can no longer be imported. No model has a class of a packaging tool.
+    distributions = [] if top in PACKAGING_TOOLS else _distributions().get(top, [])
     try:
         spec = importlib.util.find_spec(top) if distributions else None  # of a top-level name: imports nothing
     except (ImportError, ValueError):

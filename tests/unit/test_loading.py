@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from collections import OrderedDict
@@ -333,6 +334,17 @@ def test_a_class_of_a_script_is_refused_with_the_way_out(tmp_path: Path, monkeyp
     assert "__main__.Net" in str(error)
     assert "torch.export" in (error.hint or "")
     assert isinstance(load(tmp_path / "model.pt", trust_pickle=True), net)
+
+
+def test_a_file_that_names_pip_leaves_setuptools_importable(tmp_path: Path) -> None:
+    path = write_pickle(tmp_path / "evil.pt", pickled(b"cpip.exceptions\nPipError\n)\x81"))
+    code = (
+        "import sys, normfuse\n"
+        "try: normfuse.load(sys.argv[1])\n"
+        "except normfuse.errors.LoadError as error: assert 'pip.exceptions' in str(error)\n"
+        "import torch.utils.cpp_extension\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(path)], check=True)
 
 
 def test_no_package_is_imported_for_a_file_that_is_refused_anyway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
