@@ -44,6 +44,7 @@ bench: $(VENV)/dev
 	PYTHONPATH=. $(BIN)/python benchmarks/fold_patterns.py
 	PYTHONPATH=. $(BIN)/python benchmarks/fold_speed.py
 	PYTHONPATH=. $(BIN)/python benchmarks/rms_norm.py
+	PYTHONPATH=. $(BIN)/python benchmarks/pre_norms.py
 
 clean:
 	rm -rf $(VENV) out

@@ -3,7 +3,8 @@
 From the value on, every value v is stored as t with v = scale ⊙ t + shift along one axis: that is its debt. Layers settle a
 debt in their weights and biases. Views, picks and means pass it on. A sum passes it on once what it adds has been divided by
 the scale, so that the scale of a post-norm stream travels to its head (the re-basis t = D⁻¹(s - e) of the residual stream),
-and another channel affine on the way composes with it and dissolves as well.
+and another channel affine on the way composes with it and dissolves as well. Where a view splits the axis into heads, the axes
+that it becomes are remembered in their order, through attention, until another view has merged them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from normfuse.absorb import (
     unpadded,
 )
 from normfuse.affine import Affine, constant_formula, moved, product, total
+from normfuse.averages import VALUES, why_no_mean
 from normfuse.edits import Reroute, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
@@ -47,6 +49,15 @@ class Debt:
     """A value v that is stored as t: ``v = scale ⊙ t + shift`` along ``axis``."""
 
     axis: int
+    scale: Formula | None
+    shift: Formula | None
+
+
+@dataclass(frozen=True)
+class Split:
+    """A debt along several axes of a value, which were one: the entries of scale and shift vary fastest along the last one."""
+
+    axes: tuple[int, ...]
     scale: Formula | None
     shift: Formula | None
 
@@ -76,30 +87,47 @@ class _Readers:
         for out, form in others.items():
             self.others.setdefault(form.base, []).append((out, form))
         self.debts: dict[Node, Debt] = {}
+        self.split: dict[Node, Split] = {}
         self.dissolved: set[Node] = set()
         self._settled: set[Node] = set()
         """nodes inside affine values that have been dissolved"""
+        self._waiting: set[Node] = set()
+        """readers of what owes that the walk has yet to meet"""
 
     def settle(self, value: Node, debt: Debt) -> Obstacle | None:
         if not any(reader.target not in METADATA for reader in value.users):
             return Obstacle(value, "is read by nobody")
         self._owe(value, debt)
-        node = value.next
-        while node.op != "root":
-            owing = [each for each in dict.fromkeys(tensors_in((node.args, node.kwargs))) if each in self.debts]
-            if owing and node not in self._settled and node.target not in METADATA:
-                self.draft.nodes.add(node)
-                stopped = self._reader(node, owing)
+        node = value
+        while self._waiting:
+            node = node.next
+            if node in self._waiting:
+                self._waiting.remove(node)
+                stopped = None if node in self._settled else self._reader(node, self._owing(node))
                 if stopped:
                     return stopped
-            node = node.next
         return None
+
+    def _owing(self, node: Node) -> list[Node]:
+        operands = dict.fromkeys(tensors_in((node.args, node.kwargs)))
+        return [each for each in operands if each in self.debts or each in self.split]
 
     def _owe(self, value: Node, debt: Debt) -> None:
         self.debts[value] = debt
+        self._await_readers(value)
         for out, form in self.others.get(value, ()):
             if (form.axis in (None, debt.axis) and not form.moves) or axis_of_base(self.facts, form, out) == debt.axis:
                 self._compose(out, form, debt)
+
+    def _owe_along(self, value: Node, axes: tuple[int, ...], scale: Formula | None, shift: Formula | None) -> None:
+        if len(axes) == 1:
+            self._owe(value, Debt(axes[0], scale, shift))
+        else:
+            self.split[value] = Split(axes, scale, shift)
+            self._await_readers(value)
+
+    def _await_readers(self, value: Node) -> None:
+        self._waiting.update(reader for reader in value.users if reader.target not in METADATA)
 
     def _compose(self, out: Node, form: Affine, debt: Debt) -> None:
         """Another affine of a value that owes: one debt for both."""
@@ -113,6 +141,11 @@ class _Readers:
         self._owe(out, Debt(axis, scale, shift))
 
     def _reader(self, node: Node, owing: list[Node]) -> Obstacle | None:
+        self.draft.nodes.add(node)
+        if node.target in VALUES and owing == [arguments(node)[VALUES[node.target]]]:
+            return self._mean(node, owing[0])
+        if any(each in self.split for each in owing):
+            return self._moved(node, owing)
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
             a = arguments(node)
             if node.target in LAYERS and owing == [a["input"]]:
@@ -123,6 +156,8 @@ class _Readers:
                 return self._sum(node, a, owing)
             if node.target is aten.cat.default and self._joins_channels(node, a, owing):
                 return self._joined(node, a)
+            if node.target is aten.native_dropout.default:
+                return self._dropped(node, self.debts[owing[0]])
         return self._passed(node, owing)
 
     # -- passing a debt on ---------------------------------------------------------------------------------------------
@@ -131,7 +166,7 @@ class _Readers:
         debt = self.debts[owing[0]]
         onward = [own for own in range(rank(node)) if (owing[0], debt.axis) in (carries(node, own) or ())]
         if len(onward) != 1:
-            return Obstacle(node, "is no linear layer")
+            return self._moved(node, owing)
         if debt.shift is not None and not passes_shift(node):
             return Obstacle(node, "does not let a shift through")
         carried = carries(node, onward[0]) or ()
@@ -148,6 +183,44 @@ class _Readers:
                     return stopped
         self._owe(node, replace(debt, axis=onward[0]))
         return None
+
+    def _dropped(self, node: Node, debt: Debt) -> Obstacle | None:
+        """Entries become zeros at random: they would lose their shift."""
+        if debt.shift is not None:
+            return Obstacle(node, "does not let a shift through")
+        for result in node.users:
+            if result.args[1] == 0:  # the other one is the mask, whatever the values are
+                self._owe(result, debt)
+        return None
+
+    def _moved(self, node: Node, owing: list[Node]) -> Obstacle | None:
+        """Axes that a view splits or merges, or that are moved each by itself."""
+        owed = self._along(owing[0])
+        onward = _onward(node, owing[0], owed.axes) if len(owing) == 1 else None
+        if onward is None:
+            return Obstacle(node, "is no linear layer")
+        if owed.shift is not None and not passes_shift(node):
+            return Obstacle(node, "does not let a shift through")
+        self._owe_along(node, onward, owed.scale, owed.shift)
+        return None
+
+    def _mean(self, node: Node, value: Node) -> Obstacle | None:
+        """Attention: each result is a sum of the values that owe, along the axis before their last."""
+        owed, added = self._along(value), rank(node) - rank(value)
+        times = sum(operand is value for operand in tensors_in((node.args, node.kwargs)))
+        if rank(value) < 2 or added < 0 or rank(value) - 2 in owed.axes or times != 1:
+            return Obstacle(node, "is no linear layer")
+        if not all(same(shape(value)[axis], shape(node)[axis + added]) for axis in owed.axes):
+            return Obstacle(node, "lets several heads share their values")
+        why = why_no_mean(self.facts, node) if owed.shift is not None else ""
+        if why:
+            return Obstacle(node, why)
+        self._owe_along(node, tuple(axis + added for axis in owed.axes), owed.scale, owed.shift)
+        return None
+
+    def _along(self, value: Node) -> Split:
+        debt = self.debts.get(value)
+        return self.split[value] if debt is None else Split((debt.axis,), debt.scale, debt.shift)
 
     def _repay(self, operand: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
         """What meets values that owe must be stored as they are: t = (v - shift) / scale, in what writes it."""
@@ -258,15 +331,16 @@ class _Readers:
         return fold(self.draft, bias, rank(bias) - 1, None, entries)
 
     def _product(self, node: Node, a: dict[str, Any], value: Node) -> Obstacle | None:
-        """``x @ W``, with or without a bias: GPT-2's Conv1D."""
+        """``x @ W``, with or without a bias: GPT-2's Conv1D; a stack of them where experts are stored as one tensor."""
         debt, weight = self.debts[value], a[PRODUCTS[node.target][1]]
         plain = constant_formula(self.facts, weight)
-        if plain is None or rank(weight) != 2 or debt.axis != rank(value) - 1 or times_read(weight) != 1:
+        if plain is None or rank(weight) < 2 or debt.axis != rank(value) - 1 or times_read(weight) != 1:
             return Obstacle(node, "multiplies by what is not a weight of its own")
-        stopped = fold(self.draft, weight, 0, debt.scale, None) if debt.scale is not None else None
+        entering = rank(weight) - 2
+        stopped = fold(self.draft, weight, entering, debt.scale, None) if debt.scale is not None else None
         if stopped or debt.shift is None:
             return stopped
-        added = Apply("sum.dim_IntList", (Scaled(plain, debt.shift, 0), (0,)))
+        added = Apply("sum.dim_IntList", (Scaled(plain, debt.shift, entering), (entering,), entering > 0))
         if node.target is aten.addmm.default:
             if a["beta"] != 1 or a["alpha"] != 1:
                 return Obstacle(node, "scales its bias")
@@ -278,9 +352,34 @@ class _Readers:
 PRODUCTS: dict[Any, tuple[str, str]] = {
     aten.mm.default: ("self", "mat2"),
     aten.matmul.default: ("self", "other"),
+    aten.bmm.default: ("self", "mat2"),
     aten.addmm.default: ("mat1", "mat2"),
 }
 """Products of two factors: the names of the value's argument and of the weight's."""
+
+
+def _onward(node: Node, operand: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The axes of a node that axes of an operand become, in their order; None where it does more than move them."""
+    found = tuple(own for axis in axes for own in range(rank(node)) if carries(node, own) == ((operand, axis),))
+    if len(found) == len(axes):
+        return found
+    neighbours = axes == tuple(range(axes[0], axes[-1] + 1))
+    return _reshaped(node, operand, axes) if node.target in _RESHAPES and neighbours else None
+
+
+def _reshaped(node: Node, operand: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Row-major order: neighbouring axes survive a reshape iff as many entries as before are in them and behind them."""
+
+    def entries(value: Node, first: int, last: int) -> tuple[Any, Any]:
+        return prod(shape(value)[first : last + 1]), prod(shape(value)[last + 1 :])
+
+    wanted = entries(operand, axes[0], axes[-1])
+    runs = ((first, last) for last in reversed(range(rank(node))) for first in reversed(range(last + 1)))
+    found = next((run for run in runs if all(map(same, entries(node, *run), wanted))), None)
+    return None if found is None else tuple(range(found[0], found[1] + 1))
+
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def _is_axis(node: Node, own: int, operand: Any, axis: int) -> bool:

@@ -1,4 +1,4 @@
-"""Fold the gain and the shift of norms into the layers that read them.
+"""Fold the gain and the shift of norms into the layers that read them, and value biases into output projections.
 
 What
     LayerNorm, RMSNorm and GroupNorm end with y = γ⊙x̂ + β, which all their readers can do in their own weights: query, key and
@@ -7,18 +7,25 @@ What
     convolution), the gain is folded and β/γ stays. A gain written as (1 + w) is one like any other. Two norms that have
     become the same function of the same value become one (GPT-NeoX).
 
+    The bias of an attention's value projection, be it the model's or made of a norm's shift, is added to every result of the
+    attention, because its weights sum to one. It goes into the bias of the output projection, so the values need none.
+
 Formula
     W ← W diag(γ),  b ← b + Wβ (with the W from before; a bias is made where there is none).
+    Softmax(S)(V + 1bᵀ)Wₒᵀ + bₒ = Softmax(S)V Wₒᵀ + (bₒ + Wₒb).
 
 Needs
     Gain and shift along one axis, from stored tensors. All readers, however far, are linear layers or convolutions whose
-    weights nobody else reads.
+    weights nobody else reads. For a value bias an output projection that has a bias, or the addition would only move.
 
 Refuses
     NF501  A reader of the norm cannot take its gain: it is no linear layer, its weight is shared or tied, or somebody
            returns the norm's output. Hint for a tied head: untie it if memory allows; it is not copied silently.
     NF502  The norm's gain is no stored vector along one axis: it covers several axes, or is computed from the input
            (adaptive norms), so it is not a change of the readers' weights.
+    NF503  The attention's mask comes from the input, or closes every key to some query: such a query gets zeros from
+           scaled_dot_product_attention, not a mean of the values, so that the value bias must stay where it is. A mask that
+           is the same for all inputs, a causal attention and a softmax written out are no obstacle.
 
 Claim
     rounding: the same function of real numbers.
@@ -29,38 +36,48 @@ Reference
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from torch.fx import Node
 
 from normfuse.absorb import Absorbed, Obstacle, column, new_tensor
 from normfuse.affine import Affine, constant, forms, maximal, moved
+from normfuse.averages import MASKED, is_mean
 from normfuse.dissolve import told
-from normfuse.edits import Call, Edit, Expression, Ref, Reroute, literal
+from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, literal
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.formula import Apply
 from normfuse.program import Program
 from normfuse.readers import into_readers, well_conditioned
 from normfuse.rules import rank
-from normfuse.views import Norm, arguments, aten
+from normfuse.views import Norm, arguments, aten, dtype, is_tensor
 
 _PLAIN = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
 
 
 def fold_affine(program: Program, facts: Facts) -> Iterator[Finding]:
-    """Propose one rewrite per norm with a gain or a shift, and one per norm that repeats another; or say why not."""
+    """Propose a rewrite per norm with a gain or a shift, per norm that repeats another, per value bias; or say why not."""
     everything = dict(maximal(forms(facts)))
-    first: dict[tuple[object, ...], Norm] = {}
+    for norm, *repeated in _functions(facts):
+        yield from (_repeated(program, other, norm) for other in repeated)
+        for value, form, core in _affines(facts, norm, everything) if not repeated else ():  # first it is one, then folded
+            yield _fold(program, facts, norm, value, form, core, everything)
+    for node in program.graph.find_nodes(op="call_function", target=aten.linear.default):
+        if is_tensor(arguments(node)["bias"]):
+            yield from _bias_of_values(program, facts, node)
+
+
+def _functions(facts: Facts) -> Iterable[list[Norm]]:
+    """The norms that are adaptive, those together that are one function of one value."""
+    same: dict[tuple[object, ...], list[Norm]] = {}
     for norm in facts.norms:
-        if norm.out.target in _PLAIN and norm.gain is None and norm.shift is None:
-            same = first.setdefault((norm.out.target, str(norm.out.args), str(norm.out.kwargs)), norm)
-            if same is not norm:
-                yield _repeated(program, norm, same)
         if norm.kind in ("layer_norm", "rms_norm", "group_norm"):
-            for value, form, core in _affines(facts, norm, everything):
-                yield _fold(program, facts, norm, value, form, core, everything)
+            by_operator = norm.out.target, str(norm.out.args), str(norm.out.kwargs)
+            proven = "by hand", norm.kind, norm.x, norm.axes, norm.eps, norm.gain, dtype(norm.out)
+            same.setdefault(proven if norm.by_hand else by_operator, []).append(norm)
+    return same.values()
 
 
 def _affines(facts: Facts, norm: Norm, everything: dict[Node, Affine]) -> Iterator[tuple[Node, Affine | None, Expression]]:
@@ -69,8 +86,15 @@ def _affines(facts: Facts, norm: Norm, everything: dict[Node, Affine]) -> Iterat
         yield norm.out, _of_operator(facts, norm), _without(norm)
         return
     for value, form in everything.items():
-        if form.axis is not None and (form.base is norm.out or (norm.by_hand and form.base in norm.inner)):
+        if form.axis is not None and (_uncast(form.base) is norm.out or (norm.by_hand and form.base in norm.inner)):
             yield value, form, moved(form)
+
+
+def _uncast(node: Node) -> Node:
+    """What a value was before it was cast: norms that compute in float32 multiply their gain to what they have cast back."""
+    while node.target in (aten._to_copy.default, aten.type_as.default):
+        node = arguments(node)["self"]
+    return node
 
 
 def _of_operator(facts: Facts, norm: Norm) -> Affine | None:
@@ -138,4 +162,27 @@ def _repeated(program: Program, norm: Norm, same: Norm) -> Rewrite:
     edits = (Reroute(norm.out.name, Ref(same.out.name)),)
     region = frozenset({norm.out.name, same.out.name})
     because = f"it is the same function of the same value as '{program.site(same.out)}'"
-    return Rewrite("fold_affine", (program.site(norm.out),), (norm.kind,), NO_NORM, edits, region, Claim.EXACT, because)
+    claim = Claim.ROUNDING if norm.by_hand else Claim.EXACT  # one function may be spelled in two ways
+    return Rewrite("fold_affine", (program.site(norm.out),), (norm.kind,), NO_NORM, edits, region, claim, because)
+
+
+def _bias_of_values(program: Program, facts: Facts, layer: Node) -> Iterator[Finding]:
+    """A layer's bias that goes through attention into the biases of all layers behind it."""
+    x, weight, bias = (arguments(layer)[name] for name in ("input", "weight", "bias"))
+    entries = constant(facts, bias) if rank(bias) == 1 else None
+    if entries is None:
+        return
+    form = Affine(x, (), rank(layer) - 1, None, entries, frozenset({layer}))
+    absorbed = into_readers(facts, form, layer, {})
+    if isinstance(absorbed, Obstacle):
+        if absorbed.why == MASKED:
+            at, hint = program.site(absorbed.at), "leave the mask out where all keys are meant"
+            yield Refusal("fold_affine", program.site(layer), "NF503", told(program, absorbed), at, hint)
+        return
+    attended = any(is_mean(facts, node) for node in absorbed.nodes)
+    if attended and not any(isinstance(edit, NewTensor) for edit in absorbed.edits):
+        gone = Reroute(layer.name, Call("linear.default", (Ref(x.name), Ref(weight.name))))
+        region = frozenset(node.name for node in absorbed.nodes | {layer, x})
+        because = "attention takes means of its values: their bias is in the output projection's"
+        sites, edits = (program.site(layer),), (*absorbed.edits, gone)
+        yield Rewrite("fold_affine", sites, ("value bias",), "folded", edits, region, Claim.ROUNDING, because)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.views import aten
+from normfuse.views import arguments, aten
 from tests.models import TRAPS, noise
 from tests.zoo.spread import spread
 
@@ -62,6 +62,61 @@ class OnePlus(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
         return torch.tanh(self.read(y * (1.0 + self.weight)))
+
+
+class Wide(nn.Module):
+    """LLaMA's RMSNorm: computed in float32 and cast back before its gain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.gate, self.up = nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False)
+        self.down = nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = self.weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class Experts(nn.Module):
+    """A router and experts whose weights are one stored tensor, which all read one norm."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        self.norm, self.router, self.stacked = nn.LayerNorm(8), nn.Linear(8, 3, bias=False), stacked
+        self.experts = nn.ModuleList(nn.Linear(8, 6, bias=i > 0) for i in range(3))
+        self.weight = nn.Parameter(torch.randn(3, 8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        shares = torch.softmax(self.router(y), -1)
+        if self.stacked:
+            given = torch.bmm(y.reshape(1, -1, 8).expand(3, -1, -1), self.weight).unbind(0)
+            each = [torch.relu(part).view(*y.shape[:-1], 6) for part in given]
+        else:
+            each = [torch.relu(expert(y)) for expert in self.experts]
+        return torch.stack([shares[..., i : i + 1] * part for i, part in enumerate(each)]).sum(0)
+
+
+class Between(nn.Module):
+    """Between the norm and its reader: a mask of tokens, of channels, or dropout."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.norm, self.read, self.what = nn.LayerNorm(8), nn.Linear(8, 6), what
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        if self.what == "tokens":
+            y = y.masked_fill(x[..., :1] > 0, 0.0)
+        elif self.what == "product":
+            y = y * (x[..., :1] > 0)
+        elif self.what == "channels":
+            y = y.masked_fill(x > 0, 0.0)
+        else:
+            y = F.dropout(y, 0.5, training=self.what == "dropout in training")
+        return torch.tanh(self.read(y))
 
 
 class Groups(nn.Module):
@@ -156,6 +211,40 @@ def test_what_the_caller_reads_stays() -> None:
     (refusal,) = result.report.to_dict()["refusals"]
     assert refusal["code"] == "NF501"
     assert "the caller" in refusal["reason"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gate_and_up_take_a_gain_behind_a_cast(dtype: torch.dtype) -> None:
+    result = rewritten(Wide().to(dtype), noise(2, 5, 8).to(dtype))
+    (rewrite,) = result.report.to_dict()["rewrites"]
+    assert rewrite["because"] == "gain and shift are folded into all layers that read it"
+    products = result.program.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
+    assert len(products) == 2, "the norm's own product and the gate's are left"
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["a layer each", "one stored tensor"])
+def test_experts_and_their_router_take_it(stacked: bool) -> None:
+    result = rewritten(Experts(stacked), *TOKENS)
+    assert affine_norms(result) == [(False, False)]
+    if not stacked:
+        layers = result.program.graph.find_nodes(op="call_function", target=aten.linear.default)
+        assert all(arguments(node)["bias"] is not None for node in layers)
+
+
+@pytest.mark.parametrize(
+    ("what", "left"),
+    [
+        ("tokens", (False, True)),
+        ("product", (False, True)),
+        ("channels", (True, True)),
+        ("dropout", (False, False)),
+        ("dropout in training", (False, True)),
+    ],
+)
+def test_what_stands_between_lets_the_gain_through_and_keeps_the_shift(what: str, left: tuple[bool, bool]) -> None:
+    """A mask that differs from channel to channel lets neither through."""
+    result = rewritten(Between(what), *TOKENS)
+    assert affine_norms(result) == [left]
 
 
 @pytest.mark.parametrize("order", [("fold_affine", "pre_rmsnorm"), ("pre_rmsnorm", "fold_affine")])
