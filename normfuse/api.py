@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -14,23 +14,23 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ConstantArgument, InputKind
 
-from normfuse import tuning
-from normfuse.cases import Case, cases
-from normfuse.errors import InputError, NormfuseError
+from normfuse import living, tuning
+from normfuse.cases import cases
+from normfuse.errors import CannotApply, InputError, NormfuseError
 from normfuse.evidence import Evidence, failed
 from normfuse.facts import analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, found_on
 from normfuse.interpret import flat_inputs
-from normfuse.loading import load, proven_first, write_atomically
+from normfuse.loading import load, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
-from normfuse.proving import Progress, Runner, checked_level, compare, compare_runtime, prove
+from normfuse.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
+from normfuse.spelling import for_cpu
 from normfuse.views import Norm
 
 Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | None
@@ -42,20 +42,29 @@ class Result:
     """A rewritten model.
 
     Attributes:
-        program: the rewritten program, its new weights evaluated.
+        program: the rewritten program; its new weights are evaluated, or (live mode) computed at every call.
         report: what was done, refused and proven.
         inputs: the example inputs that it was proven on.
+        planned: the same program with its new weights as formulas of the old ones; a further rewrite starts there, so that
+            weights are rounded once and what the formulas tell of them is known.
         sources: files that `save` must not overwrite.
+        mode: ``deploy`` or ``live``.
     """
 
     program: Program
     report: Report
     inputs: Inputs
+    planned: Program
     sources: tuple[Path, ...] = ()
+    mode: str = "deploy"
 
     def module(self) -> nn.Module:
-        """A module that is called with the same arguments as the original."""
-        return self.program.module()
+        """A module that is called with the same arguments as the original.
+
+        In live mode its parameters are the original's own, under the same names: train either, and both are trained.
+        On a CPU the norms are spelled as torch runs them fastest operator by operator; see `normfuse.spelling`.
+        """
+        return self.program.module() if self.mode == "live" else for_cpu(self.planned, self.program).module()
 
     def apply_to(self, model: nn.Module, *, keep: bool = False) -> nn.Module:
         """Make the same plan on the live module that was rewritten, in place; see `deploy`.
@@ -71,11 +80,13 @@ class Result:
             CannotApply: part of the plan has no place on modules; nothing is changed.
             VerificationFailed: the module is not equivalent afterwards; it is put back.
         """
+        if self.mode == "live":
+            raise CannotApply(["a live program is no plan for modules"], hint="normfuse.tune(model, ...) makes modules live")
         tuning.applied(model, self.report.plan, self.inputs, keep=keep)
         return model
 
     def save(self, path: str | Path) -> Path:
-        """Write ``.pt2`` atomically; `torch.export.load` opens it without normfuse.
+        """Write ``.pt2`` atomically; `torch.export.load` opens it without normfuse. What is live stays live.
 
         Raises:
             InputError: the path is the input file, or its folder does not exist.
@@ -95,6 +106,7 @@ def rewrite(
     kwargs: dict[str, Any] | None = None,
     dynamic_shapes: Any = None,
     *,
+    mode: str = "deploy",
     verify: str = "full",
     allow: str = "rounding",
     trust_pickle: bool = False,
@@ -103,11 +115,14 @@ def rewrite(
     """Rewrite the norms of a trained model, and prove that its outputs stay the same.
 
     Args:
-        model: an `nn.Module`, an `ExportedProgram`, a `Program`, or the path of a saved one. It is not changed.
+        model: an `nn.Module`, an `ExportedProgram`, a `Program`, a `Result`, or the path of a saved one. It is not changed.
         passes: names of passes, or ``"all"`` for those of `normfuse.registry.ALL`, which contain the others.
         inputs: example positional inputs; found on the model (timm, transformers, ``.pt2``) when None.
         kwargs: example keyword inputs.
         dynamic_shapes: as for `torch.export.export`.
+        mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
+            and computes the new weights from them at every call, so that gradients and optimizers are the original's. A
+            module is then traced as it is set, in training or in evaluation mode.
         verify: ``full`` (structure, float64 algebra, rounding), ``structure`` (nothing is run), or ``none``.
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
         trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
@@ -120,28 +135,33 @@ def rewrite(
         LoadError: the file cannot or may not be read.
         InputError: no example inputs are known, or they do not fit.
         TraceError: torch.export cannot trace the model.
+        NormfuseError: there is no such mode, or the model is a live result.
         VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
     """
     checked_level(verify)
+    trace = _tracer(mode)
     clock = _Clock()
-    name, original, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    start = _deployed(model).planned if isinstance(model, Result) else model
+    inputs = model.inputs if isinstance(model, Result) and inputs is None else inputs
+    name, original, given = _program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
     clock.lap("trace")
     chosen = plan(original, _names(passes), allow=_claim(allow))
-    rewritten = chosen.apply(original)
+    planned = chosen.apply(original)
+    rewritten = living.alive(planned) if mode == "live" else planned
     clock.lap("plan")
     evidence = Evidence("none")
     if verify != "none":
         tried = cases(original, flat_inputs(original, given.args, given.kwargs))
-        evidence = prove(original, rewritten, chosen, tried, level=verify, progress=progress)
+        evidence = prove(original, rewritten, chosen, tried, promised=planned, level=verify, progress=progress)
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
-    before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(rewritten))
+    before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
     report = Report(name, chosen, evidence, before, after, clock.laps, original.notes)
     if not evidence.ok:
         raise failed(evidence, report)
     baked = rewritten.baked()
     clock.lap("write")
-    return Result(baked, report, given, (Path(model),) if isinstance(model, (str, Path)) else ())
+    return Result(baked, report, given, planned, _sources(model), mode)
 
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -243,82 +263,6 @@ def restore(model: Module) -> Module:
     """
     tuning.restored(model)
     return model
-
-
-def verify(
-    a: Model,
-    b: Model,
-    inputs: Given = None,
-    kwargs: dict[str, Any] | None = None,
-    *,
-    trust_pickle: bool = False,
-    progress: Progress | None = None,
-) -> Evidence:
-    """Evidence that two models are one function up to the rounding of their weights.
-
-    Args:
-        a: the reference: an `nn.Module`, a program, or the path of one.
-        b: the same, or the path of an ``.onnx`` file, which ONNX Runtime then runs.
-        inputs: example positional inputs; found on the models when None.
-        kwargs: example keyword inputs.
-        trust_pickle: as for `rewrite`.
-        progress: told (what, done, total).
-
-    Returns:
-        The evidence; its ``ok`` is the answer.
-    """
-    _, left, given = _program(a, inputs, kwargs, None, trust_pickle)
-    flat = flat_inputs(left, given.args, given.kwargs)
-    if isinstance(b, (str, Path)) and _is_onnx(Path(b)):
-        return compare_runtime(left, _onnx_runner(left, Path(b)), cases(left, flat), progress=progress)
-    _, right, _ = _program(b, replace(given, dynamic_shapes=None), None, None, trust_pickle)
-    return compare(left, right, cases(left, flat), progress=progress)
-
-
-def export(
-    model: Model,
-    path: str | Path,
-    *,
-    opset: int = 20,
-    inputs: Given = None,
-    kwargs: dict[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-    trust_pickle: bool = False,
-    progress: Progress | None = None,
-) -> Evidence:
-    """Write ONNX, run it in ONNX Runtime after its own optimisations, and compare.
-
-    Args:
-        model: as for `rewrite`; a `Result` brings its own inputs.
-        path: the ``.onnx`` file to write.
-        opset: the ONNX opset; RMSNorm is written in the form that ONNX Runtime fuses at that opset.
-        inputs: as for `rewrite`.
-        kwargs: as for `rewrite`.
-        dynamic_shapes: as for `rewrite`.
-        trust_pickle: as for `rewrite`.
-        progress: told (what, done, total).
-
-    Raises:
-        InputError: the path is the model's own file, or its folder does not exist.
-        MissingExtra: the packages for ONNX are not installed.
-        ExportError: torch.onnx refused an operator.
-        VerificationFailed: ONNX Runtime computes something else; nothing is written.
-    """
-    from normfuse.exporters import onnx, onnxruntime
-
-    _, program, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
-    sources = model.sources if isinstance(model, Result) else (Path(model),) if isinstance(model, (str, Path)) else ()
-    flat = flat_inputs(program, given.args, given.kwargs)
-
-    def write(path: Path) -> None:
-        onnx.export(program.baked().exported, path, opset=opset)
-
-    with proven_first(Path(path), write, never_over=sources) as written:
-        evidence = compare_runtime(program, _onnx_runner(program, written), cases(program, flat), progress=progress)
-        if not evidence.ok:
-            raise failed(evidence, evidence)
-        ran = ", ".join(f"{count} {op}" for op, count in onnxruntime.fused_ops(written).items() if "Norm" in op)
-    return replace(evidence, notes=(*evidence.notes, f"ONNX Runtime runs {ran or 'no norm'}"))
 
 
 @dataclass(frozen=True)
@@ -423,7 +367,39 @@ def _short(fate: str) -> str:
 # -- from what the user has to a program -------------------------------------------------------------------------------
 
 
-def _program(model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool) -> tuple[str, Program, Inputs]:
+Tracer: TypeAlias = Callable[[nn.Module, Inputs], Program]
+
+
+def _traced(module: nn.Module, given: Inputs) -> Program:
+    return Program.trace(module, given.args, given.kwargs, given.dynamic_shapes)
+
+
+def _tracer(mode: str) -> Tracer:
+    if mode not in ("deploy", "live"):
+        raise NormfuseError(f"there is no mode '{mode}'", hint="the modes are: deploy, live")
+    return living.traced_as_set if mode == "live" else _traced
+
+
+def _deployed(result: Result) -> Result:
+    """The result itself, if it is one to serve.
+
+    Raises:
+        NormfuseError: it is live, and its graph may be that of a model in training.
+    """
+    if result.mode == "live":
+        hint = "rewrite the model itself, whose parameters are trained with it: normfuse.rewrite(model, passes) evaluates them"
+        raise NormfuseError("a live program is for training: it is not exported or rewritten again", hint=hint)
+    return result
+
+
+def _sources(model: Model) -> tuple[Path, ...]:
+    """Files that a result of this model must not overwrite."""
+    return model.sources if isinstance(model, Result) else (Path(model),) if isinstance(model, (str, Path)) else ()
+
+
+def _program(
+    model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool, trace: Tracer = _traced
+) -> tuple[str, Program, Inputs]:
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     loaded = load(Path(model), trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
     if isinstance(loaded, Result):
@@ -433,7 +409,7 @@ def _program(model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trus
         raise InputError(f"{name} is not a model", hint="pass an nn.Module, an ExportedProgram, or a path")
     given = _given(loaded, inputs, kwargs, dynamic_shapes)
     if isinstance(loaded, nn.Module):
-        return name, Program.trace(loaded, given.args, given.kwargs, given.dynamic_shapes), given
+        return name, trace(loaded, given), given
     return name, loaded if isinstance(loaded, Program) else Program.from_exported(loaded), given
 
 
@@ -476,23 +452,6 @@ def _claim(name: str) -> Claim:
 
 def _kinds(program: Program) -> dict[str, int]:
     return dict(Counter(norm.kind for norm in analyze(program).norms))
-
-
-def _is_onnx(path: Path) -> bool:
-    return path.suffix == ".onnx"
-
-
-def _onnx_runner(program: Program, path: Path) -> Runner:
-    from normfuse.exporters import onnxruntime
-
-    specs = [spec for spec in program.exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
-
-    def run(case: Case) -> list[torch.Tensor]:
-        pairs = zip(case.flat, specs, strict=True)
-        given = [onnxruntime.as_array(value) for value, spec in pairs if not isinstance(spec.arg, ConstantArgument)]
-        return [torch.from_numpy(each) for each in onnxruntime.run(path, given)]
-
-    return run
 
 
 class _Clock:

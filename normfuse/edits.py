@@ -152,7 +152,7 @@ def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[st
             shape or dtype otherwise than the edits say.
     """
     edits = tuple(edits)
-    draft, twin = _copy(program)
+    draft, twin = copied(program)
     shapes = Shapes(program.nodes, twin, [(edit.node, edit.axis, edit.size) for edit in edits if isinstance(edit, Resize)])
     formulas, state = dict(program.formulas), dict(program.exported.state_dict)
     for edit in edits:
@@ -201,7 +201,8 @@ def _places(graph: Graph) -> dict[Node, int]:
     return {node: place for place, node in enumerate(graph.nodes)}
 
 
-def _copy(program: Program) -> tuple[GraphModule, dict[str, Node]]:
+def copied(program: Program) -> tuple[GraphModule, dict[str, Node]]:
+    """A copy of a program's graph to make changes in, and its nodes by the names that they have in the program."""
     graph = Graph()
     mapping: dict[Node, Node] = {}
     output = graph.graph_copy(program.graph, mapping, return_output_node=True)
@@ -276,8 +277,6 @@ def _drop_unread(graph: Graph) -> None:
 
 
 def _is_assertion(node: Node) -> bool:
-    if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of a value that nobody else reads it says nothing
-        return any(reader is not node for operand in node.all_input_nodes for reader in operand.users)
     if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of a value that nobody else reads it says nothing
         return any(reader is not node for operand in node.all_input_nodes for reader in operand.users)
     return "assert" in str(node.target) or "sym_constrain" in str(node.target)

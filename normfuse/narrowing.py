@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import networkx as nx
 import torch
+from torch import Tensor
 from torch.fx import Node
 
 from normfuse.absorb import Obstacle
@@ -51,11 +52,15 @@ def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Ite
             else:
                 over = f"{len(norm.axes)} axes together" if len(norm.axes) > 1 else f"an axis of size {size}"
                 yield Refusal(pass_name, program.site(norm.out), "NF402", f"it normalizes over {over}")
+        elif norm.kind == "rms_norm" and len(norm.axes) == 1 and (at := _rounded_writer(program, known, norm)) is not None:
+            why = f"its input has zero mean but for rounding: '{program.stored[at.name]}' and all that writes it were centred"
+            hint = f"run {pass_name} on the original model, alone or in one plan with what centred them"
+            yield Refusal(pass_name, program.site(norm.out), "NF406", f"{why}, and rounded", program.site(at), hint)
     for found in narrow(facts, concerned, basis):
         if isinstance(found, Kept):
-            at = program.site(found.at)
-            who = "the caller" if found.at.op == "output" else f"'{program.stored.get(found.at.name) or at}'"
-            yield Refusal(pass_name, program.site(found.norm.out), found.code, f"{_ABOUT[found.code]}{who} {found.why}", at)
+            site = program.site(found.at)
+            who = "the caller" if found.at.op == "output" else f"'{program.stored.get(found.at.name) or site}'"
+            yield Refusal(pass_name, program.site(found.norm.out), found.code, f"{_ABOUT[found.code]}{who} {found.why}", site)
         else:
             yield _rewrite(program, pass_name, basis, found)
 
@@ -165,6 +170,40 @@ def centered(facts: Facts) -> dict[Node, frozenset[int]]:
                 axes.add(axis)
         centered[node] = frozenset(axes)
     return centered
+
+
+def _rounded_writer(program: Program, known: Mapping[Node, frozenset[int]], norm: Norm) -> Node | None:
+    """A stored tensor that writes a norm's input, where all that do have zero mean up to the rounding of their dtype.
+
+    Measured, so it says what a pass has done before and is no fact to rely on: what writes the input is zero-mean by chance.
+    """
+    frontier, visited, writer = [(norm.x, norm.axes[0])], set[Key](), None
+    while frontier:
+        node, axis = key = frontier.pop()
+        if key in visited or axis in known[node]:
+            continue
+        visited.add(key)
+        carried = carries(node, axis)
+        if node.op == "placeholder":
+            tensor = program.tensor(program.stored[node.name]) if node.name in program.stored else None
+            if tensor is None or not _is_nearly_centred(tensor, axis):
+                return None
+            writer = node if writer is None and tensor.any() else writer
+        elif carried is None:
+            return None
+        else:
+            frontier.extend(carried)
+    return writer
+
+
+def _is_nearly_centred(tensor: Tensor, axis: int) -> bool:
+    """Whether the means along an axis are no larger than rounding every entry once would make them."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return False
+    wide = tensor.detach().double()
+    means, sizes = wide.mean(axis).abs(), wide.abs().mean(axis)
+    least = max(torch.finfo(tensor.dtype).eps, 2.0**-49)  # a mean that is itself taken in float64
+    return bool((means <= least * sizes).all())
 
 
 def _centered_by_formula(program: Program, node: Node) -> set[int]:

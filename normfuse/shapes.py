@@ -57,7 +57,7 @@ class Shapes:
         if [*map(str, sizes)] != [*self._expected(self._old[node], node.name)[0]]:
             raise InvalidPlan(f"'{node.name}' would have the shape {list(sizes)}, and the plan does not say so")
         if sizes != tuple(old.shape):
-            with _mode(node.graph):
+            with fake_mode(node.graph):
                 node.meta["val"] = torch.empty(sizes, dtype=old.dtype, device=old.device)
             node.meta.pop("tensor_meta", None)
             self._changed.add(node)
@@ -72,7 +72,7 @@ class Shapes:
         Raises:
             InvalidPlan: a call cannot be computed, or a value would change its shape otherwise than declared.
         """
-        with _mode(graph), torch.no_grad():
+        with fake_mode(graph), torch.no_grad():
             for node in graph.nodes:
                 stale = node not in self._old or node in self._changed or not self._changed.isdisjoint(node.all_input_nodes)
                 if node.op == "call_function" and stale:
@@ -131,7 +131,7 @@ def _resized(form: Form, sizes: Mapping[int, int]) -> Form:
     return tuple(str(sizes.get(axis, size)) for axis, size in enumerate(form[0])), form[1]
 
 
-def _mode(graph: Graph) -> Any:
+def fake_mode(graph: Graph) -> Any:
     """The fake mode that the graph's values live in."""
     values = (node.meta.get("val") for node in graph.nodes)
     return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())

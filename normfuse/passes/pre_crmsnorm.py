@@ -12,9 +12,8 @@ Formula
     eps ← eps·d/(d-1). The mean that LayerNorm subtracts vanishes with Qᵀ. `pre_crmsnorm_compressed` has the paper's form.
 
 Needs
-    A norm over one axis, whose input `pre_rmsnorm` can give zero mean, or has given within the same plan; and fewer explicit
-    changes of basis than norms. Run it on the original model, or both passes in one plan: once weights are rounded, nobody can
-    tell that their mean is meant to be zero.
+    A norm over one axis, whose input `pre_rmsnorm` can give zero mean, or has given within the same plan or in the result that
+    is rewritten further; and fewer explicit changes of basis than norms.
 
 Refuses
     NF401  The norm's input cannot be given zero mean: somebody else sees the mean, or it is written by what cannot be centred.
@@ -26,6 +25,10 @@ Refuses
     NF404  The stream passes an operation whose result has no rule for another width, or is made of a tensor that somebody else
            reads in full width.
     NF405  As many explicit changes of basis would be left to compute at every call as there are norms that profit.
+    NF406  The norm is an RMSNorm that a LayerNorm was turned into before the model was saved. All that writes its input was
+           centred, and then rounded: what is left of the means is as small as rounding makes it, and not zero. A rewrite that
+           takes it for zero would be another function, so none is made. Hint: run the pass on the original model, alone or
+           in one plan with ``pre_rmsnorm``; in Python, a `Result` still knows its formulas and can be rewritten further.
 
     Refused by nobody, but not always worth it: d - 1 is odd where d is a multiple of 64, which matrix products are made for.
     On a CPU, torch took up to 1.5 times as long for a product that writes 63, 191 or 383 columns as for 64, 192 or 384, which

@@ -12,7 +12,7 @@ Needs
     As ``pre_crmsnorm``.
 
 Refuses
-    As ``pre_crmsnorm``, with its codes NF401 to NF405. Readers are less well conditioned here: an error in Σx enters every
+    As ``pre_crmsnorm``, with its codes NF401 to NF406. Readers are less well conditioned here: an error in Σx enters every
     entry of √d larger weights, so that half precisions lose more than with ``pre_crmsnorm``.
 
 Claim

@@ -143,11 +143,41 @@ def test_beside_pre_rmsnorm(name: str, passes: tuple[str, str]) -> None:
     assert both.report.evidence.error <= 1e-11
 
 
-def test_a_rounded_mean_is_not_trusted() -> None:
-    """The weights that pre_rmsnorm has written have no mean by chance: nobody is told that they must not."""
-    first = normfuse.rewrite(TRAPS["plain"].module(), "pre_rmsnorm", inputs=IDS)
-    again = normfuse.rewrite(first, "pre_crmsnorm")
-    assert _narrowed(again) == 0
+# -- after pre_rmsnorm -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rounded_mean_is_not_trusted(form: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The weights that pre_rmsnorm has written have no mean by chance: nobody says that they must not, so none is taken out."""
+    first = normfuse.rewrite(TRAPS["plain"].module().to(dtype), "pre_rmsnorm", inputs=IDS)
+    first.save(tmp_path / "model.pt2")
+    for saved in (first.program, tmp_path / "model.pt2"):
+        again = normfuse.rewrite(saved, form, inputs=IDS)
+        assert _narrowed(again) == 0
+        assert [refusal.code for refusal in again.report.plan.refusals] == ["NF406"] * 3
+        assert all("on the original model" in refusal.hint for refusal in again.report.plan.refusals)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["plain", "layer scale", "mix-ln", "experts", "by hand", "zero padding", "conv stem"])
+def test_a_result_still_knows_its_means(name: str, form: str) -> None:
+    """What is rewritten further is the plan and not its numbers, so it is what one plan of both passes makes, rounded once."""
+    first = normfuse.rewrite(TRAPS[name].module(), "pre_rmsnorm", inputs=TRAPS[name].inputs)
+    further = normfuse.rewrite(first, form)
+    both = normfuse.rewrite(TRAPS[name].module(), ["pre_rmsnorm", form], inputs=TRAPS[name].inputs)
+    assert _narrowed(further) == _narrowed(both) > 0
+    assert further.report.evidence.error <= 1e-11
+    ours, theirs = (result.program.exported.state_dict for result in (further, both))
+    assert all(torch.allclose(ours[key], theirs[key], rtol=0, atol=1e-6) for key in theirs)
+
+
+def test_an_rms_norm_of_its_own_is_passed_over() -> None:
+    """Nothing has centred what writes it, and nothing is said of it; nor of a writer that is all zeros."""
+    model = TRAPS["rms norms"].module()
+    for _ in range(2):
+        assert normfuse.rewrite(model, "pre_crmsnorm", inputs=IDS).report.plan.refusals == ()
+        torch.nn.init.zeros_(model.positions)
 
 
 # -- hostile shapes ----------------------------------------------------------------------------------------------------

@@ -1,0 +1,115 @@
+"""How a rewritten norm is spelled when a program becomes a module that runs operator by operator on a CPU.
+
+torch's ``rms_norm`` is composed of several operators there and slower than its ``layer_norm``, which is one kernel; without a
+gain ``layer_norm`` takes up to twice its time with one. On a value of zero mean both norms are one function (Pre-RMSNorm
+paper, §3), so such an RMSNorm is called as a ``layer_norm``, and a missing gain is a stored vector of ones. Files, compilers
+and exporters get ``rms_norm``: they have kernels for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, apply
+from normfuse.facts import analyze
+from normfuse.formula import Apply, evaluate
+from normfuse.program import Program
+from normfuse.rules import carries, rank
+from normfuse.views import arguments, aten, default_rms_eps, dtype, shape
+
+ZERO = 2.0**-44
+"""A mean, relative to the entries' mean size, that float64 arithmetic alone explains."""
+
+
+def for_cpu(planned: Program, program: Program) -> Program:
+    """A program with its norms spelled for operator-by-operator use on a CPU; itself where nothing would be gained.
+
+    Args:
+        planned: the rewritten program with its weights as formulas, which tell what has zero mean.
+        program: the same program with its weights evaluated, in float32 on a CPU where anything is to be changed.
+    """
+    centred = _centred(planned)
+    edits = list(_respelled(program, {node.name: axes for node, axes in centred.items()}))
+    return apply(program, edits).baked() if edits else program
+
+
+def _respelled(program: Program, centred: dict[str, frozenset[int]]) -> Iterator[Edit]:
+    ones: dict[int, str] = {}
+    for node in program.graph.nodes:
+        norm = _norm(node)
+        if norm is None or not norm.is_slow(centred):
+            continue
+        if norm.gain is None and norm.width not in ones:
+            ones[norm.width] = f"normfuse.ones_{norm.width}"
+            yield NewTensor(ones[norm.width], Apply("ones.default", ((norm.width,),)), like=_like(program))
+        out, shift = (node, norm.shift) if norm.shift is not None else _shifted(program, node, norm.width)
+        gain = ones[norm.width] if norm.gain is None else norm.gain.name
+        by = Call("layer_norm.default", (Ref(norm.x.name), (norm.width,), Ref(gain), shift and Ref(shift.name), norm.eps))
+        yield Reroute(out.name, by)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """A call of one of the two operators, over the last axis."""
+
+    x: Node
+    width: int
+    gain: Node | None
+    shift: Node | None
+    eps: float
+    rms: bool
+
+    def is_slow(self, centred: dict[str, frozenset[int]]) -> bool:
+        """Whether ``layer_norm`` with a gain is the same function, and faster."""
+        return rank(self.x) - 1 in centred.get(self.x.name, ()) if self.rms else self.gain is None
+
+
+def _norm(node: Node) -> _Norm | None:
+    if node.target not in (aten.rms_norm.default, aten.layer_norm.default):
+        return None
+    value, given = node.meta["val"], arguments(node)
+    x, width = given["input"], shape(node)[-1]
+    if value.dtype is not torch.float32 or value.device.type != "cpu" or list(given["normalized_shape"]) != [width]:
+        return None
+    eps = default_rms_eps(dtype(x)) if given["eps"] is None else given["eps"]
+    return _Norm(x, width, given.get("weight"), given.get("bias"), eps, node.target is aten.rms_norm.default)
+
+
+def _shifted(program: Program, node: Node, width: int) -> tuple[Node, Node | None]:
+    """The addition of a stored shift behind a norm, if that is all that reads the norm; else the norm itself."""
+    match list(node.users):
+        case [Node(target=aten.add.Tensor, args=(first, Node() as shift)) as out] if first is node and not out.kwargs:
+            if shift.name in program.stored and tuple(shape(shift)) == (width,) and dtype(shift) is torch.float32:
+                return out, shift
+    return node, None
+
+
+def _like(program: Program) -> str:
+    return next(name for name in program.stored.values() if program.tensor(name).dtype is torch.float32)
+
+
+def _centred(planned: Program) -> dict[Node, frozenset[int]]:
+    """Axes along which values have zero mean, as the weights are now: a formula's value is measured in float64."""
+    facts = analyze(planned)
+    centred: dict[Node, frozenset[int]] = {}
+    for node in planned.graph.nodes:
+        axes = set(facts.centered[node]) | _measured(planned, node)
+        for axis in range(rank(node)):
+            carried = carries(node, axis)
+            if carried and all(own in centred[operand] for operand, own in carried):
+                axes.add(axis)
+        centred[node] = frozenset(axes)
+    return centred
+
+
+def _measured(planned: Program, node: Node) -> set[int]:
+    new = planned.formulas.get(planned.stored.get(node.name, ""))
+    if new is None:
+        return set()
+    value = evaluate(new, planned.tensor)
+    sizes = value.abs()
+    return {axis for axis in range(value.dim()) if bool((value.mean(axis).abs() <= ZERO * sizes.mean(axis)).all())}
