@@ -39,6 +39,18 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
         program: the program that will run them.
         flat: the user's inputs.
     """
+    limits = [_rows_indexed(node) if _is_index(value) else None for value, node in zip(flat, user_inputs(program), strict=True)]
+    yield from cases_of(flat, limits)
+    yield from _extremes(program, flat)
+
+
+def cases_of(flat: Sequence[Any], limits: Sequence[int | None]) -> Iterator[Case]:
+    """The cases that need no program.
+
+    Args:
+        flat: the user's inputs.
+        limits: for each: the rows of the table that it indexes; None where it indexes none, or none is known.
+    """
     yield Case("as given", tuple(flat))
     for name, change in _HOSTILE.items():
         changed = tuple(change(value) if _is_float(value) else value for value in flat)
@@ -47,7 +59,6 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     for name, change in _INDICES.items():
         if any(_is_index(value) for value in flat):
             yield Case(name, tuple(change(value) if _is_index(value) else value for value in flat))
-    limits = [_rows_indexed(node) if _is_index(value) else None for value, node in zip(flat, user_inputs(program), strict=True)]
     if any(limits):
         generator = torch.Generator().manual_seed(0)
         drawn = (
@@ -55,7 +66,6 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
             for value, limit in zip(flat, limits, strict=True)
         )
         yield Case("drawn indices", tuple(drawn))
-    yield from _extremes(program, flat)
 
 
 _FOLLOWED = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.alias.default, aten.unsqueeze.default}

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from normfuse.differences import Difference
 from normfuse.errors import VerificationFailed
 
 MARGIN = 32.0
@@ -80,6 +81,8 @@ class Evidence:
         algebra: level 2, a row per case.
         rounding: level 3, a row per case.
         notes: cases that could not be run, and why.
+        differences: of two models, the outputs on the inputs as given, in every measure.
+        runtimes: of two models, what ran each.
     """
 
     level: str = "full"
@@ -87,6 +90,8 @@ class Evidence:
     algebra: tuple[Agreement, ...] = ()
     rounding: tuple[Rounding, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    differences: tuple[Difference, ...] = ()
+    runtimes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -144,6 +149,8 @@ class Evidence:
             "noise": self.noise,
             "rounding_ratio": self.ratio,
             "notes": list(self.notes),
+            "differences": [asdict(each) for each in self.differences],
+            "runtimes": list(self.runtimes),
         }
         return {key: _finite(value) for key, value in data.items()}
 

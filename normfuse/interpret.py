@@ -21,19 +21,15 @@ from normfuse.formula import evaluate
 from normfuse.program import Program
 from normfuse.views import arguments, aten, default_rms_eps, dtype
 
-_WIDE = {
-    torch.float16: torch.float64, torch.bfloat16: torch.float64, torch.float32: torch.float64,
-    torch.complex64: torch.complex128,
-}  # fmt: skip
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def widened(value: Any) -> Any:
-    """A tensor or dtype with every floating type replaced by its double-precision one; anything else as it is."""
+def widened(value: Any, width: torch.dtype = torch.float64) -> Any:
+    """A tensor or dtype with every narrower floating type replaced by ``width``; anything else as it is."""
     if isinstance(value, torch.dtype):
-        return _WIDE.get(value, value)
-    if isinstance(value, Tensor):
-        return value.to(_WIDE.get(value.dtype, value.dtype))
-    return value
+        wider = {**dict.fromkeys(_NARROW, width), torch.complex64: width.to_complex()}
+        return wider.get(value, value)
+    return value.to(widened(value.dtype, width)) if isinstance(value, Tensor) else value
 
 
 @contextlib.contextmanager
@@ -47,11 +43,20 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def call(node: Node, values: Mapping[Node, Any], *, wide: bool) -> Any:
-    """The result of one call; with ``wide``, dtypes named in the call are widened too."""
+def shortened(literal: float) -> float:
+    """A number of the model's code as a file format with float32 attributes holds it."""
+    return torch.tensor(literal, dtype=torch.float32).item()
+
+
+def call(node: Node, values: Mapping[Node, Any], *, wide: bool, width: torch.dtype = torch.float64, short: bool = False) -> Any:
+    """The result of one call; with ``wide``, dtypes named in the call are widened too; with ``short``, see `shortened`."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda each: values[each])
+    if short:
+        args, kwargs = map_aggregate((args, kwargs), lambda each: shortened(each) if isinstance(each, float) else each)
     if wide:
-        args, kwargs = map_aggregate((args, kwargs), lambda each: widened(each) if isinstance(each, torch.dtype) else each)
+        args, kwargs = map_aggregate(
+            (args, kwargs), lambda each: widened(each, width) if isinstance(each, torch.dtype) else each
+        )
         if node.target is aten._softmax.default and args[2:] and args[2]:
             args = (*args[:2], False)  # half_to_float means nothing in float64
         if node.target is aten.rms_norm.default and arguments(node)["eps"] is None:
@@ -59,13 +64,24 @@ def call(node: Node, values: Mapping[Node, Any], *, wide: bool) -> Any:
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
-def run_graph(graph: Graph, fetch: Callable[[Node], Any], *, wide: bool = False) -> list[Any]:
+def run_graph(
+    graph: Graph,
+    fetch: Callable[[Node], Any],
+    *,
+    wide: bool = False,
+    width: torch.dtype = torch.float64,
+    short: bool = False,
+    watch: Callable[[Node, Any], None] | None = None,
+) -> list[Any]:
     """Run a lifted graph.
 
     Args:
         graph: the graph.
         fetch: gives the value of a placeholder.
-        wide: run in float64: casts to narrower floating types inside the graph become casts to float64.
+        wide: run in ``width``: casts to narrower floating types inside the graph become casts to it.
+        width: float64, or float32 for a graph in half precision.
+        short: round the numbers in the graph to float32, as ONNX's attributes are.
+        watch: told every call that is read, and its value.
 
     Returns:
         The flat outputs.
@@ -75,18 +91,20 @@ def run_graph(graph: Graph, fetch: Callable[[Node], Any], *, wide: bool = False)
         for operand in node.all_input_nodes:
             last_reader[operand] = node
     values: dict[Node, Any] = {}
-    with torch.no_grad(), torch.random.fork_rng(), default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+    with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else torch.get_default_dtype()):
         torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
         for node in graph.nodes:
             for operand in node.all_input_nodes:
                 if operand.op == "placeholder" and operand not in values:
-                    values[operand] = widened(fetch(operand)) if wide else fetch(operand)
+                    values[operand] = widened(fetch(operand), width) if wide else fetch(operand)
             if node.op == "output":
                 return list(map_arg(node.args[0], lambda each: values[each]))
             if node.op == "get_attr":
                 values[node] = _attribute(graph, str(node.target))
             elif node.op == "call_function" and node in last_reader:  # assertions have no reader
-                values[node] = call(node, values, wide=wide)
+                values[node] = call(node, values, wide=wide, width=width, short=short)
+                if watch is not None:
+                    watch(node, values[node])
             for operand in node.all_input_nodes:
                 if last_reader[operand] is node:
                     values.pop(operand, None)
@@ -141,15 +159,27 @@ Weights = Callable[[str, Tensor], Tensor]
 """Other values for the stored tensors: given a tensor's name and its value, the value to run with."""
 
 
-def run(program: Program, flat: Sequence[Any], *, wide: bool = False, weights: Weights | None = None) -> list[Tensor]:
+def run(
+    program: Program,
+    flat: Sequence[Any],
+    *,
+    wide: bool = False,
+    width: torch.dtype = torch.float64,
+    weights: Weights | None = None,
+    short: bool = False,
+    watch: Callable[[Node, Any], None] | None = None,
+) -> list[Tensor]:
     """The flat tensor outputs of a program, its formulas included, and behind them the state that it updates.
 
     Args:
         program: what to run.
         flat: inputs as `flat_inputs` orders them.
-        wide: run all of it in float64; formulas are then not rounded at all.
+        wide: run all of it in ``width``; formulas are then not rounded to a stored dtype.
+        width: float64, or float32 for a program in half precision.
         weights: changes every floating stored tensor before formulas read it. A formula holds for any weights, so two
             programs that are one function stay one function under the same change.
+        short: round the numbers in the graph to float32, as ONNX's attributes are.
+        watch: told every call that is read, and its value.
     """
     users = iter(flat)
     given = {
@@ -169,12 +199,12 @@ def run(program: Program, flat: Sequence[Any], *, wide: bool = False, weights: W
         name = program.stored.get(node.name)
         if name is None:
             return given[node.name]
-        if name not in program.formulas:
-            return read(name)
-        value = evaluate(program.formulas[name], read)
-        return value if wide else value.to(program.tensor(name).dtype)
+        value = evaluate(program.formulas[name], read) if name in program.formulas else read(name)
+        if wide:
+            return value.to(width) if value.is_floating_point() else value
+        return value.to(program.tensor(name).dtype)
 
-    outputs = run_graph(program.graph, fetch, wide=wide)
+    outputs = run_graph(program.graph, fetch, wide=wide, width=width, short=short, watch=watch)
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
     pairs = [pair for pair in zip(outputs, kinds, strict=True) if isinstance(pair[0], Tensor)]
     # what the caller gets, then what the program updates

@@ -1,4 +1,4 @@
-"""Evidence that two programs are one function. The only code that compares.
+"""Evidence that a plan kept the function. `normfuse.equivalence` compares models that no plan connects.
 
 A rewritten program is proven on three levels:
 
@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from normfuse.cases import Case
 from normfuse.edits import SetTensor
 from normfuse.errors import NormfuseError, first_line
 from normfuse.evidence import MARGIN, Agreement, Evidence, Rounding, Structure
 from normfuse.facts import analyze
-from normfuse.interpret import Weights, flat_inputs, run
+from normfuse.interpret import Weights, run
 from normfuse.planner import Plan
 from normfuse.program import Program
 from normfuse.views import dtype, is_tensor, shape
@@ -42,6 +41,9 @@ FLOOR = 2.0**-50
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total)."""
+
+Runner = Callable[[Case], Sequence[Tensor]]
+"""The outputs of a model on a case."""
 
 
 # -- the proof of a plan -----------------------------------------------------------------------------------------------
@@ -67,6 +69,7 @@ def prove(
     plan: Plan,
     cases: Iterable[Case],
     *,
+    promised: Program | None = None,
     level: str = "full",
     progress: Progress | None = None,
 ) -> Evidence:
@@ -74,16 +77,17 @@ def prove(
 
     Args:
         original: the program that the plan was made for.
-        rewritten: ``plan.apply(original)``, its formulas not yet evaluated.
+        rewritten: what is to run: ``plan.apply(original)``, its formulas not yet evaluated, or computed at every call.
         plan: the plan.
         cases: inputs to prove on.
+        promised: ``plan.apply(original)`` where ``rewritten`` is something else; its norms are counted.
         level: ``full``, or ``structure`` to run nothing.
         progress: told (what, done, total).
     """
-    structure = _structure(original, rewritten, plan)
+    structure = _structure(original, promised or rewritten, plan)
     if level != "full" or not structure.ok or not plan.rounds:
         return Evidence(level, structure)
-    if any(original.tensor(name).is_meta for name in original.stored.values()):
+    if any(original.tensor(name).is_meta for name in original.stored.values() if name not in original.formulas):
         hint = "verify='structure' (--verify structure) proves its form only"
         raise NormfuseError("the model does not run: its weights are on the meta device", hint=hint)
     trials = [Trial(case.name, case, None) for case in cases]
@@ -160,9 +164,9 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
                 raise NormfuseError(f"the model does not run in float64: {first_line(error)}", hint=hint) from error
             notes.append(f"the original does not run on '{name}': {first_line(error)}")
             continue
-        nudged = run(a, _nudged_inputs(flat), wide=True, weights=_nudged(NUDGE, weights))
-        noise = [max(each, FLOOR) for each in _distances(truth, nudged)]
-        errors = _distances(truth, run(b, flat, wide=True, weights=weights))
+        shaken = run(a, _nudged_inputs(flat), wide=True, weights=nudged(NUDGE, weights))
+        noise = [max(each, FLOOR) for each in distances(truth, shaken)]
+        errors = distances(truth, run(b, flat, wide=True, weights=weights))
         ok = all(error <= MARGIN * own for error, own in zip(errors, noise, strict=True))
         if not _any_number(truth):
             notes.append(f"'{name}' shows little: the original's outputs are not finite")
@@ -172,13 +176,13 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
         if weights is not None:
             continue
         try:
-            before, after = (max(_distances(truth, run(each, flat)), default=0.0) for each in (a, baked))
+            before, after = (max(distances(truth, run(each, flat)), default=0.0) for each in (a, baked))
         except RuntimeError as error:  # an operator that this machine does not have in half precision
             notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
             continue
         explained = after <= MARGIN * max(before, FLOOR)
         if not explained:  # rounding a changed weight may do more than the arithmetic does: what would it do to the original?
-            rounded = _distances(truth, run(a, flat, wide=True, weights=_nudged_by_dtype(a)))
+            rounded = distances(truth, run(a, flat, wide=True, weights=nudged(rounding_of(a))))
             explained = after <= MARGIN * max(rounded, default=0.0)
         rounding.append(Rounding(name, before, after, explained))
     return Evidence(so_far.level, so_far.structure, tuple(algebra), tuple(rounding), tuple(notes))
@@ -189,72 +193,18 @@ def _any_number(outputs: Sequence[Tensor]) -> bool:
     return any(bool(torch.isfinite(each).any()) for each in outputs) or not any(each.numel() for each in outputs)
 
 
-# -- two programs, or a program and a runtime --------------------------------------------------------------------------
-
-Runner = Callable[[Case], Sequence[Tensor]]
+# -- noise and distance ------------------------------------------------------------------------------------------------
 
 
-def compare(a: Program, b: Program, cases: Iterable[Case], *, progress: Progress | None = None) -> Evidence:
-    """Evidence that two programs with rounded weights are one function.
-
-    Their weights were rounded separately, so they agree only as far as a program agrees with itself after its weights are
-    nudged by one rounding of their stored dtype. That is measured on ``a``; ``b`` may differ by a small multiple.
-
-    Raises:
-        InputError: ``b`` does not take the inputs of ``a``.
-    """
-
-    def flat(case: Case) -> list[Any]:
-        args, kwargs = pytree.tree_unflatten(list(case.flat), a.exported.call_spec.in_spec)
-        return flat_inputs(b, args, kwargs)
-
-    everything = list(cases)
-    flat(everything[0])
-    return _compared(
-        a, lambda case: run(b, flat(case), wide=True), lambda case: run(b, flat(case)), everything, progress, state=True
-    )
-
-
-def compare_runtime(a: Program, b: Runner, cases: Iterable[Case], *, progress: Progress | None = None) -> Evidence:
-    """Evidence that a runtime computes what a program computes, up to rounding; the truth is ``a`` in float64."""
-    return _compared(a, b, b, list(cases), progress, state=False)
-
-
-def _compared(
-    a: Program, wide: Runner, stored: Runner, cases: Sequence[Case], progress: Progress | None, *, state: bool
-) -> Evidence:
-    algebra: list[Agreement] = []
-    rounding: list[Rounding] = []
-    notes: list[str] = []
-    outputs = None if state else sum(s.kind.name == "USER_OUTPUT" for s in a.exported.graph_signature.output_specs)
-    for done, case in enumerate(cases):
-        if progress:
-            progress(case.name, done, len(cases))
-        try:
-            truth = run(a, case.flat, wide=True)[:outputs]
-            own = _distances(truth, run(a, case.flat)[:outputs])
-            nudged = _distances(truth, run(a, case.flat, wide=True, weights=_nudged_by_dtype(a))[:outputs])
-            got = wide(case)
-        except Exception as error:
-            if done == 0:
-                raise NormfuseError(f"the models do not run in float64: {first_line(error)}") from error
-            notes.append(f"not run on '{case.name}': {first_line(error)}")
-            continue
-        noise = [max(x, y, FLOOR) for x, y in zip(own, nudged, strict=True)]
-        errors = _distances(truth, got)
-        ok = len(errors) == len(noise) and all(x <= MARGIN * y for x, y in zip(errors, noise, strict=False))
-        algebra.append(Agreement(case.name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
-        after = max(errors if stored is wide else _distances(truth, stored(case)), default=0.0)
-        rounding.append(Rounding(case.name, max(own, default=0.0), after))
-    return Evidence("full", None, tuple(algebra), tuple(rounding), tuple(notes))
-
-
-def _nudged_by_dtype(program: Program) -> Weights:
+def rounding_of(program: Program) -> float:
+    """One rounding of the coarsest dtype in which a program stores tensors."""
     dtypes = {program.tensor(name).dtype for name in program.stored.values()}
-    return _nudged(max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52))
+    return max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52)
 
 
-def _nudged(size: float, weights: Weights | None = None) -> Weights:
+def nudged(size: float, weights: Weights | None = None) -> Weights:
+    """A change of all weights by a relative ``size``, on top of another; the same one in every run."""
+
     def nudge(name: str, value: Tensor) -> Tensor:
         value = value if weights is None else weights(name, value)
         return value * (1.0 + size * _noise(f"nudge {name}", value))
@@ -278,7 +228,8 @@ def _noise(name: str, like: Tensor) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
 
 
-def _distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+def distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    """`distance` of each output; one inf where there are more or fewer."""
     if len(truth) != len(other):
         return [math.inf]
     return [distance(a, b) for a, b in zip(truth, other, strict=True)]

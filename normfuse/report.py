@@ -6,6 +6,7 @@ A report must fit a terminal, so norms that share a fate share an entry, under a
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -18,10 +19,11 @@ from typing import Any, TypeAlias, TypeVar
 from xml.etree import ElementTree as xml
 
 import torch
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from normfuse.differences import Difference
 from normfuse.evidence import Evidence
 from normfuse.findings import Refusal, Rewrite
 from normfuse.planner import Plan
@@ -235,18 +237,43 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
         yield Text(f"note: {note}" + (f" ({times} times)" if times > 1 else ""), style="dim")
 
 
+def differences_table(differences: Iterable[Difference]) -> Table:
+    """How far two models' outputs are apart on the inputs as given, a row per output and way of running."""
+    table = plain_table("output", "run", "max abs", "mean abs", "max rel", "ulps", "cosine", "top-1", "ratio")
+    for each in differences:
+        sizes = (each.max_abs, each.mean_abs, each.max_rel)
+        agreed = "—" if each.top1 is None else f"{each.top1:.1%}"
+        ratio = "—" if each.ratio is None else f"{each.ratio:.2f}"
+        cells = (*(f"{size:.1e}" for size in sizes), f"{each.ulps:.3g}", f"{each.cosine:.9f}", agreed, ratio)
+        table.add_row(str(each.output), each.run or "as a user would", *cells)
+    return table
+
+
+def html(lines: Iterable[RenderableType], title: str) -> str:
+    """A page of its own with what a terminal would show."""
+    console = Console(record=True, file=io.StringIO(), width=140)
+    console.print(Text(title, "bold"))
+    for line in lines:
+        console.print(line)
+    return console.export_html(inline_styles=True)
+
+
 def _level(grid: Table, level: str, ok: bool, said: str) -> None:
     grid.add_row(Text(level, "bold"), Text("ok", "green") if ok else Text("FAILED", "red"), Text(said))
 
 
 def junit(evidence: Evidence, name: str) -> str:
-    """The algebra cases as JUnit XML, for CI systems."""
-    failures = sum(not each.ok for each in evidence.algebra)
-    suite = xml.Element("testsuite", name=name, tests=str(len(evidence.algebra)), failures=str(failures))
-    for each in evidence.algebra:
-        case = xml.SubElement(suite, "testcase", classname=name, name=each.case)
-        if not each.ok:
-            xml.SubElement(case, "failure", message=f"outputs differ by {each.error:.1e}, allowed {each.allowed:.1e}")
+    """The cases as JUnit XML, for CI systems: each as algebra, and as it runs in its own dtype."""
+    rows = [
+        (each.case, each.ok, f"outputs differ by {each.error:.1e}, allowed {each.allowed:.1e}") for each in evidence.algebra
+    ]
+    rows += [(f"{each.case}, as stored", each.ok, f"off by {each.after:.1e}, the reference by {each.before:.1e}")
+             for each in evidence.rounding]  # fmt: skip
+    suite = xml.Element("testsuite", name=name, tests=str(len(rows)), failures=str(sum(not ok for _, ok, _ in rows)))
+    for label, ok, message in rows:
+        case = xml.SubElement(suite, "testcase", classname=name, name=label)
+        if not ok:
+            xml.SubElement(case, "failure", message=message)
     xml.indent(suite)
     return xml.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
 

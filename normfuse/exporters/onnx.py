@@ -1,5 +1,11 @@
 """Write a program as an ONNX file.
 
+Opsets 18 to 25 are written; 20 is the default, which every TensorRT 10 and every ONNX Runtime of the last years reads. 23 is
+the first with RMSNormalization, and wants ONNX Runtime 1.23 or TensorRT 10.15.
+
+Formulas and computed weights are evaluated first, and norms written by hand become operators (`normfuse.exporters.deployed`),
+such as the (1 + w) norms of Gemma.
+
 RMSNorm below opset 23 is spelled ``x / sqrt(mean(x²) + eps) * w``: ONNX Runtime fuses that into one
 SimplifiedLayerNormalization, while torch's own spelling (``x * reciprocal(sqrt(…))``) stays seven nodes, slower than
 the LayerNorm that it replaced. From opset 23 it is the native RMSNormalization. float64 is spelled at every opset and
@@ -13,7 +19,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import logging
 import math
 import os
 import re
@@ -21,7 +26,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +37,18 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from normfuse.errors import ExportError, InputError, NormfuseWarning
-from normfuse.exporters.onnxruntime import Array, as_array, first_line, package
+from normfuse.exporters.deployed import deployed, in_float32, with_operators
+from normfuse.exporters.extras import package
+from normfuse.exporters.onnxruntime import Array, as_array, first_line
 from normfuse.loading import write_atomically
-from normfuse.program import Program, quiet
+from normfuse.program import Program, Site, quiet
 
-OLDEST_OPSET = 18
+OLDEST_OPSET, NEWEST_OPSET = 18, 25
+WIDE_GROUP_NORM_OPSET = 21
 NATIVE_RMS_OPSET = 23
 LARGEST_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
 KEY = "normfuse"
+ORIGIN = "normfuse node"
 
 
 @dataclass(frozen=True)
@@ -53,6 +62,7 @@ class OnnxModelInfo:
         outputs: name -> type.
         ops: operator -> number of nodes.
         data: the file beside it with the weights, when they are too large for one file.
+        sites: name of a node of the file -> where in the model it comes from; known here alone, not in the file.
     """
 
     path: Path
@@ -61,10 +71,11 @@ class OnnxModelInfo:
     outputs: Mapping[str, str]
     ops: Mapping[str, int]
     data: Path | None
+    sites: Mapping[str, Site] = field(default_factory=dict)
 
 
 def export(
-    exported: ExportedProgram,
+    program: Program | ExportedProgram,
     path: str | Path,
     *,
     opset: int = 20,
@@ -74,9 +85,9 @@ def export(
     """Write a program as an ONNX file; dynamic dims stay dynamic, under their names where torch still knows them.
 
     Args:
-        exported: a functional program (``run_decompositions({})``) with its final weights; it is not changed.
+        program: the program, or a functional ``ExportedProgram`` (after ``run_decompositions({})``); it is not changed.
         path: the file to write; weights of more than ``LARGEST_FILE`` bytes go to ``<path>.data``.
-        opset: version of the standard operators, 18 or later.
+        opset: version of the standard operators, 18 to 25.
         input_names: for the inputs in the order of `onnx_inputs`; the program's own names when None.
         output_names: for the outputs in order, None outputs left out; torch's names when None.
 
@@ -86,13 +97,24 @@ def export(
     """
     for name in ("onnx", "onnxscript"):
         package(name, "onnx")
+    program = prepared(program if isinstance(program, Program) else Program(program), opset)
+    exported, path = program.exported, Path(path)
     _check_outputs(exported)
-    path, model = Path(path), _convert(exported, opset)
+    model, sites = _convert(program, opset)
     _rename(model, model.graph.inputs, input_names or [spec.arg.name for spec in _inputs(exported)])
     _rename(model, model.graph.outputs, output_names or [value.name for value in model.graph.outputs])
     data = _save(model, path)
     inputs, outputs = ({v.name: _type(v) for v in values} for values in (model.graph.inputs, model.graph.outputs))
-    return OnnxModelInfo(path, opset, inputs, outputs, _count(model), data)
+    return OnnxModelInfo(path, opset, inputs, outputs, _count(model), data, sites)
+
+
+def prepared(program: Program, opset: int) -> Program:
+    """The program that the file is made of: deployed, norms as operators, half precisions accumulated in float32.
+
+    LayerNormalization, RMSNormalization and from opset 21 GroupNormalization do so by themselves.
+    """
+    single = {"instance_norm"} if opset >= WIDE_GROUP_NORM_OPSET else {"instance_norm", "group_norm"}
+    return in_float32(with_operators(deployed(program)), single)
 
 
 def onnx_inputs(exported: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Array]:
@@ -124,12 +146,13 @@ def _check_outputs(exported: ExportedProgram) -> None:
         warnings.warn(text, NormfuseWarning, stacklevel=3)
 
 
-def _convert(exported: ExportedProgram, opset: int) -> Any:
-    """The program as an ``onnx_ir.Model`` that holds nothing of this machine."""
+def _convert(program: Program, opset: int) -> tuple[Any, dict[str, Site]]:
+    """The program as an ``onnx_ir.Model`` that holds nothing of this machine, and where its nodes come from."""
+    exported = program.exported
     rms_norm: Callable[..., Any] = _spelled_rms_norm if opset < NATIVE_RMS_OPSET else _native_rms_norm
     table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_norm}
     beyond = ExportError(f"torch.onnx does not write opset {opset}", hint="use opset 20")
-    if opset < OLDEST_OPSET:
+    if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise beyond
     try:
         with quiet(), _tagged(exported):
@@ -148,9 +171,9 @@ def _convert(exported: ExportedProgram, opset: int) -> Any:
         raise _in_plain_words(error, exported) from error
     if converted.model.opset_imports.get("") != opset:
         raise beyond
-    converted.rename_axes(_dim_names(exported))
-    _strip(converted.model, converted.exported_program)
-    return converted.model
+    converted.rename_axes(dim_names(exported))
+    sites = _strip(converted.model, converted.exported_program, program)
+    return converted.model, sites
 
 
 def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
@@ -215,11 +238,12 @@ def _shield_small_numbers(model: Any) -> None:
 
 @contextlib.contextmanager
 def _tagged(exported: ExportedProgram) -> Iterator[None]:
-    """Put ``meta["normfuse"]`` where torch's decompositions carry it along, into ``meta["custom"]``, for a while."""
-    before = {node: node.meta.get("custom") for node in exported.graph.nodes if KEY in node.meta}
+    """Put each node's name and ``meta["normfuse"]`` where torch's decompositions carry them along, for a while."""
+    before = {node: node.meta.get("custom") for node in exported.graph.nodes if node.op == "call_function"}
     try:
         for node, custom in before.items():
-            node.meta["custom"] = {**(custom or {}), KEY: ": ".join(map(str, node.meta[KEY]))}
+            made = {KEY: ": ".join(map(str, node.meta[KEY]))} if KEY in node.meta else {}
+            node.meta["custom"] = {**(custom or {}), ORIGIN: node.name, **made}
         yield
     finally:
         for node, custom in before.items():
@@ -228,18 +252,24 @@ def _tagged(exported: ExportedProgram) -> Iterator[None]:
                 del node.meta["custom"]
 
 
-def _strip(model: Any, translated: ExportedProgram) -> None:
-    """Replace torch's metadata (stack traces, reprs) by the module path and our tag."""
-    tags = {node.name: (node.meta.get("custom") or {}).get(KEY) for node in translated.graph.nodes}
+def _strip(model: Any, translated: ExportedProgram, program: Program) -> dict[str, Site]:
+    """Replace torch's metadata (stack traces, reprs) by the module path and our tag; gives what they told, by node."""
+    tags = {node.name: node.meta.get("custom") or {} for node in translated.graph.nodes}
+    sites: dict[str, Site] = {}
     for node in _nodes(model):
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
-        kept = {"namespace": node.metadata_props.get("namespace"), KEY: tags.get(scopes[-1])}
+        custom = tags.get(scopes[-1], {})
+        origin = program.nodes.get(custom.get(ORIGIN, scopes[-1]))
+        if node.name and origin is not None:
+            sites[node.name] = program.site(origin)
+        kept = {"namespace": node.metadata_props.get("namespace"), KEY: custom.get(KEY)}
         node.metadata_props.clear()
         node.metadata_props.update({key: value for key, value in kept.items() if value})
         node.doc_string = None
     for holder in (model, model.graph, *model.functions.values(), *_values(model)):
         holder.metadata_props.clear()
         holder.doc_string = None
+    return sites
 
 
 def _nodes(model: Any) -> Iterator[Any]:
@@ -275,7 +305,7 @@ def _rename(model: Any, values: Sequence[Any], names: Sequence[str]) -> None:
         value.name = name
 
 
-def _dim_names(exported: ExportedProgram) -> dict[str, str]:
+def dim_names(exported: ExportedProgram) -> dict[str, str]:
     """Symbol -> the name of its `torch.export.Dim`; known in the process that traced, a ``.pt2`` does not keep it."""
     sizes = [size for node in exported.graph.nodes for size in getattr(node.meta.get("val"), "shape", ())]
     env: Any = next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
@@ -301,7 +331,8 @@ def _save(model: Any, path: Path) -> Path | None:
             try:
                 onnx.checker.check_model(str(staged), full_check=True)
             except Exception as error:  # the checker's exceptions are not public
-                raise ExportError(f"torch.onnx made an invalid file: {first_line(error)}") from error
+                hint = "another opset may have it: bfloat16 mostly wants 22 or later"
+                raise ExportError(f"torch.onnx made an invalid file: {first_line(error)}", hint=hint) from error
             if data is not None:
                 write_atomically(data, partial(os.replace, staged.with_name(data.name)))
             staged.replace(temporary)
@@ -323,5 +354,3 @@ def _in_plain_words(error: BaseException, exported: ExportedProgram) -> ExportEr
     where = f"node {node[1]}" + (f" of {site} ({site.source or 'source unknown'})" if site else "")
     reason = "has no ONNX counterpart" if "No ONNX function" in text else f"failed: {first_line(root)}"
     return ExportError(f"{node[2]}, {where}, {reason}", hint="another opset may have it; a .pt2 file keeps any operator")
-
-

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from normfuse.artifacts import Artifact, Port, Run
 from normfuse.errors import ExportError, InputError, MissingExtra
+from normfuse.exporters import widening
+from normfuse.exporters.extras import package
+from normfuse.exporters.ports import ports
 
 BFLOAT16 = 16  # as ONNX counts dtypes
 Array = np.ndarray[Any, Any]
@@ -49,7 +53,106 @@ def fused_ops(path: str | Path) -> dict[str, int]:
         return dict(sorted(Counter(node.op_type for node in graph.all_nodes()).items()))
 
 
-def _session(path: str | Path, optimized: bool, save_as: Path | None = None) -> Any:
+def open_artifact(path: str | Path, *, provider: str = "CPU") -> Artifact:
+    """An ONNX file in ONNX Runtime: with its graph optimizations, without them, wider, and with nudged weights.
+
+    A bfloat16 file that ONNX Runtime has no kernels for runs in float32 only, from the same weights.
+
+    Args:
+        path: the file.
+        provider: what is to run it, such as ``CPU`` or ``CUDA``; it is an error if ONNX Runtime takes another one.
+
+    Raises:
+        MissingExtra: onnxscript or onnxruntime is not installed.
+        ExportError: ONNX Runtime cannot load the file, or not with this provider.
+    """
+    ort, path = package("onnxruntime", "cpu"), Path(path)
+    model = _read(path)
+    held = widening.dtypes_of(model)
+    runtime = f"ONNX Runtime {ort.__version__} ({provider})"
+    try:
+        session = _session(path, True, provider=provider)
+    except ExportError:
+        if not any(each.name == "BFLOAT16" for each in held):
+            raise
+        return _in_float32(path, ports(model), runtime, provider)
+    slow = cache(lambda: _session(path, False, provider=provider))
+    runs: dict[str, Run] = {
+        "": lambda inputs: _tensors(session, inputs),
+        "without graph optimizations": lambda inputs: _tensors(slow(), inputs),
+    }
+    wide, widened = _widened(path, provider, widening.wider(model))
+    notes = (_norms_note(path),) if provider == "CPU" else ()
+    return Artifact(path.name, runtime, ports(model), runs, widened, _nudged(path, provider, wide), notes)
+
+
+def _widened(path: Path, provider: str, candidates: Sequence[Any]) -> tuple[Any, Run | None]:
+    """The first of these dtypes that ONNX Runtime has kernels for, and the model in it; None where it has none."""
+    for wide in candidates:
+        try:
+            session = _changed(path, provider, False, wide=wide)
+        except ExportError:
+            continue
+        return wide, partial(_in_width, session, wide)
+    return None, None
+
+
+def _in_width(session: Any, wide: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return _tensors(session, _as_wide(inputs, wide))
+
+
+def _in_float32(path: Path, inputs: tuple[Port, ...], runtime: str, provider: str) -> Artifact:
+    single, double = package("onnx_ir", "onnx").DataType.FLOAT, package("onnx_ir", "onnx").DataType.DOUBLE
+    runs: dict[str, Run] = {"in float32": partial(_in_width, _changed(path, provider, True, wide=single), single)}
+    wide, widened = _widened(path, provider, (double, single))
+    note = "ONNX Runtime has no kernels for this bfloat16 file: it was run in float32, from the same weights"
+    return Artifact(path.name, runtime, inputs, runs, widened, _nudged(path, provider, wide), (note,))
+
+
+def _nudged(path: Path, provider: str, wide: Any) -> Run:
+    session = cache(lambda: _changed(path, provider, False, wide=wide, nudged=True))
+    return lambda inputs: _in_width(session(), wide, inputs)
+
+
+def _changed(path: Path, provider: str, optimized: bool, *, wide: Any = None, nudged: bool = False) -> Any:
+    """A session of the same model with nudged weights, in a wider dtype, or both."""
+    ir, model = package("onnx_ir", "onnx"), _read(path)
+    sizes = widening.roundings(model)  # of the dtypes that are stored, not of the wider ones
+    if wide is not None:
+        widening.widen(model, wide)
+    if nudged:
+        widening.nudge(model, sizes)
+    with tempfile.TemporaryDirectory() as folder:
+        ir.save(model, Path(folder) / path.name, external_data="weights")
+        return _session(Path(folder) / path.name, optimized, provider=provider)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return package("onnx_ir", "onnx").load(path)
+    except MissingExtra:
+        raise
+    except Exception as error:  # protobuf's own exceptions among them
+        raise ExportError(f"{path.name} is no ONNX file: {first_line(error)}") from error
+
+
+def _as_wide(inputs: Sequence[torch.Tensor], wide: Any) -> list[torch.Tensor]:
+    if wide is None:
+        return list(inputs)
+    dtype = getattr(torch, wide.numpy().name)
+    return [x.to(torch.promote_types(x.dtype, dtype)) if x.is_floating_point() else x for x in inputs]
+
+
+def _tensors(session: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [as_tensor(array) for array in _call(session, [as_array(value) for value in inputs])]
+
+
+def _norms_note(path: Path) -> str:
+    norms = ", ".join(f"{count} {op}" for op, count in fused_ops(path).items() if "Norm" in op)
+    return f"ONNX Runtime runs {norms or 'no norm'}"
+
+
+def _session(path: str | Path, optimized: bool, save_as: Path | None = None, provider: str = "CPU") -> Any:
     ort = package("onnxruntime", "cpu")
     options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
     options.log_severity_level = 4
@@ -59,11 +162,12 @@ def _session(path: str | Path, optimized: bool, save_as: Path | None = None) -> 
         options.optimized_model_filepath = str(save_as)
         options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=[f"{provider}ExecutionProvider"])
     except Exception as error:  # one class per status, none of them public
         raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {first_line(error)}") from error
-    if session.get_providers() != ["CPUExecutionProvider"]:
-        raise ExportError(f"ONNX Runtime chose {session.get_providers()[0]} instead of its CPU provider")
+    if session.get_providers()[0] != f"{provider}ExecutionProvider":  # it falls back to the CPU without a word
+        hint = "normfuse[gpu] brings CUDA; it and normfuse[cpu] exclude each other"
+        raise ExportError(f"ONNX Runtime chose {session.get_providers()[0]} instead of its {provider} provider", hint=hint)
     return session
 
 
@@ -106,15 +210,14 @@ def as_array(value: Any) -> Array:
     return np.asarray(value.numpy())
 
 
+def as_tensor(array: Array) -> torch.Tensor:
+    """An array of ONNX Runtime as a tensor."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))  # a copy: ONNX Runtime may reuse what it lent
+
+
 def first_line(error: BaseException) -> str:
     """The first line of a runtime's error, without its own prefix."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", line)
-
-
-def package(name: str, extra: str) -> Any:
-    """Import a package when it is needed, or say which extra brings it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtra(name, extra) from error

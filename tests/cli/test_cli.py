@@ -104,7 +104,7 @@ def test_rewrite_as_json_with_files(pre: Path, tmp_path: Path) -> None:
     assert data["evidence"]["ok"]
     assert data["model"] == str(pre)
     assert {key: data[key] for key in report} == report
-    assert set(data) - set(report) == {"dry_run", "written"}
+    assert set(data) - set(report) == {"dry_run", "written", "drift"}
     assert set(plan) == {"normfuse_plan", "passes", "rounds", "refusals"}
 
 

@@ -19,6 +19,10 @@ from torch.export import Dim, ExportedProgram
 from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseWarning
 from normfuse.exporters import onnx as exporter
 from normfuse.exporters import onnxruntime as runtime
+from normfuse.planner import plan
+from normfuse.program import Program
+from tests.exporters.test_deployed import Gemma
+from tests.models import TRAPS
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -139,7 +143,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("opset", "dtype"),
-    [*((opset, torch.float32) for opset in (18, 20, 22, 23)), (20, torch.float16), (23, torch.float16)],
+    [*((opset, torch.float32) for opset in (18, 20, 22, 23, 25)), (20, torch.float16), (23, torch.float16)],
 )
 def test_norms_are_as_exact_as_their_dtype(path: Path, opset: int, dtype: torch.dtype) -> None:
     module, x = Norms(dtype), Norms.values(dtype)
@@ -157,6 +161,35 @@ def test_norms_are_as_exact_as_their_dtype(path: Path, opset: int, dtype: torch.
         assert "RMSNormalization" not in info.ops
     else:
         assert info.ops["RMSNormalization"] == fused["RMSNormalization"] == 7
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize(("name", "fused"), [("pre_rmsnorm", 3), ("pre_crmsnorm", 3), ("pre_crmsnorm_compressed", 0)])
+def test_formulas_are_evaluated_and_rms_norms_fuse(path: Path, opset: int, name: str, fused: int) -> None:
+    trap = TRAPS["plain"]
+    program = Program.trace(trap.module(), trap.inputs)
+    promised = plan(program, [name]).apply(program)
+    info = exporter.export(promised, path, opset=opset)
+    runs = runtime.fused_ops(path)
+    assert runs.get("SimplifiedLayerNormalization", 0) + runs.get("RMSNormalization", 0) == fused
+    (error,) = compare(path, [program.module().double()(*trap.inputs)], [trap.inputs[0].numpy()])
+    assert max(error["optimized"]["max_rel"], error["unoptimized"]["max_rel"]) < 1e-6, error
+    places = {site.module: site.source for site in info.sites.values()}
+    assert {"norms.0", "mlps.1.up", "head"} <= set(places)
+    assert all(source.startswith("models.py:") for source in places.values() if source)
+    assert b"models.py" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("opset", [20, 23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gain_of_one_plus_w_fuses(path: Path, opset: int, dtype: torch.dtype) -> None:
+    model, x = Gemma().to(dtype), torch.randn(3, 16).to(dtype)
+    info = exporter.export(Program.trace(model, (x,)), path, opset=opset)
+    runs = runtime.fused_ops(path)
+    assert runs.get("SimplifiedLayerNormalization", 0) + runs.get("RMSNormalization", 0) == 1
+    assert not {"Reciprocal", "Sqrt"} & set(runs), info.ops
+    (error,) = compare(path, [model.double()(x.double())], [x.numpy()])
+    assert error["optimized"]["max_rel"] <= 2 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("opset", [20, 23])
@@ -357,7 +390,7 @@ def test_an_operator_without_translation_is_named(path: Path) -> None:
     assert path.read_text() == "what was here"
 
 
-@pytest.mark.parametrize("opset", [11, 17, 99])
+@pytest.mark.parametrize("opset", [11, 17, 26, 99])
 def test_an_opset_out_of_reach(path: Path, opset: int) -> None:
     with pytest.raises(ExportError, match=f"opset {opset}") as raised:
         exporter.export(traced(nn.ReLU(), torch.randn(2)), path, opset=opset)

@@ -1,0 +1,153 @@
+"""`normfuse.export`: write a model for a runtime, run it there, and compare."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.api import Given, Model, _program, _sources
+from normfuse.cases import Case, cases
+from normfuse.equivalence import artifact_side, compare, ports_of, program_side
+from normfuse.errors import ExportError, InputError
+from normfuse.evidence import Evidence, failed
+from normfuse.interpret import flat_inputs
+from normfuse.loading import proven_first
+from normfuse.program import Program
+from normfuse.proving import Progress
+
+if TYPE_CHECKING:
+    from normfuse.exporters.tensorrt import Support
+
+TARGETS = {"onnx": ".onnx", "tensorrt": ".engine", "openvino": ".xml", "executorch": ".pte", "aoti": ".pt2"}
+"""Name of a target, which is that of its module in `normfuse.exporters` -> how its files end."""
+
+
+def export(
+    model: Model,
+    path: str | Path,
+    *,
+    to: str | None = None,
+    opset: int = 20,
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Evidence:
+    """Write a model for a runtime, run the file there as a user would, and compare; what differs is not written.
+
+    Args:
+        model: as for `rewrite`; a `Result` brings its own inputs.
+        path: the file to write.
+        to: ``onnx``, ``tensorrt``, ``openvino``, ``executorch`` or ``aoti``; None to go by how the path ends.
+        opset: the ONNX opset, also of the file that an engine is built from; RMSNorm is written in the form that ONNX
+            Runtime fuses at that opset.
+        inputs: as for `rewrite`.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        trust_pickle: as for `rewrite`.
+        progress: told (what, done, total).
+        options: further arguments of ``normfuse.exporters.<target>.export``, such as ``capabilities`` for an engine.
+
+    Returns:
+        The evidence. An engine that cannot run on this machine is not compared; the ONNX file that it was built from is.
+
+    Raises:
+        InputError: the path is the model's own file, or its folder does not exist.
+        MissingExtra: the packages for the target are not installed.
+        ExportError: the target cannot say the program; names the node.
+        VerificationFailed: the runtime computes something else; nothing is written.
+    """
+    target = target_of(to, path)
+    _, program, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    program = program.baked()
+    tried = cases(program, flat_inputs(program, given.args, given.kwargs))
+    wanted = options if target in ("aoti", "executorch") else {"opset": opset, **options}
+    exporter = importlib.import_module(f"normfuse.exporters.{target}")
+    written: list[Any] = []
+    with proven_first(
+        Path(path), lambda file: written.append(exporter.export(program, file, **wanted)), never_over=_sources(model)
+    ) as file:
+        evidence = compared(program, file, target, tried, opset=opset, progress=progress)
+        if not evidence.ok:
+            raise failed(evidence, evidence)
+    told = (str(written[0]),) if target == "tensorrt" else ()
+    return replace(evidence, notes=(*told, *evidence.notes))
+
+
+def compared(
+    program: Program, file: Path, target: str, tried: Iterable[Case], *, opset: int, progress: Progress | None
+) -> Evidence:
+    """The evidence that a file computes what the program does whose weights it holds.
+
+    Args:
+        program: what was exported.
+        file: what was written.
+        target: of `TARGETS`.
+        tried: the inputs.
+        opset: for the ONNX file that stands in for an engine.
+        progress: told (what, done, total).
+    """
+    from normfuse.verification import opened
+
+    try:
+        artifact = opened(file, trust=True)  # what was just written here is our own
+    except ExportError as error:
+        if target != "tensorrt":
+            raise
+        from normfuse.exporters import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            stand_in = Path(folder) / f"{file.stem}.onnx"
+            onnx.export(program, stand_in, opset=opset)
+            evidence = compared(program, stand_in, "onnx", tried, opset=opset, progress=progress)
+        return replace(evidence, notes=(f"{error}; the ONNX file that it was built from was compared", *evidence.notes))
+    reference = program_side("the program", program, state=False)
+    return compare(reference, artifact_side(artifact, ports_of(program)), tried, same_weights=True, progress=progress)
+
+
+def supported(
+    model: Model,
+    *,
+    opset: int = 20,
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_pickle: bool = False,
+) -> list[Support]:
+    """What TensorRT says of every operator of a model's ONNX file, before an engine is built.
+
+    Args:
+        model: as for `export`.
+        opset: as for `export`.
+        inputs: as for `export`.
+        kwargs: as for `export`.
+        dynamic_shapes: as for `export`.
+        trust_pickle: as for `export`.
+
+    Raises:
+        MissingExtra: TensorRT for RTX is not installed.
+        ExportError: ONNX cannot say the program.
+    """
+    from normfuse.exporters import tensorrt
+
+    _, program, _ = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    return tensorrt.dry_run(program.baked(), opset=opset)
+
+
+def target_of(to: str | None, path: str | Path) -> str:
+    """The target that is asked for, or else the one whose files end like ``path``; ONNX where none does.
+
+    Raises:
+        InputError: there is no such target.
+    """
+    if to is None:
+        to = next((name for name, suffix in TARGETS.items() if Path(path).suffix == suffix and name != "aoti"), "onnx")
+    if to not in TARGETS:
+        raise InputError(f"there is no target '{to}'", hint=f"the targets are: {', '.join(TARGETS)}")
+    return to

@@ -1,0 +1,196 @@
+"""`normfuse.verify`: whether two models, in whatever form they are, are one function."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from normfuse import bisection
+from normfuse.api import Given, Model, _program
+from normfuse.artifacts import Artifact, Port
+from normfuse.bisection import Parting
+from normfuse.cases import cases, cases_of
+from normfuse.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
+from normfuse.errors import InputError
+from normfuse.evidence import Evidence
+from normfuse.inputs import DynamicDim, Inputs, Spec, from_specs
+from normfuse.interpret import flat_inputs
+from normfuse.proving import Progress
+
+EXPORTERS = {
+    ".onnx": "onnxruntime",
+    ".xml": "openvino",
+    ".engine": "tensorrt",
+    ".plan": "tensorrt",
+    ".pte": "executorch",
+}
+"""Suffix -> the module of `normfuse.exporters` that opens such a file."""
+
+
+def verify(
+    a: Model,
+    b: Model,
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Evidence that two models are one function up to the rounding of their weights.
+
+    Args:
+        a: the reference: an `nn.Module`, a program, or a path: of one of these, of an ``.onnx`` file, of OpenVINO's
+            ``.xml``, of an ExecuTorch ``.pte``, of a TensorRT engine, of an AOTInductor package. Each runs in its own runtime.
+        b: the same.
+        inputs: example positional inputs; found on the models when None, or drawn for the inputs that an exported file
+            names.
+        kwargs: example keyword inputs.
+        trust_pickle: as for `rewrite`; an AOTInductor package, which is native code, runs only with it.
+        progress: told (what, done, total).
+
+    Returns:
+        The evidence; its ``ok`` is the answer.
+
+    Raises:
+        InputError: the models do not take the same inputs.
+        MissingExtra: a runtime is not installed; the message names the pip command.
+        NormfuseError: neither model can serve as the reference, or one does not run.
+    """
+    left, right = (opened(each, trust=trust_pickle) if is_exported(each) else each for each in (a, b))  # type: ignore[arg-type]
+    if isinstance(left, Artifact) and isinstance(right, Artifact):
+        return _of_artifacts(left, right, inputs, kwargs, progress)
+    if isinstance(left, Artifact):  # the program is the reference on either side
+        left, right, b = right, left, a
+    assert not isinstance(left, Artifact)
+    _, program, given = _program(left, inputs, kwargs, None, trust_pickle)
+    tried = cases(program, flat_inputs(program, given.args, given.kwargs))
+    if isinstance(right, Artifact):
+        reference = program_side(_name(a), program, state=False)
+        return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
+    _, other, _ = _program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
+    flat_inputs(other, given.args, given.kwargs)  # raises where it does not take them
+    return compare(program_side(_name(a), program), program_side(_name(b), other, calls=program), tried, progress=progress)
+
+
+def assert_equivalent(a: Model, b: Model, inputs: Given = None, **options: Any) -> Evidence:
+    """For tests: the evidence of `verify`, which must be ok.
+
+    Args:
+        a: as for `verify`.
+        b: as for `verify`.
+        inputs: as for `verify`.
+        options: further keyword arguments of `verify`.
+
+    Raises:
+        AssertionError: the models are not one function; the message has the worst cases.
+    """
+    evidence = verify(a, b, inputs, **options)
+    if not evidence.ok:
+        rows = [f"  {row.case}: {row.error:.1e}, allowed {row.allowed:.1e}" for row in evidence.algebra if not row.ok]
+        rows += [f"  {row.case}: {row.after:.1e} in its own dtype" for row in evidence.rounding if not row.ok]
+        raise AssertionError("\n".join([f"{_name(b)} is not {_name(a)}: {evidence.complaint()}", *rows]))
+    return evidence
+
+
+def bisect(
+    a: Model, b: Model, inputs: Given = None, kwargs: dict[str, Any] | None = None, *, trust_pickle: bool = False
+) -> Parting | None:
+    """The first node where two programs part on the given inputs; None where their outputs agree.
+
+    Args:
+        a: as for `verify`, but a program or a module.
+        b: the same.
+        inputs: as for `verify`.
+        kwargs: as for `verify`.
+        trust_pickle: as for `verify`.
+
+    Raises:
+        InputError: one of them is an exported file, whose inner values cannot be seen.
+    """
+    for each in (a, b):
+        if is_exported(each):
+            raise InputError(f"{_name(each)} shows no inner values", hint="bisect the programs that it was made from")
+    _, one, given = _program(a, inputs, kwargs, None, trust_pickle)
+    _, other, _ = _program(b, replace(given, dynamic_shapes=None), None, None, trust_pickle)
+    return bisection.bisect(one, other, flat_inputs(one, given.args, given.kwargs))
+
+
+def is_exported(model: Model) -> bool:
+    """Whether a path names a file that only a runtime can open; nothing of it is executed."""
+    if not isinstance(model, (str, Path)):
+        return False
+    from normfuse.exporters import aoti
+
+    return Path(model).suffix in EXPORTERS or (Path(model).suffix == ".pt2" and aoti.is_aoti(model))
+
+
+def opened(model: str | Path, *, trust: bool = False) -> Artifact:
+    """An exported file in its runtime.
+
+    Args:
+        model: its path.
+        trust: run native code that it holds.
+
+    Raises:
+        InputError: there is no such file.
+        MissingExtra: the runtime is not installed.
+        ExportError: the file cannot be opened.
+    """
+    path = Path(model)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}")
+    if path.suffix == ".pt2":
+        from normfuse.exporters import aoti
+
+        return aoti.open_artifact(path, trust=trust)
+    exporter = importlib.import_module(f"normfuse.exporters.{EXPORTERS[path.suffix]}")
+    artifact: Artifact = exporter.open_artifact(path)
+    return artifact
+
+
+def _of_artifacts(left: Artifact, right: Artifact, inputs: Given, kwargs: Any, progress: Progress | None) -> Evidence:
+    """Two exported files; the reference is the one whose weights can be nudged."""
+    if left.nudged is None:
+        left, right = right, left
+    if left.nudged is None or left.inputs is None:
+        raise InputError(WITHOUT_TRUTH)
+    flat = _given(left.inputs, inputs, kwargs)
+    reference, other = (artifact_side(each, left.inputs) for each in (left, right))
+    return compare(reference, other, cases_of(flat, [port.limit for port in left.inputs]), progress=progress)
+
+
+def _given(ports: Sequence[Port], inputs: Given, kwargs: Any) -> list[Any]:
+    """The user's inputs in the order of the ports, or drawn ones."""
+    if inputs is None and not kwargs:
+        return list(_drawn(ports).args)
+    named = {**(inputs if isinstance(inputs, dict) else inputs.kwargs if isinstance(inputs, Inputs) else {}), **(kwargs or {})}
+    args = inputs.args if isinstance(inputs, Inputs) else inputs
+    placed = list(args) if isinstance(args, (tuple, list)) else [args] if isinstance(args, torch.Tensor) else []
+    values = placed + [named[port.name] for port in ports[len(placed) :] if port.name in named]
+    if len(values) != len(ports):
+        names = ", ".join(port.name for port in ports)
+        raise InputError(f"the file wants {len(ports)} inputs ({names}), not these {len(values)}")
+    return values
+
+
+def _drawn(ports: Sequence[Port]) -> Inputs:
+    specs = []
+    for port in ports:
+        if port.shape is None:
+            raise InputError(f"the file does not tell the shape of its input '{port.name}'", hint="give the inputs")
+        dims = tuple(
+            size if isinstance(size, int) else DynamicDim(str(size or f"dim{place}"), 2, None, None)
+            for place, size in enumerate(port.shape)
+        )
+        specs.append(Spec(None, port.dtype, dims))
+    limits: dict[int | str, int] = {place: port.limit for place, port in enumerate(ports) if port.limit is not None}
+    return from_specs(specs, index_limits=limits)
+
+
+def _name(model: Model) -> str:
+    return str(model) if isinstance(model, (str, Path)) else type(model).__name__

@@ -1,0 +1,67 @@
+"""The first node where two programs part is the one that was broken, and in right rewrites there is none."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from normfuse.bisection import bisect
+from normfuse.edits import SetTensor
+from normfuse.formula import Apply, Number
+from normfuse.interpret import flat_inputs
+from normfuse.planner import plan
+from normfuse.program import Program
+from tests.batch_norms import FOLDS
+from tests.models import TRAPS
+from tests.streams import STREAMS
+
+MODELS: dict[str, Any] = {**TRAPS, **FOLDS, **STREAMS}
+PASSES = ("offline_norm", "pre_rmsnorm", "fold_affine")
+
+
+def traced(name: str) -> tuple[Program, list[Any]]:
+    program = Program.trace(MODELS[name].module(), MODELS[name].inputs)
+    return program, flat_inputs(program, MODELS[name].inputs)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_right_rewrite_parts_nowhere(name: str) -> None:
+    program, flat = traced(name)
+    for each in PASSES:
+        rewritten = plan(program, [each]).apply(program).baked()
+        assert bisect(program, rewritten, flat) is None, each
+
+
+@pytest.mark.parametrize("name", ["plain", "shared norm", "conv stem", "missing biases"])
+def test_the_broken_weight_is_found_behind_a_stream_that_differs_on_purpose(name: str) -> None:
+    program, flat = traced(name)
+    chosen = plan(program, ["pre_rmsnorm"])
+    writers = [e for r in chosen.rewrites for e in r.edits if isinstance(e, SetTensor) and program.tensor(e.name).dim() >= 2]
+    assert writers
+    for edit in writers:
+        first = Apply("mul.Tensor", (Apply("slice.Tensor", (edit.formula, 0, 0, 1)), Number(1.5)))
+        rows = program.tensor(edit.name).shape[0]
+        wrong = replace(edit, formula=Apply("cat.default", ((first, Apply("slice.Tensor", (edit.formula, 0, 1, rows))), 0)))
+        rounds = tuple(
+            tuple(replace(r, edits=tuple(wrong if e == edit else e for e in r.edits)) for r in some) for some in chosen.rounds
+        )
+        found = bisect(program, replace(chosen, rounds=rounds).apply(program).baked(), flat)
+        readers = {node.name for node in program.nodes[program.reader_of(edit.name).name].users}
+        assert found is not None
+        assert found.node in readers, (edit.name, str(found))
+        assert found.error > found.allowed
+        assert found.site
+
+
+def test_it_says_so_in_a_sentence() -> None:
+    program, flat = traced(next(iter(TRAPS)))
+    other = Program.trace(MODELS[next(iter(TRAPS))].module(), MODELS[next(iter(TRAPS))].inputs)
+    for tensor in other.exported.state_dict.values():
+        tensor.data.mul_(1.5)
+    found = bisect(program, other, flat)
+    assert found is not None
+    assert str(found).startswith(f"they part at {found.node}, aten.")
+    assert torch.isfinite(torch.tensor(found.error))
