@@ -1,7 +1,7 @@
 """What Tune mode costs beside Eval, Deploy and two published Tunes: bytes kept for backward, peak memory, time. Markdown.
 
     python benchmarks/tune.py [--networks resnet50 …] [--batches 1 4 16] [--sizes 64 128 224] [--rounds 5] [--device cuda]
-                              [--compiled] [--json tune.json]
+                              [--compiled] [--quick] [--json tune.json]
 
 All ways start from one model in evaluation mode with random weights and measured running statistics, want gradients of all
 parameters, and run one forward and one backward pass:
@@ -305,11 +305,14 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
     parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128, 224])
     parser.add_argument("--rounds", type=int, default=5, help="0 for bytes and memory alone")
+    parser.add_argument("--quick", action="store_true", help="one image of 64² and one round, to see that everything runs")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compiled", action="store_true", help="through inductor's code generator too: minutes per network")
     parser.add_argument("--unchecked", action="store_true", help="do not compare outputs and gradients first")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.quick:
+        options.batches, options.sizes, options.rounds = [1], [64], 1
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     dynamo.recompile_limit = 64  # a graph for every input; behind the limit it would silently run the model as it is

@@ -9,60 +9,18 @@ record, so copying and pickling work, and taking the class away again restores t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfuse.eager import VALUE, Change
+from normfuse.eager import VALUE
 from normfuse.edits import Call, Ref
 from normfuse.errors import NormfuseError
 from normfuse.formula import rounded
-from normfuse.recomputed import Formed, Recipe
-
-RECORD = "_normfuse"
-"""The attribute that holds a module's `Rewritten` record."""
-
-
-@dataclass
-class Rewritten:
-    """What a module reads and computes otherwise than its class says.
-
-    Attributes:
-        tensors: attribute → how its value is formed.
-        home: tensor name → the module that holds it (None for the module itself, so that replicas hold their own) and the
-            attribute there.
-        change: what becomes of the forward method.
-        guards: modules that must not be in training mode; while one is, the module does what its own class says.
-        spare: (module, home, name) of tensors that nobody reads once the formulas are evaluated.
-        kept: the model's own tensors after `bake` has put others in their place; None where they were not kept.
-    """
-
-    tensors: dict[str, Recipe] = field(default_factory=dict)
-    home: dict[str, tuple[nn.Module | None, str]] = field(default_factory=dict)
-    change: Change | None = None
-    guards: list[nn.Module] = field(default_factory=list)
-    spare: list[tuple[nn.Module, str, str]] = field(default_factory=list)
-    kept: list[Kept] | None = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A tensor of a module as it was: ``home`` is ``_parameters`` or ``_buffers``, ``data`` its value where that changed."""
-
-    module: nn.Module
-    home: str
-    name: str
-    tensor: Tensor | None
-    data: Tensor | None
-
-    def put_back(self) -> None:
-        """Make the module hold it again."""
-        getattr(self.module, self.home)[self.name] = self.tensor
-        if self.tensor is not None and self.data is not None:
-            self.tensor.data = self.data
+from normfuse.recomputed import Formed
+from normfuse.records import RECORD, Forming, Kept, Rewritten, home_of, is_idle, is_rewritten, own, rewritten
 
 
 def install(module: nn.Module, record: Rewritten) -> None:
@@ -70,11 +28,6 @@ def install(module: nn.Module, record: Rewritten) -> None:
     module.__dict__[RECORD] = record
     attributes = tuple(sorted(record.tensors))
     module.__class__ = _class_for(type(module), attributes, record.change is not None)  # type: ignore[arg-type]
-
-
-def is_rewritten(module: nn.Module) -> bool:
-    """Whether a module has a record."""
-    return RECORD in module.__dict__
 
 
 def own_class(module: nn.Module) -> None:
@@ -124,32 +77,12 @@ def _property(name: str) -> property:
 
 def _value(module: nn.Module, name: str) -> Any:
     record: Rewritten = module.__dict__[RECORD]
-    if _idle(module, record):
+    if is_idle(module, record):
         return own(module, name)
-    recipe = record.tensors[name]
-    leaves = [own(module if holder is None else holder, attribute) for holder, attribute in _homes(record, recipe)]
-    dtype = own(module, recipe.like).dtype
-    # a compiler decides by itself what to keep for backward
-    return recipe.form(leaves, dtype) if torch.compiler.is_compiling() else Formed.of(recipe, leaves, dtype)
-
-
-def _homes(record: Rewritten, recipe: Recipe) -> Iterator[tuple[nn.Module | None, str]]:
-    return (record.home[name] for name in recipe.names)
-
-
-def own(module: nn.Module, name: str) -> Any:
-    """The tensor that a module itself holds under a name."""
-    for home in (module.__dict__, module._parameters, module._buffers):
-        if name in home:
-            return home[name]
-    raise AttributeError(f"'{type(module).__name__}' object has no attribute '{name}'")
-
-
-def _idle(module: nn.Module, record: Rewritten) -> bool:
-    """Whether the module does what its own class says: a guard is training, or it is a replica, which knows no other ones."""
-    if record.guards and module.__dict__.get("_is_replica", False):
-        return True
-    return any(guard.training for guard in record.guards)
+    if not torch.compiler.is_compiling():
+        return Formed.of(record, module, name)
+    forming = Forming(record, (name,))  # a compiler decides by itself what to keep for backward
+    return forming.by_autograd(*forming.leaves(module))[0]
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -161,7 +94,7 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         record: Rewritten = self.__dict__[RECORD]
-        if record.change is None or _idle(self, record):
+        if record.change is None or is_idle(self, record):
             return original(self, *args, **kwargs)
         by = record.change.by
         if record.change.place == "after":
@@ -179,7 +112,7 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _computed(by: Any, value: Any, module: nn.Module, record: Rewritten) -> Any:
     """The value of a change's expression; what occurs in it twice is computed once."""
-    return _part(by, value, module, record, {})
+    return value if by == VALUE else _part(by, value, module, record, {})
 
 
 def _part(by: Any, value: Any, module: nn.Module, record: Rewritten, done: dict[Any, Any]) -> Any:
@@ -248,11 +181,6 @@ def undo(model: nn.Module) -> bool:
     return True
 
 
-def rewritten(model: nn.Module) -> Iterator[tuple[nn.Module, Rewritten]]:
-    """The modules that have a record, with it."""
-    return ((module, module.__dict__[RECORD]) for module in model.modules() if is_rewritten(module))
-
-
 def _plain(module: nn.Module) -> nn.Module:
     module.__class__ = type(module).__mro__[1]
     return module
@@ -261,11 +189,6 @@ def _plain(module: nn.Module) -> nn.Module:
 def _kept(module: nn.Module, name: str) -> Kept:
     tensor = own(module, name)
     return Kept(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
-
-
-def home_of(module: nn.Module, name: str) -> str:
-    """Where a module holds a tensor: ``_parameters`` or ``_buffers``."""
-    return "_parameters" if name in module._parameters else "_buffers"
 
 
 def _baked(module: nn.Module, record: Rewritten, attribute: str) -> Tensor:

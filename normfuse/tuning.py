@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.cases import Case, cases
-from normfuse.eager import VALUE, Adaptation, Change, Unplaced, adapt, input_of, stored_names
+from normfuse.comparison import Unplaced
+from normfuse.eager import VALUE, Adaptation, Change, adapt, input_of, stored_names
 from normfuse.edits import NewTensor, Reroute, SetTensor
+from normfuse.equivalence import compare, live_side, program_side
 from normfuse.errors import CannotApply, NormfuseError, NormfuseWarning, TraceError
 from normfuse.evidence import failed
 from normfuse.facts import Facts
@@ -22,11 +24,11 @@ from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.formula import Formula, reads
 from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs
-from normfuse.live import Rewritten, bake, forget, home_of, install, own, rewritten, undo
+from normfuse.live import bake, forget, install, undo
 from normfuse.planner import Plan, plan
 from normfuse.program import Program, at_inference
-from normfuse.proving import Progress, compare_runtime, prove
-from normfuse.recomputed import Recipe
+from normfuse.proving import Progress, prove
+from normfuse.records import Recipe, Rewritten, home_of, own, rewritten
 from normfuse.registry import Pass, find
 
 HINT = "rewrite the traced program instead: normfuse.rewrite(model, ...)"
@@ -300,7 +302,8 @@ def _prove(program: Program, chosen: Plan, model: nn.Module, given: Inputs, leve
         tried = list(cases(program, flat_inputs(program, given.args, given.kwargs)))
         evidence = prove(program, again, chosen, tried, level=level, progress=progress)
         if evidence.ok and level == "full":
-            evidence = compare_runtime(program, _runner(program, model), tried, progress=progress)
+            called = live_side(type(model).__name__, _runner(program, model))
+            evidence = compare(program_side("traced", program, state=False), called, tried, progress=progress)
         if not evidence.ok:
             raise failed(evidence, evidence)
     except BaseException:

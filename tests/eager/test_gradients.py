@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.grad import conv2d_weight
 
 import normfuse
+from normfuse import layers
 from tests.batch_norms import FOLDS
 from tests.eager.models import IMAGES, distance, gradients, loss, net
 from tests.models import TRAPS
+from tests.zoo.spread import spread
 
 CONVOLUTIONS = (
     "conv without bias", "conv3d", "depthwise conv", "reflecting conv", "grouped transposed conv", "linear", "no affine",
@@ -97,6 +101,44 @@ def test_second_derivatives() -> None:
     assert gradgradcheck(run, (x, *values), atol=1e-4)
 
 
+class Late(nn.Module):
+    """Layers whose weights are larger than what they give, where the scale is applied to the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one: Any = nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8))
+        self.two = nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.BatchNorm2d(8, affine=False))
+        self.three = nn.Sequential(nn.Conv2d(8, 4, 2, padding=1), nn.BatchNorm2d(4))
+        self.four: Any = nn.Sequential(nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.four(self.three(self.two(self.one(x).tanh()).tanh()).flatten(1).tanh())
+
+
+@pytest.mark.parametrize("frozen", [(), ("weight",), ("one.0.weight", "four.1.weight", "four.1.bias"), ("1.weight", "1.bias")])
+def test_a_scale_outside_is_the_same_function(frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gain of zero too, through which the weight's gradient cannot be divided."""
+    model: Any = spread(Late()).double().eval()
+    with torch.no_grad():
+        model.one[1].weight[2] = 0.0
+        model.four[1].weight[:3] = 0.0
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.endswith(frozen) if frozen else True)
+    original, x = copy.deepcopy(model), (torch.randn(1, 6, 2, 2, dtype=torch.float64),)
+    normfuse.tune(model, "conv_bn", inputs=x, verify="none")
+    calls: list[Any] = []
+    scaled = layers.Layer.forward_scaled
+
+    def counted(layer: Any, *args: Any) -> Tensor:
+        calls.append(layer)
+        return scaled(layer, *args)
+
+    monkeypatch.setattr(layers.Layer, "forward_scaled", counted)
+    assert distance(gradients(model, x), gradients(original, x)) <= 1e-12
+    assert len(calls) == 4
+    assert distance({"y": model(*x)}, {"y": original(*x)}) <= 1e-12
+
+
 def test_frozen_parameters_cost_nothing_and_get_nothing() -> None:
     model, original = net().double(), net().double()
     x = (IMAGES[0].double(),)
@@ -107,6 +149,31 @@ def test_frozen_parameters_cost_nothing_and_get_nothing() -> None:
     assert distance(gradients(model, x), gradients(original, x)) <= 1e-12
     model.requires_grad_(False)
     assert not model(*x).requires_grad
+
+
+class Doubled(torch.autograd.Function):
+    """A function of the user's own, which torch gives its arguments as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.nn.functional.conv2d(x, weight * 2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors
+        return None, conv2d_weight(x, [4, 3, 1, 1], grad) * 2
+
+
+def test_a_function_that_hides_the_weight_from_torch_fails_loudly() -> None:
+    """Its gradient has no way to the parameters: an error, not a parameter that silently stays."""
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    normfuse.tune(model, "conv_bn", inputs=IMAGES, verify="none")
+    with pytest.raises(RuntimeError):
+        Doubled.apply(*IMAGES, model[0].weight).sum().backward()
+    y = Doubled.apply(*IMAGES, model[0].weight * 1)
+    y.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if name.endswith("weight"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import pickle
 import re
 from pathlib import Path
@@ -226,7 +227,9 @@ def _process(rank: int, rendezvous: str, model: Any, found: Any) -> None:
     distributed = DistributedDataParallel(model)  # held until backward: its hooks average the gradients
     loss(distributed(WIDE[0].chunk(2)[rank])).backward()
     found.put({name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None})
-    torch.distributed.destroy_process_group()
+    found.close()
+    found.join_thread()
+    os._exit(0)  # no destructors: gloo's thread may want the GIL, with which the main thread would wait for it
 
 
 def test_two_processes(tuned: Any, original: Any, tmp_path: Path) -> None:
