@@ -13,9 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normfuse.api import Inspection, Result, deploy, export, inspect, restore, rewrite, tune, verify
+    from normfuse.api import Inspection, Result, deploy, inspect, restore, rewrite, tune
     from normfuse.errors import NormfuseError, VerificationFailed
     from normfuse.evidence import Evidence
+    from normfuse.exporting import export
     from normfuse.findings import Claim
     from normfuse.inputs import Inputs
     from normfuse.loading import load
@@ -23,18 +24,23 @@ if TYPE_CHECKING:
     from normfuse.planner import Plan, plan
     from normfuse.program import Program
     from normfuse.report import Report
+    from normfuse.stripping.calibration import Calibration, calibrate
+    from normfuse.stripping.removal import strip
+    from normfuse.verification import assert_equivalent, bisect, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "deploy", "export", "inspect", "load", "plan", "recalibrate", "restore", "rewrite", "tune", "verify",
+    "Calibration", "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
+    "VerificationFailed", "assert_equivalent", "bisect", "calibrate", "deploy", "export", "inspect", "load", "plan",
+    "recalibrate", "restore", "rewrite", "strip", "tune", "verify",
 ]  # fmt: skip
 
 _HOMES = {
-    "api": ("Inspection", "Result", "deploy", "export", "inspect", "restore", "rewrite", "tune", "verify"),
+    "api": ("Inspection", "Result", "deploy", "inspect", "restore", "rewrite", "tune"),
     "errors": ("NormfuseError", "VerificationFailed"),
     "evidence": ("Evidence",),
+    "exporting": ("export",),
     "findings": ("Claim",),
     "inputs": ("Inputs",),
     "loading": ("load",),
@@ -42,6 +48,9 @@ _HOMES = {
     "planner": ("Plan", "plan"),
     "program": ("Program",),
     "report": ("Report",),
+    "stripping.calibration": ("Calibration", "calibrate"),
+    "stripping.removal": ("strip",),
+    "verification": ("assert_equivalent", "bisect", "verify"),
 }
 
 

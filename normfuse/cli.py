@@ -121,7 +121,10 @@ class Source:
         if all(each.is_floating_point() for each in (*drawn.args, *drawn.kwargs.values())):
             return drawn
         from normfuse.loading import load
+        from normfuse.verification import is_exported
 
+        if is_exported(model):
+            return drawn
         limits = inputs.integer_limits(load(model, trust_pickle=self.trust_pickle), drawn)
         return inputs.from_specs(self.specs, seed=self.seed, index_limits=limits)
 
@@ -221,6 +224,9 @@ def main() -> None:
 @click.option("--pass", "passes", multiple=True, required=True, metavar="NAME", callback=_known_passes,
               help="A pass to run, or all; may be given again. See normfuse passes.")
 @click.option("-o", "--output", metavar="OUT.pt2", help="Where to write. [default=beside MODEL, MODEL's stem + .rewritten.pt2]")
+@click.option("--mode", type=click.Choice(["deploy", "live"]), default="deploy", show_default=True, metavar="MODE",
+              help="deploy evaluates the new weights; live writes a program to train, which keeps MODEL's own parameters and "
+                   "computes the new weights from them at every call.")
 @click.option("--dry-run", is_flag=True, help="Plan and print only: no model is written and nothing is proven.")
 @click.option("--strict", is_flag=True,
               help="If a pass rewrote nothing (with all: if no pass rewrote anything), write no model and exit 1.")
@@ -230,10 +236,12 @@ def main() -> None:
               metavar="CLAIM", help="The weakest claim that a rewrite may make: exact, rounding or approximate.")
 @click.option("--report", metavar="FILE", help="Write the report as JSON: what was rewritten, refused and proven.")
 @click.option("--plan", metavar="FILE", help="Write the plan as JSON: the edits, with the formula of every new weight.")
+@click.option("--locked", metavar="FILE",
+              help="A plan that --plan wrote: if this model would be rewritten differently, write nothing and exit 1.")
 @_with_source
 @_with_answer
-def rewrite(model: str, passes: Any, output: str | None, dry_run: bool, strict: bool, verify: str, allow: str,
-            report: str | None, plan: str | None, source: Source, as_json: bool) -> int:
+def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: bool, strict: bool, verify: str, allow: str,
+            report: str | None, plan: str | None, locked: str | None, source: Source, as_json: bool) -> int:
     # fmt: on
     """Rewrite the norms of MODEL, prove that its outputs stay the same, and write the result.
 
@@ -242,29 +250,35 @@ def rewrite(model: str, passes: Any, output: str | None, dry_run: bool, strict: 
     """
     started, written = time.perf_counter(), None
     target = Path(output) if output else Path(model).parent / f"{Path(model).stem}.rewritten.pt2"
-    _check_writable((None if dry_run else target, report, plan), (model, source.file))
+    _check_writable((None if dry_run else target, report, plan), (model, source.file, locked))
     with _working("loading and tracing") as progress:
         from normfuse import api
+        from normfuse.locking import drift, read_lock
+
+        lock = read_lock(locked) if locked else None
 
         try:
-            result = api.rewrite(model, passes, source.inputs(model), verify="none" if dry_run else verify, allow=allow,
-                                 trust_pickle=source.trust_pickle, progress=progress)  # fmt: skip
+            result = api.rewrite(model, passes, source.inputs(model), mode=mode, verify="none" if dry_run else verify,
+                                 allow=allow, trust_pickle=source.trust_pickle, progress=progress)  # fmt: skip
         except VerificationFailed as failure:
             _write_file(report, failure.report.to_json())
             raise
-        code, ending = _outcome(result.report, passes == "all", strict, dry_run)
+        drifted = drift(lock, result.report.plan) if lock else []
+        code, ending = _outcome(result.report, passes == "all", strict, dry_run, drifted)
         if not ending:
             written = str(result.save(target))
             ending = _wrote(written, started)
         _write_file(report, result.report.to_json())
         _write_file(plan, result.report.plan.to_json())
-    data = {**result.report.to_dict(), "dry_run": dry_run, "written": written}
+    data = {**result.report.to_dict(), "dry_run": dry_run, "written": written, "drift": drifted}
     return _tell(as_json, data, *result.report.render(), "", Text(ending, "bold")) or code
 
 
-def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool) -> tuple[int, str]:
+def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool, drifted: list[str]) -> tuple[int, str]:
     """The exit code, and why no model is to be written (empty if it is)."""
     done = any(report.plan.rewrites)
+    if drifted:
+        return NO, "\n".join(["--locked: the plan is another one; nothing written", *drifted])
     if strict and report.idle_passes and not (everything and done):
         return NO, f"--strict: {', '.join(report.idle_passes)} rewrote nothing; nothing written"
     if not done:
@@ -293,41 +307,68 @@ def inspect(model: str, source: Source, as_json: bool) -> int:
 @click.argument("a")
 @click.argument("b")
 @click.option("--junit", metavar="FILE", help="Write the cases as JUnit XML.")
+@click.option("--html", metavar="FILE", help="Write the evidence as a page.")
+@click.option("--bisect", "bisects", is_flag=True, help="If they differ, find the first node where two programs part.")
 @_with_source
 @_with_answer
-def verify(a: str, b: str, junit: str | None, source: Source, as_json: bool) -> int:
+def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, source: Source, as_json: bool) -> int:
     """Compare the models A and B on ordinary and on hostile inputs; exit 1 if they are not the same function.
 
-    Their weights may be rounded differently. B may be an .onnx file, which ONNX Runtime runs.
+    Each may be a model file, an .onnx file, OpenVINO's .xml, an ExecuTorch .pte, a TensorRT engine or an AOTInductor package,
+    and runs in its own runtime. Their weights may be rounded differently.
     """
-    _check_writable([junit], (a, b, source.file))
+    _check_writable([junit, html], (a, b, source.file))
     with _working("loading and tracing") as progress:
-        from normfuse import api, report
+        from normfuse import report, verification
 
-        evidence = api.verify(a, b, source.inputs(a), trust_pickle=source.trust_pickle, progress=progress)
+        given = source.inputs(next((each for each in (a, b) if not verification.is_exported(each)), a))
+        evidence = verification.verify(a, b, given, trust_pickle=source.trust_pickle, progress=progress)
+        parting = None
+        if bisects and not evidence.ok:
+            parting = verification.bisect(a, b, given, trust_pickle=source.trust_pickle)
+        because = None if evidence.ok else evidence.complaint()
+        ending = Text(f"NOT equivalent: {because}", "bold red") if because else Text("equivalent", "bold green")
+        lines = [*_rendered(evidence), report.differences_table(evidence.differences), "", *([str(parting)] * bool(parting))]
         _write_file(junit, report.junit(evidence, f"normfuse verify {a} {b}"))
-    because = None if evidence.ok else evidence.complaint()
+        _write_file(html, report.html([*lines, ending], f"normfuse verify {a} {b}"))
     data = {"a": a, "b": b, "equivalent": evidence.ok, "because": because, "evidence": evidence.to_dict()}
-    ending = Text(f"NOT equivalent: {because}", "bold red") if because else Text("equivalent", "bold green")
-    return _tell(as_json, data, *_rendered(evidence), "", ending) or (NO if because else YES)
+    data |= {"parts_at": parting.to_dict() if parting else None} if bisects else {}
+    return _tell(as_json, data, *lines, ending) or (NO if because else YES)
 
 
+# fmt: off
 @main.command()
 @click.argument("model")
-@click.option("--to", "target", type=click.Choice(["onnx"]), default="onnx", show_default=True, help="The format.")
+@click.option("--to", "target", type=click.Choice(["onnx", "tensorrt", "openvino", "executorch", "aoti"]), metavar="TARGET",
+              help="onnx, tensorrt, openvino, executorch or aoti. [default=by how OUT ends: .onnx, .engine, .xml, .pte]")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
 @click.option("--opset", default=20, show_default=True, metavar="N", help="Version of ONNX's standard operators.")
+@click.option("--capability", "capabilities", multiple=True, metavar="X.Y",
+              help="With tensorrt: a GPU generation to build for ahead of time, such as 8.9; may be given again.")
+@click.option("--dry-run", is_flag=True, help="With tensorrt: say of every operator whether TensorRT takes it; write nothing.")
 @_with_source
 @_with_answer
-def export(model: str, target: str, output: str, opset: int, source: Source, as_json: bool) -> int:
+def export(model: str, target: str | None, output: str, opset: int, capabilities: tuple[str, ...], dry_run: bool,
+           source: Source, as_json: bool) -> int:
+    # fmt: on
     """Write MODEL for a runtime, run it there, and compare; a file that computes something else is removed."""
     started = time.perf_counter()
-    _check_writable([output], (model, source.file))
-    with _working(f"exporting to {target}"):
-        from normfuse import api
+    _check_writable([None if dry_run else output], (model, source.file))
+    with _working("exporting"):
+        from normfuse import exporting
 
-        given = source.inputs(model)
-        evidence = api.export(model, output, opset=opset, inputs=given, trust_pickle=source.trust_pickle)
+        target, given = exporting.target_of(target, output), source.inputs(model)
+        if target != "tensorrt" and (dry_run or capabilities):
+            raise InputError("--dry-run and --capability are for --to tensorrt")
+        if dry_run:
+            nodes = exporting.supported(model, opset=opset, inputs=given, trust_pickle=source.trust_pickle)
+            refused = [str(each) for each in nodes if not each.supported]
+            ending = f"TensorRT takes {len(nodes) - len(refused)} of {len(nodes)} operators"
+            data: dict[str, Any] = {"model": model, "to": target, "operators": len(nodes), "refused": refused}
+            return _tell(as_json, data, *refused, Text(ending, "bold")) or (NO if refused else YES)
+        further: dict[str, Any] = {"capabilities": capabilities} if capabilities else {}
+        evidence = exporting.export(model, output, to=target, opset=opset, inputs=given, trust_pickle=source.trust_pickle,
+                                    **further)  # fmt: skip
     data = {"model": model, "to": target, "opset": opset, "written": output, "evidence": evidence.to_dict()}
     return _tell(as_json, data, *_rendered(evidence), "", Text(_wrote(output, started), "bold"))
 
@@ -371,14 +412,14 @@ def passes(as_json: bool) -> int:
 
 
 @contextlib.contextmanager
-def _working(what: str) -> Iterator[Callable[[str, int, int], None]]:
+def _working(what: str, doing: str = "proving: ") -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar on a terminal's stderr; what models and libraries print meanwhile goes to stderr as well."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
     with contextlib.redirect_stdout(sys.stderr), bar:
         task = bar.add_task(what, total=None)
-        yield lambda case, done, total: bar.update(task, description=f"proving: {case}", completed=done, total=total)
+        yield lambda case, done, total: bar.update(task, description=f"{doing}{case}", completed=done, total=total)
 
 
 def _tell(as_json: bool, data: Any, *parts: RenderableType) -> int:
@@ -390,9 +431,9 @@ def _tell(as_json: bool, data: Any, *parts: RenderableType) -> int:
 
 
 def _rendered(answer: Any) -> Iterable[RenderableType]:
-    from normfuse.report import Report, evidence_lines
+    from normfuse.report import evidence_lines
 
-    return answer.render() if isinstance(answer, Report) else evidence_lines(answer)
+    return answer.render() if hasattr(answer, "render") else evidence_lines(answer)
 
 
 def _show(*parts: RenderableType) -> None:
@@ -419,3 +460,6 @@ def _write(text: str) -> None:
 
 def _say(kind: str, text: str, style: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble((f"{kind}:", style), f" {text}"))
+
+
+from normfuse import cli_strip  # noqa: E402, F401 - more commands

@@ -1,9 +1,10 @@
 """Norms to train with, most of which are constants at inference; needs torch and nothing else.
 
 Constant at inference, so that normfuse folds them: `UnifiedNorm`, `RepBN`, `PRepBN`, `EstimatedBatchNorm`, `PowerNorm` without
-group scaling, the standardized convolutions (their weight), the BatchNorm in `BatchChannelNorm` and half of `IBN`. Dependent on
-the sample, so that a norm remains: `GroupScaling`, the rest of those, `EvoNormB0` and `EvoNormS0` with their activation,
-`ScaledLayerNorm` and `ScaledRMSNorm`, and `RMSNorm` and `CRMSNorm`, which rewritten models have.
+group scaling, `FakeLayerNorm` once it is removed, the standardized convolutions (their weight), the BatchNorm in
+`BatchChannelNorm` and half of `IBN`. Dependent on the sample, so that a norm remains: `GroupScaling`, the rest of those,
+`EvoNormB0` and `EvoNormS0` with their activation, `ScaledLayerNorm` and `ScaledRMSNorm`, and `RMSNorm` and `CRMSNorm`, which
+rewritten models have.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from normfuse.nn.convert import convert
 from normfuse.nn.counting import step
 from normfuse.nn.crms_norm import CRMSNorm
 from normfuse.nn.evo_norm import EvoNormB0, EvoNormS0
+from normfuse.nn.fake_layer_norm import FakeLayerNorm
 from normfuse.nn.ibn import IBN
 from normfuse.nn.power_norm import GroupScaling, PowerNorm
 from normfuse.nn.recalibrate import recalibrate
@@ -25,7 +27,8 @@ from normfuse.nn.unified_norm import UnifiedNorm
 
 __all__ = [  # noqa: RUF022 - grouped
     # in LayerNorm's place: channels last
-    "CRMSNorm", "GroupScaling", "PRepBN", "PowerNorm", "RMSNorm", "RepBN", "ScaledLayerNorm", "ScaledRMSNorm", "UnifiedNorm",
+    "CRMSNorm", "FakeLayerNorm", "GroupScaling", "PRepBN", "PowerNorm", "RMSNorm", "RepBN", "ScaledLayerNorm",
+    "ScaledRMSNorm", "UnifiedNorm",
     # in BatchNorm's place: channels second
     "BatchChannelNorm", "EstimatedBatchNorm", "EvoNormB0", "EvoNormS0", "IBN",
     # convolution and attention

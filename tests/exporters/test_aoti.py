@@ -17,6 +17,8 @@ from normfuse.program import Program
 from tests.exporters.agreement import excess
 from tests.models import TRAPS
 
+# One worker: inductor writes what two processes compile at once to the same files, and one of them reads half a file.
+pytestmark = pytest.mark.xdist_group("aoti")
 QUICK = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
 

@@ -91,7 +91,7 @@ def test_each_pass_in_onnx_runtime(tmp_path: Path, name: str) -> None:
 
 
 def test_the_sample_has_every_pass() -> None:
-    assert set(SAMPLE) == set(registry.passes())
+    assert set(SAMPLE) == set(registry.passes()) - {"strip_layernorm"}  # of trained models: tests/stripping exports one
 
 
 @pytest.mark.slow

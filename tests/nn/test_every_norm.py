@@ -28,6 +28,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "GroupScaling": lambda: normfuse.nn.GroupScaling(2),
     "RMSNorm": lambda: normfuse.nn.RMSNorm(C),
     "CRMSNorm": lambda: normfuse.nn.CRMSNorm(C),
+    "FakeLayerNorm": lambda: normfuse.nn.FakeLayerNorm(C),
     "ScaledLayerNorm": lambda: normfuse.nn.ScaledLayerNorm(C, 3),
     "ScaledRMSNorm": lambda: normfuse.nn.ScaledRMSNorm(C, 3),
     "SimplifiedLinearAttention": lambda: normfuse.nn.SimplifiedLinearAttention(C, 2, (2, 3)),
@@ -43,7 +44,8 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "ScaledStdConv2d": lambda: normfuse.nn.ScaledStdConv2d(C, C, 3),
 }
 CHANNELS_LAST = {
-    "UnifiedNorm", "RepBN", "PRepBN", "PowerNorm", "GroupScaling", "RMSNorm", "CRMSNorm", "ScaledLayerNorm", "ScaledRMSNorm",
+    "UnifiedNorm", "RepBN", "PRepBN", "PowerNorm", "GroupScaling", "RMSNorm", "CRMSNorm", "FakeLayerNorm", "ScaledLayerNorm",
+    "ScaledRMSNorm",
 }  # fmt: skip
 RESPELLED = {"RMSNorm", "CRMSNorm"}  # exported they are other operators than in eager mode: equal to rounding
 

@@ -8,8 +8,9 @@ import sys
 import normfuse
 
 PUBLIC = {
-    "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "deploy", "export", "inspect", "load", "plan", "recalibrate", "restore", "rewrite", "tune", "verify",
+    "Calibration", "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
+    "VerificationFailed", "assert_equivalent", "bisect", "calibrate", "deploy", "export", "inspect", "load", "plan",
+    "recalibrate", "restore", "rewrite", "strip", "tune", "verify",
 }  # fmt: skip
 
 

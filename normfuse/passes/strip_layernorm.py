@@ -1,0 +1,201 @@
+"""Fold LayerNorms whose deviation σ is a stored number until no norm and no mean-subtraction is left.
+
+What
+    A model that was trained on while its LayerNorms were removed (`normfuse.stripping`) computes (x - mean x)/σ ⊙ γ + β with
+    a stored σ, which is linear. Gain and shift go into the layers that read it, and so does the mean-subtraction, as any linear
+    layer can take the mean of its input away in its own weight. Where a reader is no such layer, the writers of x are centred
+    instead if that leaves fewer mean-subtractions. What is left of a norm that cannot go is one multiplication, one addition
+    and its mean-subtraction. The module's class does not matter: the arithmetic is read from the graph.
+
+Formula
+    W ← (W diag(γ/σ)) C₀,  b ← b + Wβ (with the W from before; a bias is made where there is none), C₀ = I - 11ᵀ/d.
+
+Needs
+    σ stored, and not updated by the forward pass. All readers, however far, are linear layers or convolutions whose weights
+    nobody else reads. A norm that still measures its input is another function without it: `normfuse.strip` measures on data
+    what that costs, and removes the largest set of norms that stays within a bound.
+
+Refuses
+    NF601  The norm is a LayerNorm that measures its own input, so it is not linear. Train the model on with
+           `normfuse.stripping.Recovery`, or let `normfuse.strip` (normfuse strip) remove, on data of yours, those that cost
+           little; that result is approximate and never made unasked.
+    NF602  The norm is in the published format of LayerNorm-free checkpoints, an eps so large (10¹²) that the variance vanishes
+           beside it. Exactly that is not linear, only up to var/2ε; `normfuse.strip` reads it as it is meant, and measures.
+    NF603  The norm is in the published format and its weights are in float16, where 10⁶ ≈ √ε overflows: gains of such a size
+           are infinite. Convert the checkpoint from float32 or bfloat16.
+    NF604  The mean-subtraction of a removed norm stays: a reader of it is no linear layer of its own, such as a tied head
+           (untie it if memory allows), or the first token has a σ of its own, which is no change of weights.
+    NF605  A removal without recovery was asked for (`normfuse.strip`), and nothing is known of the norm's deviation: it is
+           not in the calibration file. Calibrate the same model.
+
+Claim
+    rounding: the same function of real numbers. With σ from a calibration, or for the published format: approximate.
+
+Reference
+    Baroni et al.: Transformers Don't Need LayerNorm at Inference Time, 2025, §3 and appendix (folding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch.fx import Node
+
+from normfuse.absorb import Absorbed, Obstacle
+from normfuse.affine import Affine, forms
+from normfuse.centring import Centring, as_norm, blind, centrings, into_weights
+from normfuse.dissolve import dissolve, told
+from normfuse.edits import Call, Edit, Expression, Ref, Reroute
+from normfuse.establish import Region, center
+from normfuse.facts import Facts
+from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
+from normfuse.program import Program, Site
+from normfuse.rules import rank
+from normfuse.views import Norm, dtype
+
+PUBLISHED_EPS = 1e8
+"""The least eps that is meant to swallow the variance: ten thousand times the deviation of any stream."""
+
+
+def strip_layernorm(program: Program, facts: Facts) -> Iterator[Finding]:
+    """Propose one rewrite per stored σ, then one per mean-subtraction; refuse every norm that measures its input."""
+    for norm in facts.norms:
+        if norm.kind == "layer_norm":
+            yield _measuring(program.site(norm.out), norm)
+    every = centrings(facts)
+    found = _along_channels(forms(facts), every) if every else {}
+    scaled = {form.base: form for form in found.values() if form.scale is not None or form.shift is not None}
+    outs = {each.out for each in every}
+    gains = list(dissolve(facts, "strip_layernorm", found, lambda form, _: form.base in outs))
+    yield from gains
+    if not gains:
+        yield from _centrings(program, facts, every, scaled)
+
+
+def _measuring(site: Site, norm: Norm) -> Refusal:
+    if not is_published(norm):
+        hint = "train it on with normfuse.stripping.Recovery, or let normfuse.strip measure what its removal costs"
+        return Refusal("strip_layernorm", site, "NF601", "its deviation is measured on each input", hint=hint)
+    if overflows(norm):
+        hint = "convert the checkpoint from float32 or bfloat16"
+        return Refusal("strip_layernorm", site, "NF603", f"an eps of {norm.eps:g} overflows float16", hint=hint)
+    hint = "normfuse.strip (normfuse strip) reads it"
+    return Refusal("strip_layernorm", site, "NF602", f"an eps of {norm.eps:g} stands for a stored deviation", hint=hint)
+
+
+def is_published(norm: Norm) -> bool:
+    """Whether a norm is in the published format: LayerNorm with an eps beside which the variance vanishes."""
+    return norm.kind == "layer_norm" and norm.eps >= PUBLISHED_EPS
+
+
+def overflows(norm: Norm) -> bool:
+    """Whether a norm's tensors are in float16, which cannot hold the published format's gains."""
+    return any(each is not None and dtype(each) == torch.float16 for each in (norm.x, norm.gain, norm.shift))
+
+
+def _along_channels(found: dict[Node, Affine], every: tuple[Centring, ...]) -> dict[Node, Affine]:
+    """A scale by a number alone (a norm without gain) is one along the channels as well."""
+    axes = {each.out: each.axis for each in every}
+    return {
+        value: replace(form, axis=axes[form.base]) if form.axis is None and not form.moves and form.base in axes else form
+        for value, form in found.items()
+    }
+
+
+# -- mean-subtractions -------------------------------------------------------------------------------------------------
+
+
+def _centrings(program: Program, facts: Facts, every: tuple[Centring, ...], scaled: Mapping[Node, Affine]) -> Iterator[Finding]:
+    ways = {each: into_weights(facts, each) for each in every}
+    stuck = {each for each, way in ways.items() if isinstance(way, Obstacle)}
+    # only what was a norm: other mean-subtractions that cannot go are nobody's concern
+    concerned = {each for each in stuck if each.out in scaled}
+    regions = center(blind(facts, every), map(as_norm, every)).regions if concerned else ()
+    gone: set[Node] = set()
+    for region in regions:
+        outs = {norm.out for norm in region.norms}
+        if sum(each.out in outs for each in concerned) > len(region.centered_copies):
+            gone |= outs
+            yield _into_writers(program, region)
+    for each, way in ways.items():
+        if each.out in gone:
+            continue
+        if isinstance(way, Absorbed):
+            yield _into_readers(program, each, way)
+        elif each in concerned:
+            yield _stays(program, each, way, scaled[each.out])
+
+
+def _stays(program: Program, each: Centring, way: Obstacle, form: Affine) -> Refusal:
+    reason = told(program, way)
+    if way.at in form.inner:
+        reason = "its gain and shift could not be folded into what reads them, so its mean-subtraction stays before them"
+    hint = "if a tied head reads it, untie the weight" if way.at in form.inner else ""
+    return Refusal("strip_layernorm", program.site(each.out), "NF604", reason, program.site(way.at), hint)
+
+
+def _into_readers(program: Program, each: Centring, way: Absorbed) -> Rewrite:
+    region = frozenset(node.name for node in (*way.nodes, *each.inner, each.x))
+    because = "all layers that read it take the mean away in their weights"
+    return _folded(program, (each.out,), (*way.edits, Reroute(each.out.name, Ref(each.x.name))), region, because)
+
+
+def _into_writers(program: Program, region: Region) -> Rewrite:
+    """The mean is taken away where it is written; x itself, or a centred copy of it, takes the place of x - mean x."""
+    gone = (
+        Reroute(norm.out.name, Ref(region.centered_copies.get((norm.x, norm.axes[0]), norm.x.name))) for norm in region.norms
+    )
+    nodes = frozenset(node.name for node in region.nodes)
+    paid = len(region.centered_copies)
+    because = "what writes its input is centred" + (
+        f"; {paid} mean-subtraction{'s are' if paid > 1 else ' is'} left" * bool(paid)
+    )
+    return _folded(program, tuple(norm.out for norm in region.norms), (*region.edits, *gone), nodes, because)
+
+
+def _folded(program: Program, outs: tuple[Node, ...], edits: tuple[Edit, ...], region: frozenset[str], because: str) -> Rewrite:
+    sites = tuple(map(program.site, outs))
+    was = ("mean-subtraction",) * len(outs)
+    return Rewrite("strip_layernorm", sites, was, "folded", edits, region, Claim.ROUNDING, because)
+
+
+# -- without recovery --------------------------------------------------------------------------------------------------
+
+
+def with_sigmas(sigmas: Mapping[str, float], because: Mapping[str, str]) -> Callable[[Program, Facts], Iterator[Finding]]:
+    """A proposer that gives LayerNorms a stored σ: an approximate rewrite, to be measured before it is believed.
+
+    Args:
+        sigmas: σ by the name of the norm's node.
+        because: where σ comes from, by the same names.
+    """
+
+    def propose(program: Program, facts: Facts) -> Iterator[Finding]:
+        for norm in facts.norms:
+            if norm.out.name in sigmas and norm.kind == "layer_norm" and norm.axes == (rank(norm.x) - 1,):
+                yield _stored(program, norm, sigmas[norm.out.name], because[norm.out.name])
+
+    return propose
+
+
+def _stored(program: Program, norm: Norm, sigma: float, because: str) -> Rewrite:
+    by = linear(norm, sigma)
+    region = frozenset(node.name for node in (*norm.inner, norm.x))
+    site, edit = program.site(norm.out), Reroute(norm.out.name, by)
+    return Rewrite("strip_layernorm", (site,), (norm.kind,), NO_NORM, (edit,), region, Claim.APPROXIMATE, because)
+
+
+def linear(norm: Norm, sigma: float) -> Expression:
+    """(x - mean x)/σ ⊙ γ + β in place of a LayerNorm over the last axis."""
+    x: Expression = Ref(norm.x.name)
+    half = dtype(norm.x) in (torch.float16, torch.bfloat16)
+    wide = Call("_to_copy.default", (x,), "float32") if half else x
+    value: Expression = Call("sub.Tensor", (wide, Call("mean.dim", (wide, (rank(norm.x) - 1,), True))))
+    value = Call("div.Tensor", (value, sigma))
+    if norm.gain is not None:
+        value = Call("mul.Tensor", (value, Ref(norm.gain.name)))
+    if norm.shift is not None:
+        value = Call("add.Tensor", (value, Ref(norm.shift.name)))
+    return Call("type_as.default", (value, x)) if half else value
