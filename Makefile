@@ -45,6 +45,7 @@ bench: $(VENV)/dev
 	PYTHONPATH=. $(BIN)/python benchmarks/fold_speed.py
 	PYTHONPATH=. $(BIN)/python benchmarks/rms_norm.py
 	PYTHONPATH=. $(BIN)/python benchmarks/pre_norms.py
+	PYTHONPATH=. $(BIN)/python benchmarks/strip.py --models "1 × 128"
 
 clean:
 	rm -rf $(VENV) out

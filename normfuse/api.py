@@ -143,7 +143,7 @@ def rewrite(
     clock = _Clock()
     start = _deployed(model).planned if isinstance(model, Result) else model
     inputs = model.inputs if isinstance(model, Result) and inputs is None else inputs
-    name, original, given = _program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
+    name, original, given = to_program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
     clock.lap("trace")
     chosen = plan(original, _names(passes), allow=_claim(allow))
     planned = chosen.apply(original)
@@ -323,7 +323,7 @@ def inspect(
         dynamic_shapes: as for `rewrite`.
         trust_pickle: as for `rewrite`.
     """
-    name, program, _ = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    name, program, _ = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     plans = {each: plan(program, [each]) for each in ALL}
     facts = analyze(program)
     rows = tuple(_row(program, norm, facts, plans) for norm in facts.norms)
@@ -397,9 +397,24 @@ def _sources(model: Model) -> tuple[Path, ...]:
     return model.sources if isinstance(model, Result) else (Path(model),) if isinstance(model, (str, Path)) else ()
 
 
-def _program(
+def to_program(
     model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool, trace: Tracer = _traced
 ) -> tuple[str, Program, Inputs]:
+    """What the user has, as a program: its name for messages, the program, and the inputs that it is called with.
+
+    Args:
+        model: as for `rewrite`.
+        inputs: as for `rewrite`.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        trust_pickle: as for `rewrite`.
+        trace: makes a program of a module.
+
+    Raises:
+        LoadError: the file cannot or may not be read.
+        InputError: it is no model, or no example inputs are known, or they do not fit.
+        TraceError: torch.export cannot trace it.
+    """
     name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
     loaded = load(Path(model), trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
     if isinstance(loaded, Result):

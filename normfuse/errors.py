@@ -8,7 +8,9 @@
      ├─ CannotApply          the plan cannot be made on the model's modules; lists each reason
      ├─ MissingExtra         an optional package is needed; names the pip command that brings it
      ├─ ExportError          the target refused the program; names the node
+     ├─ Diverged             the loss of a training without norms is no number (normfuse.stripping)
      └─ VerificationFailed   exit 1: the rewritten program is not the original; carries the report
+         └─ TooCostly        a removal costs more than the bound (normfuse.stripping.removal)
 
 A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a value.
 """

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from normfuse.api import Given, Model, _program, _sources
+from normfuse.api import Given, Model, _sources, to_program
 from normfuse.cases import Case, cases
 from normfuse.equivalence import artifact_side, compare, ports_of, program_side
 from normfuse.errors import ExportError, InputError
@@ -64,7 +64,7 @@ def export(
         VerificationFailed: the runtime computes something else; nothing is written.
     """
     target = target_of(to, path)
-    _, program, given = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    _, program, given = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     program = program.baked()
     tried = cases(program, flat_inputs(program, given.args, given.kwargs))
     wanted = options if target in ("aoti", "executorch") else {"opset": opset, **options}
@@ -136,7 +136,7 @@ def supported(
     """
     from normfuse.exporters import tensorrt
 
-    _, program, _ = _program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    _, program, _ = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     return tensorrt.dry_run(program.baked(), opset=opset)
 
 

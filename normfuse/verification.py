@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from normfuse import bisection
-from normfuse.api import Given, Model, _program
+from normfuse.api import Given, Model, to_program
 from normfuse.artifacts import Artifact, Port
 from normfuse.bisection import Parting
 from normfuse.cases import cases, cases_of
@@ -67,12 +67,12 @@ def verify(
     if isinstance(left, Artifact):  # the program is the reference on either side
         left, right, b = right, left, a
     assert not isinstance(left, Artifact)
-    _, program, given = _program(left, inputs, kwargs, None, trust_pickle)
+    _, program, given = to_program(left, inputs, kwargs, None, trust_pickle)
     tried = cases(program, flat_inputs(program, given.args, given.kwargs))
     if isinstance(right, Artifact):
         reference = program_side(_name(a), program, state=False)
         return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
-    _, other, _ = _program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
+    _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
     flat_inputs(other, given.args, given.kwargs)  # raises where it does not take them
     return compare(program_side(_name(a), program), program_side(_name(b), other, calls=program), tried, progress=progress)
 
@@ -115,8 +115,8 @@ def bisect(
     for each in (a, b):
         if is_exported(each):
             raise InputError(f"{_name(each)} shows no inner values", hint="bisect the programs that it was made from")
-    _, one, given = _program(a, inputs, kwargs, None, trust_pickle)
-    _, other, _ = _program(b, replace(given, dynamic_shapes=None), None, None, trust_pickle)
+    _, one, given = to_program(a, inputs, kwargs, None, trust_pickle)
+    _, other, _ = to_program(b, replace(given, dynamic_shapes=None), None, None, trust_pickle)
     return bisection.bisect(one, other, flat_inputs(one, given.args, given.kwargs))
 
 

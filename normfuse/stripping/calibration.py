@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from normfuse.api import _program
+from normfuse.api import to_program
 from normfuse.errors import InputError, LoadError, NormfuseError
 from normfuse.facts import analyze
 from normfuse.inputs import Inputs
@@ -184,7 +184,7 @@ def calibrate(
     first = next(batches, None)
     if first is None:
         raise InputError("there are no calibration data", hint="give one batch at least")
-    name, program, _ = _program(model, inputs_of(first), None, dynamic_shapes, trust_pickle)
+    name, program, _ = to_program(model, inputs_of(first), None, dynamic_shapes, trust_pickle)
     norms = last_axis_norms(program)
     if not norms:
         raise NormfuseError(f"{name} has no LayerNorm over its last axis", hint="normfuse inspect MODEL lists its norms")

@@ -19,7 +19,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from normfuse.api import _kinds, _program
+from normfuse.api import _kinds, to_program
 from normfuse.cases import cases
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
 from normfuse.evidence import failed
@@ -194,7 +194,7 @@ def strip(
     batches = list(data)
     if not batches:
         raise InputError("there are no data to measure on", hint="give one batch at least")
-    name, program, given = _program(model, inputs_of(batches[0]), None, dynamic_shapes, trust_pickle)
+    name, program, given = to_program(model, inputs_of(batches[0]), None, dynamic_shapes, trust_pickle)
     given = replace(given, dynamic_shapes=None)
     meant, choices, unknown = _candidates(program, model, batches, calibration, trust_pickle, progress)
     base = loss(program, batches)

@@ -18,6 +18,14 @@ import normfuse.nn
 
 C = 8
 
+
+def removed() -> nn.Module:
+    norm = normfuse.nn.FakeLayerNorm(C)
+    norm.running_sigma.fill_(1.3)
+    norm.remove()
+    return norm
+
+
 MODULES: dict[str, Callable[[], nn.Module]] = {
     "UnifiedNorm": lambda: normfuse.nn.UnifiedNorm(C, warmup_iters=2),
     "UnifiedNorm without affine": lambda: normfuse.nn.UnifiedNorm(C, affine=False),
@@ -29,6 +37,7 @@ MODULES: dict[str, Callable[[], nn.Module]] = {
     "RMSNorm": lambda: normfuse.nn.RMSNorm(C),
     "CRMSNorm": lambda: normfuse.nn.CRMSNorm(C),
     "FakeLayerNorm": lambda: normfuse.nn.FakeLayerNorm(C),
+    "FakeLayerNorm removed": removed,
     "ScaledLayerNorm": lambda: normfuse.nn.ScaledLayerNorm(C, 3),
     "ScaledRMSNorm": lambda: normfuse.nn.ScaledRMSNorm(C, 3),
     "SimplifiedLinearAttention": lambda: normfuse.nn.SimplifiedLinearAttention(C, 2, (2, 3)),
