@@ -379,12 +379,27 @@ NARROWED = {
 }  # fmt: skip
 
 
+OTHER_FORMS = ("timm_vit_clip", "hf_gpt2", "hf_whisper_encoder", "torch_encoder_prenorm")
+
+
+def _when(quick: bool) -> Any:
+    return () if quick else pytest.mark.slow
+
+
+def zoo_cases() -> list[Any]:
+    """Every architecture in the rotated form; in the others those few, and all where there is time."""
+    forms = (("pre_crmsnorm",), ("pre_crmsnorm_compressed",), ("pre_rmsnorm", "pre_crmsnorm"))
+    return [
+        pytest.param(each, form, id=f"{each.name}, {'+'.join(form)}", marks=_when(form == forms[0] or each.name in OTHER_FORMS))
+        for each in ZOO.values()
+        if each.layer_norms
+        for form in forms
+    ]
+
+
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "passes", [("pre_crmsnorm",), ("pre_crmsnorm_compressed",), ("pre_rmsnorm", "pre_crmsnorm")], ids="+".join
-)
-@pytest.mark.parametrize("zoo_model", [each for each in ZOO.values() if each.layer_norms], ids=lambda each: each.name)
+@pytest.mark.parametrize(("zoo_model", "passes"), zoo_cases())
 def test_zoo(zoo_model: ZooModel, passes: tuple[str, ...]) -> None:
     model = zoo_model.build()
     args, kwargs = zoo_model.inputs(model)

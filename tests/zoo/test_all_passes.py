@@ -45,6 +45,7 @@ def test_all_is_exact(zoo_model: ZooModel) -> None:
     assert norms["before"].get("layer_norm", 0) - norms["after"].get("layer_norm", 0) == zoo_model.convertible, zoo_model.note
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zoo_model", few(QUICK))
 def test_every_order_is_exact(zoo_model: ZooModel) -> None:
     """Each step is proven against the one before; the same LayerNorms are gone at the end of each order."""
