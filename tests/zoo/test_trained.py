@@ -14,7 +14,7 @@ from tests.zoo import trained
 pytestmark = [pytest.mark.trained, pytest.mark.xdist_group("trained")]  # one worker: the models are large
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whisper() -> Any:
     try:
         return trained.whisper_tiny_en()
@@ -22,7 +22,7 @@ def whisper() -> Any:
         pytest.skip(str(reason))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def speech() -> Tensor:
     """The features of "Ever tried, ever failed. No matter, try again. Fail again. Fail better." read aloud."""
     try:
@@ -31,7 +31,7 @@ def speech() -> Tensor:
         pytest.skip(str(reason))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def heard(whisper: Any, speech: Tensor) -> list[int]:
     """The tokens that the model as it is writes."""
     return trained.greedy_tokens(whisper, speech)
@@ -59,7 +59,7 @@ def test_a_draft_changes_the_calls_and_not_the_tokens(whisper: Any, speech: Tens
     assert trained.greedy_tokens(whisper, speech, draft=wrong) == heard
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def rewritten(whisper: Any, speech: Tensor) -> normfuse.Result:
     """The trained model with its LayerNorms turned into RMSNorms, proven on real speech."""
     inputs = {"input_features": speech, "decoder_input_ids": torch.full((1, 64), 50256)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import pytest
@@ -46,18 +47,23 @@ class Loaded:
     result: normfuse.Result
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(params=NETWORKS)
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     """A network, and its rewritten form proven on the first photograph."""
-    network = NETWORKS[request.param]
     try:
-        model = network.load()
-        images = {name: network.prepared(trained_conv.photograph(name))[None] for name in CLASSES}
+        return load(request.param)
     except FetchFailed as reason:
         pytest.skip(str(reason))
+
+
+@cache  # not a fixture of the module: shuffled tests would load each network again and again
+def load(name: str) -> Loaded:
+    network = NETWORKS[name]
+    model = network.load()
+    images = {photo: network.prepared(trained_conv.photograph(photo))[None] for photo in CLASSES}
     result = normfuse.rewrite(model, passes=["conv_bn"], inputs=(images["chelsea"],))
     with torch.no_grad():
-        return Loaded(network, model, images, {name: model(image) for name, image in images.items()}, result)
+        return Loaded(network, model, images, {photo: model(image) for photo, image in images.items()}, result)
 
 
 def test_the_network_is_loaded_whole(loaded: Loaded) -> None:
