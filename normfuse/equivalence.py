@@ -41,8 +41,8 @@ class Side:
         name: how the user named it.
         runtime: what runs it.
         runs: how it is run -> its outputs; the first is the way a user would run it.
-        wide: the same weights with as little rounding as can be had.
-        nudged: ``wide`` after one rounding of every weight, of the size given or of the weights' dtype; None if it
+        wide: the same weights with less rounding; None where the first of `runs` is all that can be had.
+        nudged: the same after one rounding of every weight, of the size given or of the weights' dtype; None if it
             cannot be had, and then this side is no reference.
         own: the outputs in arithmetic of a given width, with numbers as short as file formats have them; None if only `runs`
             can be had.
@@ -52,7 +52,7 @@ class Side:
     name: str
     runtime: str
     runs: Mapping[str, Runner]
-    wide: Runner
+    wide: Runner | None = None
     nudged: Callable[[Case, float | None], Sequence[Tensor]] | None = None
     own: Callable[[Case, torch.dtype], Sequence[Tensor]] | None = None
     notes: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
 
 def live_side(name: str, call: Runner) -> Side:
     """A model that can only be called."""
-    return Side(name, f"PyTorch {torch.__version__}", {"": call}, call)
+    return Side(name, f"PyTorch {torch.__version__}", {"": call})
 
 
 def artifact_side(artifact: Artifact, ports: Sequence[Port | None]) -> Side:
@@ -105,7 +105,7 @@ def artifact_side(artifact: Artifact, ports: Sequence[Port | None]) -> Side:
         return lambda case: call([case.flat[place] for place in order])
 
     runs = {how: on(each) for how, each in artifact.runs.items()}
-    wide = on(artifact.widened) if artifact.widened else next(iter(runs.values()))
+    wide = on(artifact.widened) if artifact.widened else None
     shaken = on(artifact.nudged) if artifact.nudged else None
     return Side(
         artifact.name,
@@ -186,12 +186,13 @@ def compare(
         if progress:
             progress(case.name, done, len(everything))
         try:
-            truth = a.wide(case)
-            own = distances(truth, next(iter(a.runs.values()))(case))
+            usual = next(iter(a.runs.values()))(case)
+            truth = a.wide(case) if a.wide else usual
+            own = distances(truth, usual)
             noise = _noise(truth, own, a.nudged(case, None))
-            wide = b.wide(case)
-            tight = _noise(truth, *_of_width(a, case, truth, wide)) if same_weights else noise
             got = {how: each(case) for how, each in b.runs.items()}
+            wide = b.wide(case) if b.wide else next(iter(got.values()))
+            tight = _noise(truth, *_of_width(a, case, truth, wide)) if same_weights else noise
         except Exception as error:
             if done == 0:
                 raise NormfuseError(f"the models do not run: {first_line(error)}") from error

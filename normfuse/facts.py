@@ -8,7 +8,7 @@ facts.norms             every norm, hand-written ones included
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,9 +98,17 @@ class Facts:
     @cached_property
     def centered(self) -> dict[Node, frozenset[int]]:
         """Forward: axes along which the mean of a value is zero whatever the weights are."""
+        return self.centered_with(lambda node: ())
+
+    def centered_with(self, known: Callable[[Node], Iterable[int]]) -> dict[Node, frozenset[int]]:
+        """Forward: axes along which the mean of a value is zero, given what the caller knows besides.
+
+        Args:
+            known: axes along which a value is known to have zero mean, such as a stored tensor that a pass has centred.
+        """
         centered: dict[Node, frozenset[int]] = {}
         for node in self.program.graph.nodes:
-            axes = set()
+            axes = set(known(node))
             for axis in range(rank(node)):
                 carried = carries(node, axis)
                 if carried is not None and all(own in centered[operand] for operand, own in carried):

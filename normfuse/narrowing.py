@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import networkx as nx
 import torch
@@ -161,15 +162,7 @@ _KEEPS_MEAN = {
 
 def centered(facts: Facts) -> dict[Node, frozenset[int]]:
     """Axes along which values have zero mean: by construction, or because a pass has centred what writes them."""
-    centered: dict[Node, frozenset[int]] = {}
-    for node in facts.program.graph.nodes:
-        axes = set(facts.centered[node]) | _centered_by_formula(facts.program, node)
-        for axis in range(rank(node)):
-            carried = carries(node, axis)
-            if carried and all(own in centered[operand] for operand, own in carried):
-                axes.add(axis)
-        centered[node] = frozenset(axes)
-    return centered
+    return facts.centered_with(partial(_centered_by_formula, facts.program))
 
 
 def _rounded_writer(program: Program, known: Mapping[Node, frozenset[int]], norm: Norm) -> Node | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.fx import Node
@@ -18,7 +19,7 @@ from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, apply
 from normfuse.facts import analyze
 from normfuse.formula import Apply, evaluate
 from normfuse.program import Program
-from normfuse.rules import carries, rank
+from normfuse.rules import rank
 from normfuse.views import arguments, aten, default_rms_eps, dtype, shape
 
 ZERO = 2.0**-44
@@ -32,7 +33,9 @@ def for_cpu(planned: Program, program: Program) -> Program:
         planned: the rewritten program with its weights as formulas, which tell what has zero mean.
         program: the same program with its weights evaluated, in float32 on a CPU where anything is to be changed.
     """
-    centred = _centred(planned)
+    if not any(map(_norm, program.graph.nodes)):
+        return program  # and no formula is evaluated for nothing
+    centred = analyze(planned).centered_with(partial(_measured, planned))
     edits = list(_respelled(program, {node.name: axes for node, axes in centred.items()}))
     return apply(program, edits).baked() if edits else program
 
@@ -92,21 +95,8 @@ def _like(program: Program) -> str:
     return next(name for name in program.stored.values() if program.tensor(name).dtype is torch.float32)
 
 
-def _centred(planned: Program) -> dict[Node, frozenset[int]]:
-    """Axes along which values have zero mean, as the weights are now: a formula's value is measured in float64."""
-    facts = analyze(planned)
-    centred: dict[Node, frozenset[int]] = {}
-    for node in planned.graph.nodes:
-        axes = set(facts.centered[node]) | _measured(planned, node)
-        for axis in range(rank(node)):
-            carried = carries(node, axis)
-            if carried and all(own in centred[operand] for operand, own in carried):
-                axes.add(axis)
-        centred[node] = frozenset(axes)
-    return centred
-
-
 def _measured(planned: Program, node: Node) -> set[int]:
+    """Axes along which a stored tensor has zero mean, as the weights are now: its formula's value is measured in float64."""
     new = planned.formulas.get(planned.stored.get(node.name, ""))
     if new is None:
         return set()

@@ -82,6 +82,16 @@ class Stream(nn.Module):
         return self.head(self.final(x))
 
 
+class FreeStream(Stream):
+    """A stream of any batch and length; a view in it says the sizes."""
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embed(ids) + self.positions[:1]
+        for norm, mlp in zip(self.norms, self.mlps, strict=True):
+            x = self.block(x, norm, mlp).view(*ids.shape, D)
+        return self.finish(x)
+
+
 class Tied(Stream):
     def __init__(self, blocks: int = 2) -> None:
         super().__init__(blocks)

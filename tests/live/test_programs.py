@@ -16,7 +16,7 @@ from normfuse.cli import main
 from normfuse.errors import CannotApply, NormfuseError
 from tests.batch_norms import FOLDS
 from tests.eager.models import distance, loss
-from tests.models import IDS, TRAPS, Stream, noise
+from tests.models import IDS, TRAPS, FreeStream, noise
 from tests.streams import STREAMS
 
 MODELS: dict[str, Any] = {**TRAPS, **FOLDS, **STREAMS}
@@ -113,15 +113,8 @@ def test_frozen_parameters_stay_frozen() -> None:
 
 
 def test_dynamic_dims_stay_dynamic() -> None:
-    class Free(Stream):
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embed(ids) + self.positions[:1]
-            for norm, mlp in zip(self.norms, self.mlps, strict=True):
-                x = self.block(x, norm, mlp).view(*ids.shape, 8)
-            return self.head(self.final(x))
-
     model = TRAPS["plain"].module()
-    free = Free()
+    free = FreeStream()
     free.load_state_dict(model.state_dict())
     shapes = ({0: torch.export.Dim("batch", max=9), 1: torch.export.Dim("length", max=32)},)
     live = normfuse.rewrite(free, "pre_crmsnorm", inputs=IDS, dynamic_shapes=shapes, mode="live").module()

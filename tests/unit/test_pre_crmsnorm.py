@@ -21,7 +21,7 @@ from normfuse.nn import CRMSNorm
 from normfuse.planner import plan
 from normfuse.program import Program
 from normfuse.views import shape
-from tests.models import IDS, TRAPS, Mlp, Stream, Tied, Trap, noise, tokens
+from tests.models import IDS, TRAPS, FreeStream, Mlp, Tied, Trap, noise, tokens
 from tests.zoo.models import ZOO, ZooModel
 from tests.zoo.spread import spread
 
@@ -246,14 +246,7 @@ def test_a_tied_head_costs_two_changes_of_basis(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dynamic_batch_and_sequence(form: str) -> None:
-    class Free(Stream):
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embed(ids) + self.positions[:1]
-            for norm, mlp in zip(self.norms, self.mlps, strict=True):
-                x = self.block(x, norm, mlp).view(*ids.shape, 8)
-            return self.head(self.final(x))
-
-    model = Trap(Free, IDS, 3).module()
+    model = Trap(FreeStream, IDS, 3).module()
     shapes = ({0: Dim("batch", max=9), 1: Dim("length", max=32)},)
     result = normfuse.rewrite(model, form, inputs=IDS, dynamic_shapes=shapes)
     assert _narrowed(result) == 3
