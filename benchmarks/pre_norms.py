@@ -153,7 +153,7 @@ def main() -> None:
         with torch.no_grad():
             for way, cells in measured(MODELS[name], options.ways, options.device, getattr(torch, options.dtype), rounds):
                 rows[way].append(f"| {name} | {cells} | {PAPER} |")
-                print(name, way, file=sys.stderr, flush=True)
+                print(way, rows[way][-1], file=sys.stderr, flush=True)
     for way in options.ways:
         heading(way, ["model", "original, ms", *REWRITES, "no norms", "the paper's"])
         print("\n".join(rows[way]), flush=True)

@@ -15,7 +15,7 @@ from rich.text import Text
 from torch import nn
 from torch.export import ExportedProgram
 
-from normfuse import living, tuning
+from normfuse import living, spelling, tuning
 from normfuse.cases import cases
 from normfuse.errors import CannotApply, InputError, NormfuseError
 from normfuse.evidence import Evidence, failed
@@ -30,7 +30,6 @@ from normfuse.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
-from normfuse.spelling import for_cpu
 from normfuse.views import Norm
 
 Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | None
@@ -64,7 +63,7 @@ class Result:
         In live mode its parameters are the original's own, under the same names: train either, and both are trained.
         On a CPU the norms are spelled as torch runs them fastest operator by operator; see `normfuse.spelling`.
         """
-        return self.program.module() if self.mode == "live" else for_cpu(self.planned, self.program).module()
+        return self.program.module() if self.mode == "live" else spelling.for_cpu(self.planned, self.program).module()
 
     def apply_to(self, model: nn.Module, *, keep: bool = False) -> nn.Module:
         """Make the same plan on the live module that was rewritten, in place; see `deploy`.
@@ -156,7 +155,7 @@ def rewrite(
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
-    report = Report(name, chosen, evidence, before, after, clock.laps, original.notes)
+    report = Report(name, chosen, evidence, before, after, clock.laps, (*original.notes, *spelling.notes(original, planned)))
     if not evidence.ok:
         raise failed(evidence, report)
     baked = rewritten.baked()

@@ -37,6 +37,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
 from normfuse.errors import ExportError, InputError, NormfuseWarning
+from normfuse.exporters import spelled
 from normfuse.exporters.deployed import deployed, in_float32, with_operators
 from normfuse.exporters.extras import package
 from normfuse.exporters.onnxruntime import Array, as_array, first_line
@@ -45,10 +46,12 @@ from normfuse.program import Program, Site, quiet
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 25
 WIDE_GROUP_NORM_OPSET = 21
-NATIVE_RMS_OPSET = 23
 LARGEST_FILE = 1_900_000_000  # bytes of weights; a protobuf ends at 2 GiB
 KEY = "normfuse"
 ORIGIN = "normfuse node"
+EXACT = {"Concat", "ConstantOfShape", "Expand", "Flatten", "Gather", "Identity", "Neg", "Pad", "Reshape", "Slice", "Split",
+         "Squeeze", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where"}  # fmt: skip
+"""Operators whose results are numbers that they were given."""
 
 
 @dataclass(frozen=True)
@@ -149,8 +152,6 @@ def _check_outputs(exported: ExportedProgram) -> None:
 def _convert(program: Program, opset: int) -> tuple[Any, dict[str, Site]]:
     """The program as an ``onnx_ir.Model`` that holds nothing of this machine, and where its nodes come from."""
     exported = program.exported
-    rms_norm: Callable[..., Any] = _spelled_rms_norm if opset < NATIVE_RMS_OPSET else _native_rms_norm
-    table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.rms_norm.default: rms_norm}
     beyond = ExportError(f"torch.onnx does not write opset {opset}", hint="use opset 20")
     if not OLDEST_OPSET <= opset <= NEWEST_OPSET:
         raise beyond
@@ -163,10 +164,11 @@ def _convert(program: Program, opset: int) -> tuple[Any, dict[str, Site]]:
                 opset_version=opset,
                 verbose=False,
                 optimize=False,
-                custom_translation_table=table,
+                custom_translation_table=spelled.translations(opset),
             )
             _shield_small_numbers(converted.model)
-            converted.optimize()
+            with _kept(converted.model, "BatchNormalization"):
+                package("onnxscript.optimizer", "onnx").optimize_ir(converted.model, should_fold=_folded)
     except Exception as error:  # torch.onnx raises whatever its translations raise
         raise _in_plain_words(error, exported) from error
     if converted.model.opset_imports.get("") != opset:
@@ -174,48 +176,6 @@ def _convert(program: Program, opset: int) -> tuple[Any, dict[str, Site]]:
     converted.rename_axes(dim_names(exported))
     sites = _strip(converted.model, converted.exported_program, program)
     return converted.model, sites
-
-
-def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
-    """``aten.rms_norm`` in small operators; half precisions accumulate in float32, as in torch."""
-    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
-    wide = _accumulator(input)
-    fusible = wide != ir.DataType.DOUBLE
-    x = input if input.dtype == wide else op.Cast(input, to=wide)
-    square = op.Pow(x, op.Constant(value=ir.tensor(2.0, dtype=wide))) if fusible else op.Mul(x, x)
-    mean = op.ReduceMean(square, op.Constant(value_ints=list(range(-len(normalized_shape), 0))), keepdims=1)
-    # eps as a vector of one, for the reason in `_shield_small_numbers`
-    y = op.Div(x, op.Sqrt(op.Add(mean, op.Constant(value=ir.tensor([_eps(eps, wide)], dtype=wide)))))
-    if weight is not None:
-        y = op.Mul(y, weight if weight.dtype == wide else op.Cast(weight, to=wide))
-    elif fusible and len(normalized_shape) == 1:  # the fused operator has a weight
-        y = op.Mul(y, _ones(x, wide, normalized_shape))
-    return y if input.dtype == wide else op.Cast(y, to=input.dtype)
-
-
-def _native_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
-    """``aten.rms_norm`` as RMSNormalization, which wants one dtype for the value and the weight."""
-    wide = _accumulator(input)
-    if wide == type(wide).DOUBLE or (weight is not None and weight.dtype != input.dtype):
-        return _spelled_rms_norm(input, normalized_shape, weight, eps)
-    scale = _ones(input, input.dtype, normalized_shape) if weight is None else weight
-    op = package("onnxscript", "onnx").opset23
-    return op.RMSNormalization(input, scale, axis=-len(normalized_shape), epsilon=_eps(eps, wide))
-
-
-def _accumulator(value: Any) -> Any:
-    return value.dtype if value.dtype.bitwidth >= 32 else type(value.dtype).FLOAT
-
-
-def _eps(eps: float | None, accumulator: Any) -> float:
-    """The default is the epsilon of the dtype that torch accumulates in: float32's for float16 and bfloat16."""
-    return float(np.finfo(accumulator.numpy()).eps) if eps is None else eps
-
-
-def _ones(x: Any, dtype: Any, normalized_shape: Sequence[Any]) -> Any:
-    """A weight of ones; torch.onnx makes it a constant where the sizes are known."""
-    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
-    return op.Expand(op.Constant(value=ir.tensor(1.0, dtype=dtype)), op.Shape(x, start=-len(normalized_shape)))
 
 
 def _shield_small_numbers(model: Any) -> None:
@@ -234,6 +194,26 @@ def _shield_small_numbers(model: Any) -> None:
                 vector = ir.node("Constant", [], {"value": ir.tensor(tensor.numpy().reshape(1), dtype=tensor.dtype)})
                 node.prepend(vector)
                 node.replace_input_with(index, vector.outputs[0])
+
+
+def _folded(node: Any) -> bool | None:
+    """Let torch.onnx's optimizer compute constants as it likes, but no rounded ones: the file would hold other weights."""
+    made = node.outputs[0].dtype
+    if made is None or not made.is_floating_point() or node.op_type in EXACT:
+        return None
+    exact = node.op_type == "Cast" and (given := node.inputs[0].dtype) is not None and given.bitwidth < made.bitwidth
+    return None if exact else False
+
+
+@contextlib.contextmanager
+def _kept(model: Any, op: str) -> Iterator[None]:
+    """Hide an operator from torch.onnx's optimizer, which folds BatchNorms in float32: the file would hold other weights."""
+    nodes = [node for node in _nodes(model) if node.op_type == op and not node.domain]
+    for node in nodes:
+        node.domain = KEY
+    yield
+    for node in nodes:
+        node.domain = ""
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import torch
 
 from normfuse.artifacts import Artifact, Port, Run
 from normfuse.errors import ExportError, InputError, MissingExtra
-from normfuse.exporters import widening
+from normfuse.exporters import pieces, widening
 from normfuse.exporters.extras import package
 from normfuse.exporters.ports import ports
 
@@ -87,44 +87,46 @@ def open_artifact(path: str | Path, *, provider: str = "CPU") -> Artifact:
 
 
 def _widened(path: Path, provider: str, candidates: Sequence[Any]) -> tuple[Any, Run | None]:
-    """The first of these dtypes that ONNX Runtime has kernels for, and the model in it; None where it has none."""
+    """The first of these dtypes that the model can be run in, and the model in it; None where there is none."""
     for wide in candidates:
         try:
-            session = _changed(path, provider, False, wide=wide)
+            return wide, _changed(path, provider, wide=wide)
         except ExportError:
             continue
-        return wide, partial(_in_width, session, wide)
     return None, None
-
-
-def _in_width(session: Any, wide: Any, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return _tensors(session, _as_wide(inputs, wide))
 
 
 def _in_float32(path: Path, inputs: tuple[Port, ...], runtime: str, provider: str) -> Artifact:
     single, double = package("onnx_ir", "onnx").DataType.FLOAT, package("onnx_ir", "onnx").DataType.DOUBLE
-    runs: dict[str, Run] = {"in float32": partial(_in_width, _changed(path, provider, True, wide=single), single)}
+    runs: dict[str, Run] = {"in float32": _changed(path, provider, optimized=True, wide=single)}
     wide, widened = _widened(path, provider, (double, single))
     note = "ONNX Runtime has no kernels for this bfloat16 file: it was run in float32, from the same weights"
     return Artifact(path.name, runtime, inputs, runs, widened, _nudged(path, provider, wide), (note,))
 
 
 def _nudged(path: Path, provider: str, wide: Any) -> Run:
-    session = cache(lambda: _changed(path, provider, False, wide=wide, nudged=True))
-    return lambda inputs: _in_width(session(), wide, inputs)
+    made = cache(lambda: _changed(path, provider, wide=wide, nudged=True))
+    return lambda inputs: made()(inputs)
 
 
-def _changed(path: Path, provider: str, optimized: bool, *, wide: Any = None, nudged: bool = False) -> Any:
-    """A session of the same model with nudged weights, in a wider dtype, or both."""
-    ir, model = package("onnx_ir", "onnx"), _read(path)
+def _changed(path: Path, provider: str, *, optimized: bool = False, wide: Any = None, nudged: bool = False) -> Run:
+    """The same model with nudged weights, in a wider dtype, or both."""
+    model = _read(path)
     sizes = widening.roundings(model)  # of the dtypes that are stored, not of the wider ones
     if wide is not None:
         widening.widen(model, wide)
     if nudged:
         widening.nudge(model, sizes)
+    opened = partial(_opened, name=path.name, optimized=optimized, provider=provider)
+    run = pieces.assembled(model, opened) if wide == package("onnx_ir", "onnx").DataType.DOUBLE else opened(model)
+    return lambda inputs: run(_as_wide(inputs, wide))
+
+
+def _opened(model: Any, *, name: str, optimized: bool, provider: str) -> Run:
     with tempfile.TemporaryDirectory() as folder:
-        ir.save(model, Path(folder) / path.name, external_data="weights")
-        return _session(Path(folder) / path.name, optimized, provider=provider)
+        package("onnx_ir", "onnx").save(model, Path(folder) / name, external_data="weights")
+        session = _session(Path(folder) / name, optimized, provider=provider)
+    return partial(_tensors, session)
 
 
 def _read(path: Path) -> Any:

@@ -14,7 +14,7 @@ from normfuse.cases import cases
 from normfuse.equivalence import compare, program_side
 from normfuse.interpret import flat_inputs
 from normfuse.program import Program
-from normfuse.spelling import for_cpu
+from normfuse.spelling import SLOWER, for_cpu
 from tests.models import TRAPS
 from tests.zoo.spread import spread
 
@@ -106,3 +106,12 @@ def test_the_module_of_a_result_is_spelled_so() -> None:
     assert [node for node in module.graph.nodes if node.target is torch.ops.aten.layer_norm.default]
     for ours, theirs in zip(module(X), model(X), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("rms", "dtype", "told"), [(False, torch.float32, 1), (True, torch.float32, 0), (False, torch.float64, 0)]
+)
+def test_the_report_says_where_the_new_norm_is_slower(rms: bool, dtype: torch.dtype, told: int) -> None:
+    model = Block(rms=rms).to(dtype).eval()
+    report = normfuse.rewrite(model, "pre_rmsnorm", (torch.randn(2, 6, dtype=dtype),), verify="none").report
+    assert report.to_dict()["notes"] == [SLOWER] * told
