@@ -16,13 +16,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normfuse import living, spelling, tuning
-from normfuse.cases import cases
+from normfuse.cases import cases_for
 from normfuse.errors import CannotApply, InputError, NormfuseError
 from normfuse.evidence import Evidence, failed
 from normfuse.facts import analyze
 from normfuse.findings import Claim, Refusal
-from normfuse.inputs import Inputs, found_on
-from normfuse.interpret import flat_inputs
+from normfuse.inputs import Inputs, as_inputs, found_on
 from normfuse.loading import load, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
@@ -32,7 +31,7 @@ from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
 from normfuse.views import Norm
 
-Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | None
+Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | Iterable[Any] | None
 """Example inputs: positional ones in a tuple or list, one tensor, keyword ones in a dict; None to find them on the model."""
 
 
@@ -116,7 +115,8 @@ def rewrite(
     Args:
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, a `Result`, or the path of a saved one. It is not changed.
         passes: names of passes, or ``"all"`` for those of `normfuse.registry.ALL`, which contain the others.
-        inputs: example positional inputs; found on the model (timm, transformers, ``.pt2``) when None.
+        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`, to be compared on
+            all of them; found on the model (timm, transformers, ``.pt2``) when None.
         kwargs: example keyword inputs.
         dynamic_shapes: as for `torch.export.export`.
         mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
@@ -150,7 +150,7 @@ def rewrite(
     clock.lap("plan")
     evidence = Evidence("none")
     if verify != "none":
-        tried = cases(original, flat_inputs(original, given.args, given.kwargs))
+        tried = cases_for(original, given)
         evidence = prove(original, rewritten, chosen, tried, promised=planned, level=verify, progress=progress)
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
@@ -429,21 +429,12 @@ def to_program(
 
 def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
     """The user's inputs, or what is found on the model; what was said besides is added to it."""
-    if inputs is None and not kwargs:
-        inputs = found_on(model.exported if isinstance(model, Program) else model)
-        if inputs is None:
-            raise InputError(
-                f"no example inputs are known for {type(model).__name__}",
-                hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
-            )
-    if isinstance(inputs, dict):
-        inputs, kwargs = None, {**inputs, **(kwargs or {})}
-    if not isinstance(inputs, Inputs):
-        args = (inputs,) if isinstance(inputs, torch.Tensor) else () if inputs is None else inputs
-        if not isinstance(args, (tuple, list)):
-            raise InputError(f"inputs must be a tuple of tensors, not a {type(inputs).__name__}", hint="inputs=(x,)")
-        inputs = Inputs(tuple(args), {}, None)
-    given: Inputs = replace(inputs, kwargs={**inputs.kwargs, **(kwargs or {})})
+    given = as_inputs(inputs, kwargs) or found_on(model.exported if isinstance(model, Program) else model)
+    if given is None:
+        raise InputError(
+            f"no example inputs are known for {type(model).__name__}",
+            hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
+        )
     return given if dynamic_shapes is None else replace(given, dynamic_shapes=dynamic_shapes)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.interpret import user_inputs
+from normfuse.inputs import Inputs
+from normfuse.interpret import flat_inputs, user_inputs
 from normfuse.program import Program
 from normfuse.views import arguments, aten, is_tensor, shape
 
@@ -26,6 +27,13 @@ class Case:
 
     name: str
     flat: tuple[Any, ...]
+
+
+def cases_for(program: Program, given: Inputs) -> Iterator[Case]:
+    """`cases` for inputs that are not flat yet, and all further examples that a loader gave."""
+    yield from cases(program, flat_inputs(program, given.args, given.kwargs))
+    for place, each in enumerate(given.more, 2):
+        yield Case(f"example {place}", tuple(flat_inputs(program, each.args, each.kwargs)))
 
 
 def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:

@@ -15,6 +15,7 @@ import difflib
 import functools
 import json
 import os
+import re
 import sys
 import time
 import traceback
@@ -109,6 +110,11 @@ class Source:
     seed: int
     trust_pickle: bool
 
+    @property
+    def path(self) -> str | None:
+        """The file of inputs itself, without the function that is named in it."""
+        return self.file and SCRIPT.sub(".py", self.file)
+
     def inputs(self, model: str) -> Inputs | None:
         """The inputs that the user gave; None leaves it to the model to know them."""
         from normfuse import inputs
@@ -116,7 +122,8 @@ class Source:
         if self.specs and self.file:
             raise InputError("--input and --inputs were both given", hint="give the inputs in one way")
         if self.file or not self.specs:
-            return inputs.from_file(self.file) if self.file else None
+            read = inputs.from_script if SCRIPT.search(self.file or "") else inputs.from_file
+            return read(self.file) if self.file else None
         drawn = inputs.from_specs(self.specs, seed=self.seed)
         if all(each.is_floating_point() for each in (*drawn.args, *drawn.kwargs.values())):
             return drawn
@@ -134,12 +141,18 @@ SPEC_HELP = (
     "is a dynamic dim. Give it once for every input, or not at all where the model file tells of its inputs."
 )
 
+FILE_HELP = (
+    "Example inputs from a .pt, .npy, .npz or .safetensors file; or FILE.py:NAME of your own, which is run: NAME() gives one "
+    "example after the other, as a DataLoader does."
+)
+SCRIPT = re.compile(r"\.py(:\w+)?$")
+
 
 def _with_source(command: Command) -> Command:
     """Add the options that make a `Source`."""
 
     @click.option("--input", "specs", multiple=True, metavar="SPEC", help=SPEC_HELP)
-    @click.option("--inputs", "file", metavar="FILE", help="Example inputs from a .pt, .npy, .npz or .safetensors file.")
+    @click.option("--inputs", "file", metavar="FILE", help=FILE_HELP)
     @click.option("--seed", default=0, metavar="N", show_default=True, help="Seed of the inputs that --input draws.")
     @click.option("--trust-pickle", is_flag=True, help="Let the file run whatever code it contains on this machine.")
     @functools.wraps(command)
@@ -250,7 +263,7 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
     """
     started, written = time.perf_counter(), None
     target = Path(output) if output else Path(model).parent / f"{Path(model).stem}.rewritten.pt2"
-    _check_writable((None if dry_run else target, report, plan), (model, source.file, locked))
+    _check_writable((None if dry_run else target, report, plan), (model, source.path, locked))
     with _working("loading and tracing") as progress:
         from normfuse import api
         from normfuse.locking import drift, read_lock
@@ -317,7 +330,7 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
     Each may be a model file, an .onnx file, OpenVINO's .xml, an ExecuTorch .pte, a TensorRT engine or an AOTInductor package,
     and runs in its own runtime. Their weights may be rounded differently.
     """
-    _check_writable([junit, html], (a, b, source.file))
+    _check_writable([junit, html], (a, b, source.path))
     with _working("loading and tracing") as progress:
         from normfuse import report, verification
 
@@ -336,6 +349,24 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
     return _tell(as_json, data, *lines, ending) or (NO if because else YES)
 
 
+ONLY = {
+    "dry_run": ("--dry-run", "tensorrt"),
+    "capabilities": ("--capability", "tensorrt"),
+    "sizes": ("--size", "tensorrt"),
+    "input_names": ("--input-name", "onnx"),
+    "output_names": ("--output-name", "onnx"),
+}
+"""Argument of an exporter -> the option that gives it, and the target that it is for."""
+
+
+def _sizes(text: str) -> tuple[str, tuple[int, ...]]:
+    match = re.fullmatch(r"(\w+)=(\d+),(\d+),(\d+)", text)
+    if match is None:
+        raise InputError(f"cannot read the sizes '{text}'", hint="write DIM=SMALLEST,USUAL,LARGEST, such as batch=1,8,64")
+    name, *sizes = match.groups()
+    return name, tuple(map(int, sizes))
+
+
 # fmt: off
 @main.command()
 @click.argument("model")
@@ -345,29 +376,35 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
 @click.option("--opset", default=20, show_default=True, metavar="N", help="Version of ONNX's standard operators.")
 @click.option("--capability", "capabilities", multiple=True, metavar="X.Y",
               help="With tensorrt: a GPU generation to build for ahead of time, such as 8.9; may be given again.")
+@click.option("--size", "sizes", multiple=True, metavar="DIM=A,B,C",
+              help="With tensorrt: smallest, usual and largest size of a dynamic dim, such as batch=1,8,64; for every dim.")
+@click.option("--input-name", "input_names", multiple=True, metavar="NAME",
+              help="With onnx: what the file calls its inputs, given once for each, in order.")
+@click.option("--output-name", "output_names", multiple=True, metavar="NAME", help="With onnx: the same for its outputs.")
 @click.option("--dry-run", is_flag=True, help="With tensorrt: say of every operator whether TensorRT takes it; write nothing.")
 @_with_source
 @_with_answer
-def export(model: str, target: str | None, output: str, opset: int, capabilities: tuple[str, ...], dry_run: bool,
-           source: Source, as_json: bool) -> int:
+def export(model: str, target: str | None, output: str, opset: int, dry_run: bool, source: Source, as_json: bool,
+           sizes: tuple[str, ...], **options: tuple[str, ...]) -> int:
     # fmt: on
     """Write MODEL for a runtime, run it there, and compare; a file that computes something else is removed."""
     started = time.perf_counter()
-    _check_writable([None if dry_run else output], (model, source.file))
+    _check_writable([None if dry_run else output], (model, source.path))
     with _working("exporting"):
         from normfuse import exporting
 
-        target, given = exporting.target_of(target, output), source.inputs(model)
-        if target != "tensorrt" and (dry_run or capabilities):
-            raise InputError("--dry-run and --capability are for --to tensorrt")
+        target, example = exporting.target_of(target, output), source.inputs(model)
+        further: dict[str, Any] = {name: given for name, given in options.items() if given}
+        further |= {"sizes": dict(map(_sizes, sizes))} if sizes else {}
+        if strange := [ONLY[name][0] for name in (*further, *(["dry_run"] if dry_run else [])) if ONLY[name][1] != target]:
+            raise InputError(f"{strange[0]} is not for --to {target}", hint="normfuse export --help says what it is for")
         if dry_run:
-            nodes = exporting.supported(model, opset=opset, inputs=given, trust_pickle=source.trust_pickle)
+            nodes = exporting.supported(model, opset=opset, inputs=example, trust_pickle=source.trust_pickle)
             refused = [str(each) for each in nodes if not each.supported]
             ending = f"TensorRT takes {len(nodes) - len(refused)} of {len(nodes)} operators"
             data: dict[str, Any] = {"model": model, "to": target, "operators": len(nodes), "refused": refused}
             return _tell(as_json, data, *refused, Text(ending, "bold")) or (NO if refused else YES)
-        further: dict[str, Any] = {"capabilities": capabilities} if capabilities else {}
-        evidence = exporting.export(model, output, to=target, opset=opset, inputs=given, trust_pickle=source.trust_pickle,
+        evidence = exporting.export(model, output, to=target, opset=opset, inputs=example, trust_pickle=source.trust_pickle,
                                     **further)  # fmt: skip
     data = {"model": model, "to": target, "opset": opset, "written": output, "evidence": evidence.to_dict()}
     return _tell(as_json, data, *_rendered(evidence), "", Text(_wrote(output, started), "bold"))

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.api import Given, Model, _sources, to_program
-from normfuse.cases import Case, cases
+from normfuse.cases import Case, cases_for
 from normfuse.equivalence import artifact_side, compare, ports_of, program_side
 from normfuse.errors import ExportError, InputError
 from normfuse.evidence import Evidence, failed
 from normfuse.exporters.deployed import deployed
-from normfuse.interpret import flat_inputs
 from normfuse.loading import proven_first
 from normfuse.program import Program
 from normfuse.proving import Progress
@@ -67,7 +66,7 @@ def export(
     target = target_of(to, path)
     _, program, given = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     program = program.baked()
-    tried = cases(program, flat_inputs(program, given.args, given.kwargs))
+    tried = cases_for(program, given)
     wanted = options if target in ("aoti", "executorch") else {"opset": opset, **options}
     exporter = importlib.import_module(f"normfuse.exporters.{target}")
     written: list[Any] = []

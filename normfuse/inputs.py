@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normfuse.errors import InputError, LoadError
 from normfuse.loading import load_data
 
+EXAMPLES = 16  # of a loader: a proof on a whole data set would take days
 DEFAULT_SIZE = 2
 DEFAULT_LIMIT = 2  # integers are 0 or 1 where nothing is known of the table that they index
 GRAMMAR = "write [name:]dtype[dim,...], such as float32[batch,3,224,224] or ids:int64[batch,seq=16:1-512]"
@@ -44,11 +48,13 @@ class Inputs:
 
     ``dynamic_shapes`` is a tuple (positional inputs), a dict (keyword inputs), or a `torch.export.ShapesCollection` on
     these very tensors (both kinds: the names of positional inputs are the model's, not ours). None: all sizes are fixed.
+    ``more`` are further examples, of a loader: models are compared on them too.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any | None = None
+    more: tuple[Inputs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,31 @@ class Spec:
     name: str | None
     dtype: torch.dtype
     dims: tuple[int | DynamicDim, ...]
+
+
+def as_inputs(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Inputs | None:
+    """What a user passes as ``inputs`` and ``kwargs``; None where that is nothing.
+
+    Args:
+        inputs: a tensor, a tuple or list of positional inputs, a dict of keyword inputs, `Inputs`, or a loader of any of these.
+        kwargs: further keyword inputs.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if inputs is None and not kwargs:
+        return None
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | tuple | list | str | Mapping):
+        inputs = from_loader(inputs)
+    if not isinstance(inputs, Inputs | Tensor | tuple | list | Mapping | None):
+        raise InputError(f"inputs must be a tuple of tensors, not a {type(inputs).__name__}", hint="inputs=(x,)")
+    if isinstance(inputs, Inputs):
+        given = inputs
+    elif isinstance(inputs, Mapping):
+        given = Inputs((), dict(inputs))
+    else:
+        given = Inputs((inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ()), {})
+    return replace(given, kwargs={**given.kwargs, **(kwargs or {})})
 
 
 # ---- from specs
@@ -303,6 +334,47 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
         held = type(strangers[0]).__name__ if strangers else "no tensor"
         raise InputError(f"{path} holds {held}, not inputs", hint="save a tensor, or a tuple or dict of tensors")
     return Inputs(args, kwargs)
+
+
+def from_loader(loader: Iterable[Any]) -> Inputs:
+    """The first examples that a loader gives, such as a `torch.utils.data.DataLoader`; no more than `EXAMPLES`.
+
+    Each is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as in `from_file`.
+
+    Raises:
+        InputError: it gives nothing, or something else; what it raises itself goes through.
+    """
+    examples = []
+    for content in islice(loader, EXAMPLES):
+        if not isinstance(content, Tensor | tuple | list | Mapping):
+            raise InputError(f"the loader gives a {type(content).__name__}", hint="give tensors, or tuples or dicts of tensors")
+        examples.append(Inputs(*_as_call(content)))
+    if not examples:
+        raise InputError("the loader gives nothing", hint="give at least one example")
+    return replace(examples[0], more=tuple(examples[1:]))
+
+
+def from_script(text: str) -> Inputs:
+    """The examples of a loader that a Python file makes: ``file.py:name`` calls ``name()``, ``file.py`` calls ``inputs()``.
+
+    The file is executed: name only your own.
+
+    Raises:
+        InputError: there is no such file or function, or the file or the loader fails.
+    """
+    path, _, name = (text, "", "inputs") if text.endswith(".py") else text.rpartition(":")
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}")
+    sys.path.insert(0, str(Path(path).parent))  # as `python FILE.py` does, for what the file imports
+    try:
+        named = runpy.run_path(path)
+        if not callable(named.get(name)):
+            raise InputError(f"{path} has no function '{name}'", hint="write FILE.py:NAME; NAME() gives the examples")
+        return from_loader(named[name]())
+    except InputError:
+        raise
+    except Exception as error:  # the user's own code
+        raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
 
 
 def _content(path: Path) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normfuse.cases import Case, cases
+from normfuse.cases import Case, cases_for
 from normfuse.comparison import Unplaced
 from normfuse.eager import VALUE, Adaptation, Change, adapt, input_of, stored_names
 from normfuse.edits import NewTensor, Reroute, SetTensor
@@ -23,7 +23,6 @@ from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.formula import Formula, reads
 from normfuse.inputs import Inputs
-from normfuse.interpret import flat_inputs
 from normfuse.live import bake, forget, install, undo
 from normfuse.planner import Plan, plan
 from normfuse.program import Program, at_inference
@@ -299,7 +298,7 @@ def _prove(program: Program, chosen: Plan, model: nn.Module, given: Inputs, leve
         if level == "none":
             return
         again = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes)
-        tried = list(cases(program, flat_inputs(program, given.args, given.kwargs)))
+        tried = list(cases_for(program, given))
         evidence = prove(program, again, chosen, tried, level=level, progress=progress)
         if evidence.ok and level == "full":
             called = live_side(type(model).__name__, _runner(program, model))

@@ -8,17 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from normfuse import bisection
 from normfuse.api import Given, Model, to_program
 from normfuse.artifacts import Artifact, Port
 from normfuse.bisection import Parting
-from normfuse.cases import cases, cases_of
+from normfuse.cases import Case, cases_for, cases_of
 from normfuse.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.errors import InputError
 from normfuse.evidence import Evidence
-from normfuse.inputs import DynamicDim, Inputs, Spec, from_specs
+from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs
 from normfuse.interpret import flat_inputs
 from normfuse.proving import Progress
 
@@ -47,8 +45,8 @@ def verify(
         a: the reference: an `nn.Module`, a program, or a path: of one of these, of an ``.onnx`` file, of OpenVINO's
             ``.xml``, of an ExecuTorch ``.pte``, of a TensorRT engine, of an AOTInductor package. Each runs in its own runtime.
         b: the same.
-        inputs: example positional inputs; found on the models when None, or drawn for the inputs that an exported file
-            names.
+        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`; found on the
+            models when None, or drawn for the inputs that an exported file names.
         kwargs: example keyword inputs.
         trust_pickle: as for `rewrite`; an AOTInductor package, which is native code, runs only with it.
         progress: told (what, done, total).
@@ -68,7 +66,7 @@ def verify(
         left, right, b = right, left, a
     assert not isinstance(left, Artifact)
     _, program, given = to_program(left, inputs, kwargs, None, trust_pickle)
-    tried = cases(program, flat_inputs(program, given.args, given.kwargs))
+    tried = cases_for(program, given)
     if isinstance(right, Artifact):
         reference = program_side(_name(a), program, state=False)
         return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
@@ -159,19 +157,16 @@ def _of_artifacts(left: Artifact, right: Artifact, inputs: Given, kwargs: Any, p
         left, right = right, left
     if left.nudged is None or left.inputs is None:
         raise InputError(WITHOUT_TRUTH)
-    flat = _given(left.inputs, inputs, kwargs)
+    given = as_inputs(inputs, kwargs) or _drawn(left.inputs)
+    tried = [*cases_of(_placed(left.inputs, given), [port.limit for port in left.inputs])]
+    tried += [Case(f"example {place}", tuple(_placed(left.inputs, each))) for place, each in enumerate(given.more, 2)]
     reference, other = (artifact_side(each, left.inputs) for each in (left, right))
-    return compare(reference, other, cases_of(flat, [port.limit for port in left.inputs]), progress=progress)
+    return compare(reference, other, tried, progress=progress)
 
 
-def _given(ports: Sequence[Port], inputs: Given, kwargs: Any) -> list[Any]:
-    """The user's inputs in the order of the ports, or drawn ones."""
-    if inputs is None and not kwargs:
-        return list(_drawn(ports).args)
-    named = {**(inputs if isinstance(inputs, dict) else inputs.kwargs if isinstance(inputs, Inputs) else {}), **(kwargs or {})}
-    args = inputs.args if isinstance(inputs, Inputs) else inputs
-    placed = list(args) if isinstance(args, (tuple, list)) else [args] if isinstance(args, torch.Tensor) else []
-    values = placed + [named[port.name] for port in ports[len(placed) :] if port.name in named]
+def _placed(ports: Sequence[Port], given: Inputs) -> list[Any]:
+    """The inputs in the order of the ports."""
+    values = [*given.args, *(given.kwargs[port.name] for port in ports[len(given.args) :] if port.name in given.kwargs)]
     if len(values) != len(ports):
         names = ", ".join(port.name for port in ports)
         raise InputError(f"the file wants {len(ports)} inputs ({names}), not these {len(values)}")

@@ -20,12 +20,11 @@ from rich.text import Text
 from torch import nn
 
 from normfuse.api import _kinds, to_program
-from normfuse.cases import cases
+from normfuse.cases import cases_for
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
 from normfuse.evidence import failed
 from normfuse.findings import Claim
 from normfuse.inputs import Inputs
-from normfuse.interpret import flat_inputs
 from normfuse.loading import write_atomically
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
 from normfuse.planner import plan
@@ -203,7 +202,7 @@ def strip(
     linear = _with(program, chosen)
     folding = plan(linear, ["strip_layernorm"])
     folded = folding.apply(linear)
-    tried = cases(linear, flat_inputs(linear, given.args, given.kwargs))
+    tried = cases_for(linear, given)
     evidence = prove(linear, folded, folding, tried, level=verify, progress=progress)
     report = Report(name, folding, evidence, _kinds(program), _kinds(folded))
     if not evidence.ok:

@@ -236,6 +236,39 @@ def test_export_writes_onnx_that_verifies(models: Path, tmp_path: Path) -> None:
     assert ask("verify", models / "table.pt", file, *given).exit_code == 0
 
 
+def test_export_calls_inputs_and_outputs_as_told(models: Path, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    file = tmp_path / "table.onnx"
+    words = "export", models / "table.pt", "-o", file, "--input", "int64[2,5]"
+    assert ask(*words, "--input-name", "words", "--output-name", "vectors").exit_code == 0
+    graph = onnx.load(file).graph
+    assert ([each.name for each in graph.input], [each.name for each in graph.output]) == (["words"], ["vectors"])
+    assert ask("verify", models / "table.pt", file, "--input", "int64[2,5]").exit_code == 0
+    refused = ask(*words, "--input-name", "words", "--input-name", "more")
+    assert refused.exit_code == 2
+    assert "1 distinct names are needed" in refused.stderr
+
+
+@pytest.mark.parametrize("option", [("--size", "batch=1,2,4"), ("--capability", "8.9"), ("--dry-run",)])
+def test_options_of_another_target_are_refused(models: Path, tmp_path: Path, option: tuple[str, ...]) -> None:
+    result = ask("export", models / "table.pt", "-o", tmp_path / "t.onnx", "--input", "int64[2,5]", *option)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {option[0]} is not for --to onnx")
+    result = ask("export", models / "table.pt", "-o", tmp_path / "t.engine", "--size", "batch=1")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (2, "error: cannot read the sizes 'batch=1'")
+
+
+def test_verify_on_the_examples_of_a_script(models: Path, tmp_path: Path) -> None:
+    script = tmp_path / "batches.py"
+    script.write_text("import torch\ndef some():\n    return ([torch.full((2, 5), n)] for n in (1, 3))")
+    rows = answer("verify", models / "table.pt", models / "table.pt", "--inputs", f"{script}:some")["evidence"]["algebra"]
+    assert rows[0]["case"] == "as given"
+    assert rows[-1]["case"] == "example 2"
+    assert ask("verify", models / "table.pt", models / "table.pt", "--inputs", f"{script}:none").exit_code == 2
+
+
 def test_explain_a_pass_and_a_code() -> None:
     manual = ask("explain", "pre_rmsnorm").stdout
     assert manual.startswith("pre_rmsnorm\n\nTurn LayerNorms into RMSNorms")

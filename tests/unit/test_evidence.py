@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import normfuse
 from normfuse.edits import SetTensor
-from normfuse.errors import VerificationFailed
+from normfuse.errors import InputError, VerificationFailed
 from normfuse.formula import Centered, Read
 from normfuse.proving import distance
 from tests.models import IDS, TRAPS, Trap, noise
@@ -146,3 +149,30 @@ def test_noise_is_the_models_own() -> None:
     evidence = normfuse.rewrite(model, "pre_rmsnorm", inputs=(noise(4, 8),)).report.evidence
     assert evidence.ok
     assert evidence.noise > 1e-11
+
+
+def test_every_example_of_a_loader_is_compared() -> None:
+    """An entry of a table that only the third batch reads is wrong: no drawn index is needed to see it."""
+    table = nn.Embedding(1000, 4)
+    wrong = copy.deepcopy(table)
+    with torch.no_grad():
+        wrong.weight[777] *= 1.001
+    words: Any = torch.tensor([[1, 2], [3, 4], [5, 777]])
+    batches: Any = DataLoader(words, batch_size=1)
+    assert normfuse.verify(table, table, batches).ok
+    evidence = normfuse.verify(table, wrong, batches)
+    assert [row.case for row in evidence.algebra if not row.ok] == ["example 3"]
+
+
+def test_files_are_compared_on_every_example_of_a_loader(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    batches = [(torch.full((2, 4), float(n)),) for n in range(3)]
+    model = nn.Linear(4, 3)
+    for name in ("a.onnx", "b.onnx"):
+        normfuse.export(model, tmp_path / name, inputs=iter(batches))
+    evidence = normfuse.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", iter(batches))
+    assert evidence.ok
+    assert [row.case for row in evidence.algebra[-2:]] == ["example 2", "example 3"]
+    with pytest.raises(InputError, match="wants 1 inputs"):
+        normfuse.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", iter([(torch.ones(2, 4), torch.ones(2))]))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,9 +20,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from normfuse.errors import InputError
-from normfuse.inputs import DynamicDim, Inputs, Spec, found_on, from_file, from_specs, integer_limits, parse_spec
+from normfuse.inputs import (
+    EXAMPLES,
+    DynamicDim,
+    Inputs,
+    Spec,
+    as_inputs,
+    found_on,
+    from_file,
+    from_loader,
+    from_script,
+    from_specs,
+    integer_limits,
+    parse_spec,
+)
 
 # ---- specs
 
@@ -266,6 +282,79 @@ def test_a_torch_file_holds_inputs(content: Any, args: list[Any], kwargs: dict[s
     torch.testing.assert_close(list(inputs.args), args)
     torch.testing.assert_close(inputs.kwargs, kwargs)
     assert inputs.dynamic_shapes is None
+
+
+def test_a_loader_gives_examples() -> None:
+    data = TensorDataset(torch.arange(50.0).view(10, 5), torch.arange(10))
+    inputs = from_loader(DataLoader(data, batch_size=4))
+    assert [len(each.args) for each in (inputs, *inputs.more)] == [2, 2, 2]
+    assert torch.equal(inputs.args[0], data.tensors[0][:4])
+    assert torch.equal(inputs.more[1].args[1], data.tensors[1][8:])
+
+
+def test_of_an_endless_loader_the_first_are_taken() -> None:
+    inputs = from_loader({"x": torch.full((2,), n)} for n in count())
+    assert [float(each.kwargs["x"][0]) for each in (inputs, *inputs.more)] == list(range(EXAMPLES))
+
+
+@pytest.mark.parametrize("loader", [[], iter(()), ["text"], [3], [None]], ids=repr)
+def test_a_loader_of_something_else_is_an_input_error(loader: Any) -> None:
+    with pytest.raises(InputError, match="the loader gives"):
+        from_loader(loader)
+
+
+SCRIPT = """
+import torch
+from beside import SIZE
+
+def inputs():
+    return [torch.zeros(SIZE), (torch.ones(SIZE),)]
+
+def mine():
+    yield {"x": torch.full((SIZE,), 2.0)}
+
+def broken():
+    yield torch.zeros(2)
+    raise KeyError("lost")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Iterator[Path]:
+    (tmp_path / "batches.py").write_text(SCRIPT)
+    (tmp_path / "beside.py").write_text("SIZE = 3")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        yield tmp_path / "batches.py"
+    sys.modules.pop("beside", None)
+
+
+def test_a_script_gives_examples(script: Path) -> None:
+    first = from_script(str(script))
+    assert [each.args[0].tolist() for each in (first, *first.more)] == [[0.0] * 3, [1.0] * 3]
+    assert from_script(f"{script}:mine").kwargs["x"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("broken", "KeyError: 'lost'"), ("number", "no function"), ("missing", "no function")]
+)
+def test_what_is_wrong_with_a_script_is_told(script: Path, name: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        from_script(f"{script}:{name}")
+    with pytest.raises(InputError, match="there is no file"):
+        from_script(f"{script.parent}/other.py:{name}")
+
+
+def test_what_a_user_passes_as_inputs() -> None:
+    assert as_inputs(None) is None
+    assert as_inputs(X) == as_inputs((X,)) == as_inputs([X]) == Inputs((X,), {})
+    assert as_inputs({"x": X}) == as_inputs(None, {"x": X}) == as_inputs(Inputs((), {}), {"x": X}) == Inputs((), {"x": X})
+    assert as_inputs(iter([X])) == Inputs((X,), {})
+    for wrong in ("text", 3):
+        with pytest.raises(InputError, match="tuple of tensors"):
+            as_inputs(wrong)
 
 
 def test_numpy_and_safetensors_files_hold_inputs(tmp_path: Path) -> None:
