@@ -115,8 +115,8 @@ def rewrite(
     Args:
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, a `Result`, or the path of a saved one. It is not changed.
         passes: names of passes, or ``"all"`` for those of `normfuse.registry.ALL`, which contain the others.
-        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`, to be compared on
-            all of them; found on the model (timm, transformers, ``.pt2``) when None.
+        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`; found on the
+            model (timm, transformers, ``.pt2``) when None.
         kwargs: example keyword inputs.
         dynamic_shapes: as for `torch.export.export`.
         mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
