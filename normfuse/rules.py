@@ -13,7 +13,7 @@ value, centre its carried operands, until stored tensors are reached: "the write
 a Linear carries its output axis to dim 0 of its weight and bias.
 
 An op without a row passes nothing. Axes are carried, never guessed from sizes. Each row has a property test against
-numbers (tests/unit/test_rules.py), so a new row is a function here and a case there.
+numbers (tests/rules/cases), so a new row is a function here and a case there.
 
 `hides` is the other, shorter table: readers whose result does not change when an operand is shifted along an axis.
 """
