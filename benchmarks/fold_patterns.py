@@ -39,8 +39,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 import normfuse
-from normfuse.dissolve import HALF, LEFT
 from normfuse.errors import TraceError
+from normfuse.folding.dissolve import HALF, LEFT
 from tests.batch_norms import FOLDS, IMAGE, Chain, Fold
 from tests.models import noise
 

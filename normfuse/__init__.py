@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from normfuse.api import Inspection, Result, deploy, inspect, restore, rewrite, tune
     from normfuse.errors import NormfuseError, VerificationFailed
-    from normfuse.evidence import Evidence
     from normfuse.exporting import export
     from normfuse.findings import Claim
     from normfuse.inputs import Inputs
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from normfuse.nn.recalibrate import recalibrate
     from normfuse.planner import Plan, plan
     from normfuse.program import Program
+    from normfuse.proof.evidence import Evidence
     from normfuse.report import Report
     from normfuse.stripping.calibration import Calibration, calibrate
     from normfuse.stripping.removal import strip
@@ -39,7 +39,7 @@ __all__ = [
 _HOMES = {
     "api": ("Inspection", "Result", "deploy", "inspect", "restore", "rewrite", "tune"),
     "errors": ("NormfuseError", "VerificationFailed"),
-    "evidence": ("Evidence",),
+    "proof.evidence": ("Evidence",),
     "exporting": ("export",),
     "findings": ("Claim",),
     "inputs": ("Inputs",),

@@ -15,17 +15,18 @@ from rich.text import Text
 from torch import nn
 from torch.export import ExportedProgram
 
-from normfuse import living, spelling, tuning
-from normfuse.cases import cases_for
+from normfuse import living, spelling
 from normfuse.errors import CannotApply, InputError, NormfuseError
-from normfuse.evidence import Evidence, failed
 from normfuse.facts import analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, as_inputs, found_on
+from normfuse.live import tuning
 from normfuse.loading import load, write_atomically
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
-from normfuse.proving import Progress, checked_level, prove
+from normfuse.proof.cases import cases_for
+from normfuse.proof.evidence import Evidence, failed
+from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines

@@ -43,12 +43,12 @@ from torch._guards import TracingContext, tracing
 from torch.fx import GraphModule, Node
 
 from normfuse.captured import Captured, Regraphed
-from normfuse.cases import Case
 from normfuse.errors import NormfuseError, NormfuseWarning, first_line
-from normfuse.evidence import failed
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
-from normfuse.proving import checked_level, prove
+from normfuse.proof.cases import Case
+from normfuse.proof.evidence import failed
+from normfuse.proof.proving import checked_level, prove
 from normfuse.refolded import Weights
 from normfuse.registry import find
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.api import Given, Model, _sources, to_program
-from normfuse.cases import Case, cases_for
-from normfuse.equivalence import artifact_side, compare, ports_of, program_side
 from normfuse.errors import ExportError, InputError
-from normfuse.evidence import Evidence, failed
 from normfuse.exporters.deployed import deployed
 from normfuse.loading import proven_first
 from normfuse.program import Program
-from normfuse.proving import Progress
+from normfuse.proof.cases import Case, cases_for
+from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
+from normfuse.proof.evidence import Evidence, failed
+from normfuse.proof.proving import Progress
 
 if TYPE_CHECKING:
     from normfuse.exporters.tensorrt import Support

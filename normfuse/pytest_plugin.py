@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from normfuse.evidence import Evidence
+    from normfuse.proof.evidence import Evidence
 
 
 @pytest.fixture

@@ -23,11 +23,11 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from normfuse.differences import Difference
-from normfuse.evidence import Evidence
 from normfuse.findings import Refusal, Rewrite
 from normfuse.planner import Plan
 from normfuse.program import Site
+from normfuse.proof.differences import Difference
+from normfuse.proof.evidence import Evidence
 
 T = TypeVar("T")
 Name: TypeAlias = tuple[tuple[str, ...], ...]

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
 from normfuse.errors import InvalidPlan, first_line
-from normfuse.widths import with_size
+from normfuse.streams.widths import with_size
 
 Form: TypeAlias = Any
 """What may not change by accident: sizes and dtype of a tensor, of each tensor where there are several."""

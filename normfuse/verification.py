@@ -8,17 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from normfuse import bisection
 from normfuse.api import Given, Model, to_program
-from normfuse.artifacts import Artifact, Port
-from normfuse.bisection import Parting
-from normfuse.cases import Case, cases_for, cases_of
-from normfuse.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.errors import InputError
-from normfuse.evidence import Evidence
 from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs
 from normfuse.interpret import flat_inputs
-from normfuse.proving import Progress
+from normfuse.proof import bisection
+from normfuse.proof.artifacts import Artifact, Port
+from normfuse.proof.bisection import Parting
+from normfuse.proof.cases import Case, cases_for, cases_of
+from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
+from normfuse.proof.evidence import Evidence
+from normfuse.proof.proving import Progress
 
 EXPORTERS = {
     ".onnx": "onnxruntime",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.artifacts import Artifact
+from normfuse.proof.artifacts import Artifact
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
 from normfuse.loading import write_atomically

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.artifacts import Artifact, Port
+from normfuse.proof.artifacts import Artifact, Port
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
 from normfuse.exporters.extras import package

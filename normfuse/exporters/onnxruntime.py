@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.artifacts import Artifact, Port, Run
+from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.errors import ExportError, InputError, MissingExtra
 from normfuse.exporters import pieces, widening
 from normfuse.exporters.extras import package

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfuse.artifacts import Artifact, Port, Run
+from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx
 from normfuse.exporters.extras import package

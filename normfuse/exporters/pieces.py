@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normfuse.artifacts import Run
+from normfuse.proof.artifacts import Run
 from normfuse.exporters.extras import package
 
 

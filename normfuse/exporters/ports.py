@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from normfuse.artifacts import Port
+from normfuse.proof.artifacts import Port
 from normfuse.errors import ExportError
 
 FOLLOWED = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose", "Expand", "Slice"}

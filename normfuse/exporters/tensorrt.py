@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.artifacts import Artifact, Port
+from normfuse.proof.artifacts import Artifact, Port
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import kernels, onnx
 from normfuse.exporters.extras import package

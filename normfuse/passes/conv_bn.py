@@ -30,8 +30,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.affine import Affine, forms, why_adaptive
-from normfuse.dissolve import dissolve
+from normfuse.folding.affine import Affine, forms, why_adaptive
+from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding, Refusal
 from normfuse.formula import Apply

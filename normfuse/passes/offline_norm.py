@@ -31,9 +31,9 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.absorb import LAYERS, Draft
-from normfuse.affine import MOVES, Affine, forms, why_adaptive
-from normfuse.dissolve import dissolve
+from normfuse.folding.absorb import LAYERS, Draft
+from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program

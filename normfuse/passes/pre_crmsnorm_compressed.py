@@ -26,10 +26,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.bases import Compressed
+from normfuse.streams.bases import Compressed
 from normfuse.facts import Facts
 from normfuse.findings import Finding
-from normfuse.narrowing import propose
+from normfuse.streams.narrowing import propose
 from normfuse.program import Program
 
 

@@ -32,8 +32,8 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.affine import MOVES, Affine, forms, why_adaptive
-from normfuse.dissolve import dissolve
+from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding, Refusal
 from normfuse.program import Program

@@ -43,12 +43,12 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from normfuse.absorb import Absorbed, Obstacle
-from normfuse.affine import Affine, forms
-from normfuse.centring import Centring, as_norm, blind, centrings, into_weights
-from normfuse.dissolve import dissolve, told
+from normfuse.folding.absorb import Absorbed, Obstacle
+from normfuse.folding.affine import Affine, forms
+from normfuse.folding.centring import Centring, as_norm, blind, centrings, into_weights
+from normfuse.folding.dissolve import dissolve, told
 from normfuse.edits import Call, Edit, Expression, Ref, Reroute
-from normfuse.establish import Region, center
+from normfuse.streams.establish import Region, center
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program, Site

@@ -29,8 +29,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.affine import Affine, forms
-from normfuse.dissolve import dissolve
+from normfuse.folding.affine import Affine, forms
+from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding
 from normfuse.program import Program

@@ -27,7 +27,7 @@ from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run_graph, user_inputs
 from normfuse.loading import write_atomically
 from normfuse.program import Program
-from normfuse.proving import Progress
+from normfuse.proof.proving import Progress
 from normfuse.report import plain_table
 from normfuse.rules import rank
 from normfuse.views import Norm, aten, dtype

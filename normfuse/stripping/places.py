@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from normfuse.absorb import LAYERS
-from normfuse.affine import MOVES
 from normfuse.errors import NormfuseError
 from normfuse.facts import Facts, analyze
+from normfuse.folding.absorb import LAYERS
+from normfuse.folding.affine import MOVES
 from normfuse.interpret import call
 from normfuse.nn.convert import _forget_layer_norms
 from normfuse.nn.fake_layer_norm import FakeLayerNorm

@@ -16,7 +16,7 @@ from torch import Tensor
 from normfuse.errors import InputError
 from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program
-from normfuse.proving import Progress
+from normfuse.proof.proving import Progress
 from normfuse.report import plain_table
 from normfuse.stripping.calibration import TARGETS, Batch, inputs_of, targets_of
 

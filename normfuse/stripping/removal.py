@@ -20,16 +20,16 @@ from rich.text import Text
 from torch import nn
 
 from normfuse.api import _kinds, to_program
-from normfuse.cases import cases_for
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
-from normfuse.evidence import failed
 from normfuse.findings import Claim
 from normfuse.inputs import Inputs
 from normfuse.loading import write_atomically
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
 from normfuse.planner import plan
 from normfuse.program import Program, Site
-from normfuse.proving import Progress, checked_level, prove
+from normfuse.proof.cases import cases_for
+from normfuse.proof.evidence import failed
+from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import find
 from normfuse.report import Report, plain_table
 from normfuse.stripping.calibration import Batch, Calibration, calibrate, inputs_of, last_axis_norms

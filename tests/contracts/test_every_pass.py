@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from normfuse import registry
-from normfuse.cases import cases
 from normfuse.errors import InvalidPlan
 from normfuse.facts import analyze
 from normfuse.findings import Refusal
 from normfuse.interpret import flat_inputs
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
-from normfuse.proving import prove
+from normfuse.proof.cases import cases
+from normfuse.proof.proving import prove
 from tests.batch_norms import FOLDS, Fold
 from tests.models import TRAPS, Trap
 from tests.streams import STREAMS

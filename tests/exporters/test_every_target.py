@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normfuse import registry
-from normfuse.cases import Case, cases
+from normfuse.proof.cases import Case, cases
 from normfuse.exporting import compared
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from normfuse import registry
 from normfuse.api import to_program
-from normfuse.cases import Case, cases
+from normfuse.proof.cases import Case, cases
 from normfuse.errors import ExportError
 from normfuse.exporting import compared
 from normfuse.inputs import Inputs

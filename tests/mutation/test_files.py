@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from normfuse.cases import Case, cases
 from normfuse.errors import NormfuseError
 from normfuse.exporting import compared
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
+from normfuse.proof.cases import Case, cases
 from normfuse.verification import opened
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS

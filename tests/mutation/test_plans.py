@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from normfuse import registry
-from normfuse.cases import cases
 from normfuse.errors import NormfuseError
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
-from normfuse.proving import prove
+from normfuse.proof.cases import cases
+from normfuse.proof.proving import prove
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS
 from tests.mutation.plans import Mutant, mutants

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from normfuse.bisection import bisect
 from normfuse.edits import SetTensor
 from normfuse.formula import Apply, Number
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
+from normfuse.proof.bisection import bisect
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS
 from tests.streams import STREAMS

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import normfuse
-from normfuse.dissolve import HALF, LEFT, READERS, WRITERS
+from normfuse.folding.dissolve import HALF, LEFT, READERS, WRITERS
 from tests.batch_norms import FOLDS
 
 WAYS = (WRITERS, READERS, HALF, LEFT)

@@ -44,10 +44,10 @@ def test_a_plan_reaches_only_operators_that_compute(operator: str) -> None:
 
 
 def test_the_proof_sees_beside_a_mask() -> None:
-    from normfuse.cases import cases
     from normfuse.edits import SetTensor
     from normfuse.interpret import flat_inputs
-    from normfuse.proving import prove
+    from normfuse.proof.cases import cases
+    from normfuse.proof.proving import prove
 
     program = normfuse.Program.trace(TRAPS["masked logits"].module(), IDS)
     plan = normfuse.plan(program, ["pre_rmsnorm"])

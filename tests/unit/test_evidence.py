@@ -16,7 +16,7 @@ import normfuse
 from normfuse.edits import SetTensor
 from normfuse.errors import InputError, VerificationFailed
 from normfuse.formula import Centered, Read
-from normfuse.proving import distance
+from normfuse.proof.proving import distance
 from tests.models import IDS, TRAPS, Trap, noise
 
 inf, nan = torch.inf, torch.nan

@@ -14,7 +14,7 @@ from torch import nn
 
 import normfuse
 import normfuse.nn
-from normfuse.dissolve import HALF, LEFT, READERS, WRITERS
+from normfuse.folding.dissolve import HALF, LEFT, READERS, WRITERS
 from tests.foreign_norms import (
     FOREIGN,
     PREPBN,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import normfuse
-from normfuse.bases import Basis, Compressed, Rotated
 from normfuse.edits import Reroute, Resize, apply
 from normfuse.errors import CannotApply, InvalidPlan
 from normfuse.findings import Rewrite
@@ -20,6 +19,7 @@ from normfuse.formula import Read, evaluate
 from normfuse.nn import CRMSNorm
 from normfuse.planner import plan
 from normfuse.program import Program
+from normfuse.streams.bases import Basis, Compressed, Rotated
 from normfuse.views import shape
 from tests.models import IDS, TRAPS, FreeStream, Mlp, Tied, Trap, noise, tokens
 from tests.zoo.models import ZOO, ZooModel

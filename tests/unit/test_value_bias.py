@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.cases import cases
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
-from normfuse.proving import prove
+from normfuse.proof.cases import cases
+from normfuse.proof.proving import prove
 from normfuse.views import arguments, aten
 from tests.models import noise
 from tests.zoo.spread import spread

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.evidence import MARGIN
 from normfuse.interpret import run
 from normfuse.program import Program
-from normfuse.proving import FLOOR, distance, distances, nudged, rounding_of
+from normfuse.proof.evidence import MARGIN
+from normfuse.proof.proving import FLOOR, distance, distances, nudged, rounding_of
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What both walks of absorption share: the draft that collects edits, the obstacle that stops it, and what passes a shift.
 
-`normfuse.writers` folds a channel affine into what writes a value, `normfuse.readers` into all that read it; where neither
-can, `scale_shift` leaves one multiplication and one addition.
+`writers` folds a channel affine into what writes a value, `readers` into all that read it; where neither can, `scale_shift`
+leaves one multiplication and one addition.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.affine import MOVES, Affine, constant_formula, moved
 from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
 from normfuse.facts import Facts
+from normfuse.folding.affine import MOVES, Affine, constant_formula, moved
 from normfuse.formula import Apply, Formula, Read, reads
 from normfuse.rules import rank, times_read
 from normfuse.views import arguments, aten, dtype, shape

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.eager import VALUE
 from normfuse.edits import Call, Ref
 from normfuse.errors import NormfuseError
 from normfuse.formula import rounded
-from normfuse.recomputed import Formed
-from normfuse.records import RECORD, Forming, Kept, Rewritten, home_of, is_idle, is_rewritten, own, rewritten
+from normfuse.live.eager import VALUE
+from normfuse.live.recomputed import Formed
+from normfuse.live.records import RECORD, Forming, Kept, Rewritten, home_of, is_idle, is_rewritten, own, rewritten
 
 
 def install(module: nn.Module, record: Rewritten) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.eager import Change
 from normfuse.formula import Formula, Scaled, formed
-from normfuse.tapes import NoTapeError, Tape
+from normfuse.live.eager import Change
+from normfuse.live.tapes import NoTapeError, Tape
 
 RECORD = "_normfuse"
 """The attribute that holds a module's `Rewritten` record."""

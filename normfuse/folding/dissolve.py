@@ -7,16 +7,16 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfuse.absorb import Absorbed, Obstacle, scale_shift
-from normfuse.affine import MOVES, Affine, maximal, moved
 from normfuse.edits import Edit, Reroute
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Rewrite
+from normfuse.folding.absorb import Absorbed, Obstacle, scale_shift
+from normfuse.folding.affine import MOVES, Affine, maximal, moved
+from normfuse.folding.readers import into_readers, well_conditioned
+from normfuse.folding.writers import into_writers
 from normfuse.formula import Apply
 from normfuse.program import Program
-from normfuse.readers import into_readers, well_conditioned
 from normfuse.views import Norm
-from normfuse.writers import into_writers
 
 WRITERS = "folded into the layers that write its input"
 READERS = "folded into the layers that read its output"

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from normfuse.cases import Case, cases_for
-from normfuse.comparison import Unplaced
-from normfuse.eager import VALUE, Adaptation, Change, adapt, input_of, stored_names
 from normfuse.edits import NewTensor, Reroute, SetTensor
-from normfuse.equivalence import compare, live_side, program_side
 from normfuse.errors import CannotApply, NormfuseError, NormfuseWarning, TraceError
-from normfuse.evidence import failed
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.formula import Formula, reads
 from normfuse.inputs import Inputs
-from normfuse.live import bake, forget, install, undo
+from normfuse.live.comparison import Unplaced
+from normfuse.live.eager import VALUE, Adaptation, Change, adapt, input_of, stored_names
+from normfuse.live.instances import bake, forget, install, undo
+from normfuse.live.records import Recipe, Rewritten, home_of, own, rewritten
 from normfuse.planner import Plan, plan
 from normfuse.program import Program, at_inference
-from normfuse.proving import Progress, prove
-from normfuse.records import Recipe, Rewritten, home_of, own, rewritten
+from normfuse.proof.cases import Case, cases_for
+from normfuse.proof.equivalence import compare, live_side, program_side
+from normfuse.proof.evidence import failed
+from normfuse.proof.proving import Progress, prove
 from normfuse.registry import Pass, find
 
 HINT = "rewrite the traced program instead: normfuse.rewrite(model, ...)"

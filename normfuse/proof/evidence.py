@@ -1,4 +1,4 @@
-"""What a comparison found, as data: three levels, a row per case. `normfuse.proving` fills it in."""
+"""What a comparison found, as data: three levels, a row per case. `normfuse.proof.proving` fills it in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from normfuse.differences import Difference
 from normfuse.errors import VerificationFailed
+from normfuse.proof.differences import Difference
 
 MARGIN = 32.0
 """The noise is a measured sample of a random quantity, and centring changes a weight by up to a few roundings, not one."""

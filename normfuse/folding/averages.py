@@ -15,8 +15,8 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from normfuse.affine import MOVES
 from normfuse.facts import Facts
+from normfuse.folding.affine import MOVES
 from normfuse.interpret import call
 from normfuse.program import Program
 from normfuse.rules import carries, rank

@@ -1,7 +1,7 @@
 """Fold an explicit mean-subtraction, x - mean x along one axis, into what reads it or into what writes it.
 
 Centring is a linear map, C₀ = I - 11ᵀ/d, so a linear layer that reads C₀x can do it in its own weight: W(C₀x) = (WC₀)x. Where
-some reader is no linear layer, the writers of x may be centred instead, by the machinery of `normfuse.establish`.
+some reader is no linear layer, the writers of x may be centred instead, by the machinery of `normfuse.streams.establish`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import cached_property
 import torch
 from torch.fx import Node
 
-from normfuse.absorb import LAYERS, Absorbed, Draft, Obstacle, channel, is_transposed
-from normfuse.affine import constant_formula
 from normfuse.facts import Facts
+from normfuse.folding.absorb import LAYERS, Absorbed, Draft, Obstacle, channel, is_transposed
+from normfuse.folding.affine import constant_formula
+from normfuse.folding.readers import PRODUCTS
 from normfuse.formula import Centered
-from normfuse.readers import PRODUCTS
 from normfuse.rules import METADATA, carries, is_mean_of, rank, times_read
 from normfuse.views import Norm, arguments, aten, shape, tensors_in
 
@@ -65,7 +65,7 @@ class Blind(Facts):
 
 
 def as_norm(each: Centring) -> Norm:
-    """A mean-subtraction as `normfuse.establish` takes its wishes."""
+    """A mean-subtraction as `normfuse.streams.establish` takes its wishes."""
     return Norm(each.out, "layer_norm", each.x, (each.axis,), None, None, 0.0, each.inner)
 
 

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from normfuse.comparison import Comparison, Instance, Unplaced, stack_of
 from normfuse.edits import Call, Expression, Ref, literal, refs
 from normfuse.formula import Formula
+from normfuse.live.comparison import Comparison, Instance, Unplaced, stack_of
 from normfuse.program import Program
 from normfuse.rules import METADATA
 from normfuse.views import shape

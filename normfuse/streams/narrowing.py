@@ -1,10 +1,10 @@
 """Take one entry away from every vector of a zero-mean stream: which norms profit, and the edits that do it.
 
 A stream is what norms read, and all that it is made of: values linked by sums, views, joins along other axes. `center` says
-which norms' inputs can have zero mean; then one entry is superfluous (`normfuse.bases`). All values of the stream change
-together: stored tensors that write it are changed by a formula, and so are those that read its norms (`normfuse.lifts`). What
-cannot change its width stays outside, behind an explicit change of basis: where a value enters the stream, or where somebody
-reads it as it was. There must be fewer of these than norms, or the stream is left alone.
+which norms' inputs can have zero mean; then one entry is superfluous (`bases`). All values of the stream change together:
+stored tensors that write it are changed by a formula, and so are those that read its norms (`lifts`). What cannot change its
+width stays outside, behind an explicit change of basis: where a value enters the stream, or where somebody reads it as it was.
+There must be fewer of these than norms, or the stream is left alone.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.absorb import Obstacle
-from normfuse.bases import Basis
 from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, Resize, SetTensor, literal
-from normfuse.establish import Centering, center
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.folding.absorb import Obstacle
 from normfuse.formula import Added, Apply, Centered, Formula, Read, Scaled, reads
-from normfuse.lifts import Key, Layer, Settled, is_blind, settle
 from normfuse.program import Program
 from normfuse.rules import carries, is_mean_of, rank
+from normfuse.streams.bases import Basis
+from normfuse.streams.establish import Centering, center
+from normfuse.streams.lifts import Key, Layer, Settled, is_blind, settle
+from normfuse.streams.widths import follows, says_size
 from normfuse.views import Norm, arguments, aten, dtype, shape, tensors_in
-from normfuse.widths import follows, says_size
 
 
 def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Evidence that a plan kept the function. `normfuse.equivalence` compares models that no plan connects.
+"""Evidence that a plan kept the function. `normfuse.proof.equivalence` compares models that no plan connects.
 
 A rewritten program is proven on three levels:
 
@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.cases import Case
 from normfuse.edits import SetTensor
 from normfuse.errors import NormfuseError, first_line
-from normfuse.evidence import MARGIN, Agreement, Evidence, Rounding, Structure
 from normfuse.facts import analyze
 from normfuse.interpret import Weights, run
 from normfuse.planner import Plan
 from normfuse.program import Program
+from normfuse.proof.cases import Case
+from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure
 from normfuse.views import dtype, is_tensor, shape
 
 NUDGE = 1e-15

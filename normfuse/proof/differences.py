@@ -1,6 +1,6 @@
 """How far two outputs are apart, in every measure that people ask for; as data.
 
-`normfuse.proving.distance` alone decides; these figures tell a reader what a difference means for them.
+`normfuse.proof.proving.distance` alone decides; these figures tell a reader what a difference means for them.
 """
 
 from __future__ import annotations

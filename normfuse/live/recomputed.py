@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import NormfuseError
-from normfuse.layers import CALLS, Call, Layer
-from normfuse.records import Forming, Rewritten, own
+from normfuse.live.layers import CALLS, Call, Layer
+from normfuse.live.records import Forming, Rewritten, own
 
 
 class Formed(Tensor):

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from normfuse.artifacts import Artifact, Port
-from normfuse.cases import Case
-from normfuse.differences import Difference, difference
 from normfuse.errors import InputError, NormfuseError, first_line
-from normfuse.evidence import MARGIN, Agreement, Evidence, Rounding
 from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program
-from normfuse.proving import FLOOR, Progress, Runner, distances, nudged, rounding_of
+from normfuse.proof.artifacts import Artifact, Port
+from normfuse.proof.cases import Case
+from normfuse.proof.differences import Difference, difference
+from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding
+from normfuse.proof.proving import FLOOR, Progress, Runner, distances, nudged, rounding_of
 
 WITHOUT_TRUTH = (
     "neither model is a program or an ONNX file, so there is nothing to compute the truth from; "

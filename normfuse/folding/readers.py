@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.absorb import (
+from normfuse.edits import Reroute, literal
+from normfuse.facts import Facts
+from normfuse.folding.absorb import (
     LAYERS,
     Absorbed,
     Draft,
@@ -30,15 +32,13 @@ from normfuse.absorb import (
     sizes_of,
     unpadded,
 )
-from normfuse.affine import Affine, constant_formula, moved, product, total
-from normfuse.averages import VALUES, why_no_mean
-from normfuse.edits import Reroute, literal
-from normfuse.facts import Facts
+from normfuse.folding.affine import Affine, constant_formula, moved, product, total
+from normfuse.folding.averages import VALUES, why_no_mean
+from normfuse.folding.writers import axis_of_base, fold
 from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
 from normfuse.program import Program
 from normfuse.rules import METADATA, carries, rank, same, times_read
 from normfuse.views import arguments, aten, is_tensor, shape, tensors_in
-from normfuse.writers import axis_of_base, fold
 
 CONDITION = 1e4
 """How far apart the entries of a scale may be that others are divided by: float32 has digits for twice that."""

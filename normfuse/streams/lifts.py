@@ -1,8 +1,8 @@
 """Who reads the output of a norm, and whether all of them can read it in another basis, with its gain and shift folded.
 
 From the norm on, every value v is owed: it is stored as t with v = scale ⊙ Lt + shift, where L gives back the entries that are
-meant (`normfuse.bases`). Views and picks pass that on, further constants along the axis join scale and shift, and products with
-stored weights settle it: W ← (W diag(scale))L and b ← b + W shift. Anything else stands in the way.
+meant (`normfuse.streams.bases`). Views and picks pass that on, further constants along the axis join scale and shift, and
+products with stored weights settle it: W ← (W diag(scale))L and b ← b + W shift. Anything else stands in the way.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.absorb import LAYERS, Obstacle, channel, is_transposed, passes_shift, unpadded
-from normfuse.affine import constant, product, total
 from normfuse.facts import Facts
+from normfuse.folding.absorb import LAYERS, Obstacle, channel, is_transposed, passes_shift, unpadded
+from normfuse.folding.affine import constant, product, total
+from normfuse.folding.readers import PRODUCTS, Debt
 from normfuse.formula import Apply, Formula, Number
-from normfuse.readers import PRODUCTS, Debt
 from normfuse.rules import carries, rank, same, times_read, varies_along
+from normfuse.streams.widths import follows
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape, tensors_in
-from normfuse.widths import follows
 
 Key = tuple[Node, int]
 """A value and one of its axes."""

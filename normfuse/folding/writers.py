@@ -7,9 +7,20 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.absorb import LAYERS, Absorbed, Draft, Obstacle, channel, full, is_transposed, passes_shift, per_group, sizes_of
-from normfuse.affine import MOVES, Affine
 from normfuse.facts import Facts
+from normfuse.folding.absorb import (
+    LAYERS,
+    Absorbed,
+    Draft,
+    Obstacle,
+    channel,
+    full,
+    is_transposed,
+    passes_shift,
+    per_group,
+    sizes_of,
+)
+from normfuse.folding.affine import MOVES, Affine
 from normfuse.formula import Added, Apply, Formula, Scaled
 from normfuse.rules import METADATA, carries, rank, same, times_read
 from normfuse.views import arguments, aten, shape
