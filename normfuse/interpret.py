@@ -71,7 +71,7 @@ def run_graph(
     wide: bool = False,
     width: torch.dtype = torch.float64,
     short: bool = False,
-    watch: Callable[[Node, Any], None] | None = None,
+    through: Callable[[Node, Any], Any] | None = None,
 ) -> list[Any]:
     """Run a lifted graph.
 
@@ -81,7 +81,7 @@ def run_graph(
         wide: run in ``width``: casts to narrower floating types inside the graph become casts to it.
         width: float64, or float32 for a graph in half precision.
         short: round the numbers in the graph to float32, as ONNX's attributes are.
-        watch: told every call that is read, and its value.
+        through: what the value of every call that is read goes through.
 
     Returns:
         The flat outputs.
@@ -102,9 +102,8 @@ def run_graph(
             if node.op == "get_attr":
                 values[node] = _attribute(graph, str(node.target))
             elif node.op == "call_function" and node in last_reader:  # assertions have no reader
-                values[node] = call(node, values, wide=wide, width=width, short=short)
-                if watch is not None:
-                    watch(node, values[node])
+                value = call(node, values, wide=wide, width=width, short=short)
+                values[node] = value if through is None else through(node, value)
             for operand in node.all_input_nodes:
                 if last_reader[operand] is node:
                     values.pop(operand, None)
@@ -167,7 +166,7 @@ def run(
     width: torch.dtype = torch.float64,
     weights: Weights | None = None,
     short: bool = False,
-    watch: Callable[[Node, Any], None] | None = None,
+    through: Callable[[Node, Any], Any] | None = None,
 ) -> list[Tensor]:
     """The flat tensor outputs of a program, its formulas included, and behind them the state that it updates.
 
@@ -179,7 +178,7 @@ def run(
         weights: changes every floating stored tensor before formulas read it. A formula holds for any weights, so two
             programs that are one function stay one function under the same change.
         short: round the numbers in the graph to float32, as ONNX's attributes are.
-        watch: told every call that is read, and its value.
+        through: what the value of every call that is read goes through.
     """
     users = iter(flat)
     given = {
@@ -204,7 +203,7 @@ def run(
             return value.to(width) if value.is_floating_point() else value
         return value.to(program.tensor(name).dtype)
 
-    outputs = run_graph(program.graph, fetch, wide=wide, width=width, short=short, watch=watch)
+    outputs = run_graph(program.graph, fetch, wide=wide, width=width, short=short, through=through)
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
     pairs = [pair for pair in zip(outputs, kinds, strict=True) if isinstance(pair[0], Tensor)]
     # what the caller gets, then what the program updates

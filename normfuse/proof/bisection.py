@@ -92,11 +92,12 @@ def _values(program: Program, flat: Sequence[Any], nudge: float | None = None) -
     """Every value by the name of its node, and the outputs."""
     values: dict[str, Tensor] = {}
 
-    def keep(node: Node, value: Any) -> None:
+    def keep(node: Node, value: Any) -> Any:
         if isinstance(value, Tensor):
             values[node.name] = value.clone()  # a later call may write into it
+        return value
 
-    outputs = run(program, flat, wide=True, weights=None if nudge is None else nudged(nudge), watch=keep)
+    outputs = run(program, flat, wide=True, weights=None if nudge is None else nudged(nudge), through=keep)
     return values, outputs[: sum(s.kind.name == "USER_OUTPUT" for s in program.exported.graph_signature.output_specs)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ import normfuse
 from normfuse.edits import SetTensor
 from normfuse.errors import InputError, VerificationFailed
 from normfuse.formula import Centered, Read
-from normfuse.proof.proving import distance
+from normfuse.interpret import run
+from normfuse.proof.cases import Case
+from normfuse.proof.equivalence import Side, compare
+from normfuse.proof.proving import distance, noise_of_rounding
 from tests.models import IDS, TRAPS, Trap, noise
 
 inf, nan = torch.inf, torch.nan
@@ -176,3 +180,40 @@ def test_files_are_compared_on_every_example_of_a_loader(tmp_path: Path) -> None
     assert [row.case for row in evidence.algebra[-2:]] == ["example 2", "example 3"]
     with pytest.raises(InputError, match="wants 1 inputs"):
         normfuse.verify(tmp_path / "a.onnx", tmp_path / "b.onnx", iter([(torch.ones(2, 4), torch.ones(2))]))
+
+
+# -- an error that is small by luck ------------------------------------------------------------------------------------
+
+
+class Masked(nn.Module):
+    """A sum of entries that a mask of ones and zeros lets through, compared with one."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask * 1.0 == 1.0, x * x, torch.full_like(x, 3.0)).sum(-1)
+
+
+def test_the_noise_of_rounding_is_of_the_size_of_a_rounding() -> None:
+    x, mask = noise(4, 64), torch.arange(64).remainder(2).expand(4, 64).float()
+    program = normfuse.Program.trace(Masked(), (x, mask))
+    truth = run(program, [x, mask], wide=True)
+    (found,) = noise_of_rounding(program, [x, mask], truth)
+    assert 1e-8 < found < 1e-6, "the mask is compared with whole numbers, which no rounding changes"
+
+
+@pytest.mark.parametrize(("error", "ok"), [(1e-6, True), (1e-3, False)])
+def test_a_lucky_run_of_the_reference_is_no_alarm(error: float, ok: bool) -> None:
+    x, calls = torch.linspace(0.5, 1.0, 7), []
+    truth = [x.double()]
+
+    def rounding(case: Case, outputs: Any) -> list[float]:
+        calls.append(case.name)
+        return [1e-7]
+
+    lucky = Side("a", "", {"": lambda case: truth}, lambda case: truth, lambda case, size: truth, None, rounding)
+    off = Side("b", "", {"": lambda case: [x.double() * (1 + error)]}, lambda case: truth)
+    wrong = replace(off, wide=lambda case: [x.double() * (1 + 1e-6)])
+    tried = [Case("as given", (x,))]
+    assert compare(lucky, off, tried).ok is ok
+    assert calls == ["as given"]
+    assert not compare(lucky, wrong, tried).ok
+    assert len(calls) == 1, "what differs where nothing is rounded is not excused by rounding"
