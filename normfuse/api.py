@@ -60,7 +60,8 @@ class Result:
     def module(self) -> nn.Module:
         """A module that is called with the same arguments as the original.
 
-        In live mode its parameters are the original's own, under the same names: train either, and both are trained.
+        It shares stored tensors with the result, as `torch.export.ExportedProgram.module` does: where it updates a buffer, that
+        is the result's. In live mode its parameters are the original's own, under the same names: train either, and both are.
         On a CPU the norms are spelled as torch runs them fastest operator by operator; see `normfuse.spelling`.
         """
         return self.program.module() if self.mode == "live" else spelling.for_cpu(self.planned, self.program).module()

@@ -13,7 +13,8 @@ Formula
 
 Needs
     A norm over one axis, whose input `pre_rmsnorm` can give zero mean, or has given within the same plan or in the result that
-    is rewritten further; and fewer explicit changes of basis than norms.
+    is rewritten further; and fewer explicit changes of basis than norms. Run ``pre_rmsnorm`` first: a norm that stays behind a
+    change of basis cannot be converted later.
 
 Refuses
     NF401  The norm's input cannot be given zero mean: somebody else sees the mean, or it is written by what cannot be centred.

@@ -29,11 +29,13 @@ def exact(result: normfuse.Result) -> normfuse.Result:
     return result
 
 
-def every_order(start: Any, given: dict[str, Any], left: tuple[str, ...] = PASSES) -> Iterator[normfuse.Result]:
-    for name in left:
+def every_order(
+    start: Any, given: dict[str, Any], done: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], normfuse.Result]]:
+    for name in (each for each in PASSES if each not in done):
         result = exact(normfuse.rewrite(start, name, **given))
-        others = tuple(each for each in left if each != name)
-        yield from every_order(result, given, others) if others else (result,)
+        order = (*done, name)
+        yield from every_order(result, given, order) if len(order) < len(PASSES) else ((order, result),)
 
 
 @pytest.mark.parametrize("zoo_model", few((*QUICK, *ALONE)))
@@ -48,8 +50,13 @@ def test_all_is_exact(zoo_model: ZooModel) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("zoo_model", few(QUICK))
 def test_every_order_is_exact(zoo_model: ZooModel) -> None:
-    """Each step is proven against the one before; the same LayerNorms are gone at the end of each order."""
+    """Each step is proven against the one before; no LayerNorm that can go stays where `pre_rmsnorm` is before `pre_crmsnorm`.
+
+    A norm that `pre_crmsnorm` leaves reads the stream through a change of basis, behind which nothing is proven of its mean.
+    """
     model = zoo_model.build()
     args, kwargs = zoo_model.inputs(model)
-    for result in every_order(model, {"inputs": args, "kwargs": kwargs}):
-        assert result.report.norms_after.get("layer_norm", 0) == zoo_model.layer_norms - (zoo_model.convertible or 0)
+    for order, result in every_order(model, {"inputs": args, "kwargs": kwargs}):
+        left = result.report.norms_after.get("layer_norm", 0) - (zoo_model.layer_norms - (zoo_model.convertible or 0))
+        assert left >= 0
+        assert left == 0 or order.index("pre_crmsnorm") < order.index("pre_rmsnorm"), order
