@@ -88,7 +88,7 @@ def as_inputs(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Inputs | 
     """
     if inputs is None and not kwargs:
         return None
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | tuple | list | str | Mapping):
+    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | np.ndarray | tuple | list | str | Mapping):
         inputs = from_loader(inputs)
     if not isinstance(inputs, Inputs | Tensor | tuple | list | Mapping | None):
         raise InputError(f"inputs must be a tuple of tensors, not a {type(inputs).__name__}", hint="inputs=(x,)")

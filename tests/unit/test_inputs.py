@@ -352,7 +352,7 @@ def test_what_a_user_passes_as_inputs() -> None:
     assert as_inputs(X) == as_inputs((X,)) == as_inputs([X]) == Inputs((X,), {})
     assert as_inputs({"x": X}) == as_inputs(None, {"x": X}) == as_inputs(Inputs((), {}), {"x": X}) == Inputs((), {"x": X})
     assert as_inputs(iter([X])) == Inputs((X,), {})
-    for wrong in ("text", 3):
+    for wrong in ("text", 3, np.zeros(2)):
         with pytest.raises(InputError, match="tuple of tensors"):
             as_inputs(wrong)
 
