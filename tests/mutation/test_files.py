@@ -81,14 +81,14 @@ def test_every_broken_file_is_told_from_the_right_one(
     for mistake, file in broken(right, tmp_path / "broken"):
         if any(name in mistake for name in (*SAME_FUNCTION[""], *SAME_FUNCTION.get(model, ()))):
             continue
-        # Where nothing has float64 kernels (Resize), a thousandth of one channel drowns in the rounding of all others.
-        if "1.001" in mistake and (wide is None or wide == in_double(file, tried)):
-            continue
-        mutants += 1
         try:
+            # Where nothing has float64 kernels (Resize), a thousandth of one channel drowns in the rounding of all others.
+            if "1.001" in mistake and (wide is None or wide == in_double(file, tried)):
+                continue
             if compared(program, file, "onnx", tried, opset=20, progress=None).ok:
                 survivors.append(mistake)
         except NormfuseError:
-            continue  # ONNX Runtime itself refuses the file
+            pass  # ONNX Runtime itself refuses the file
+        mutants += 1
     record_property("mutants", mutants)
     assert not survivors, f"{len(survivors)} of {mutants} broken files pass"
