@@ -184,7 +184,8 @@ def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: Ne
         value = torch.empty(form, dtype=like.dtype, device=like.device)
     last = max((node for node in graph.nodes if node.name in program.stored), key=_places(graph).__getitem__)
     with graph.inserting_after(last):
-        node = graph.placeholder(f"p_{edit.name.replace('.', '_')}")
+        node = graph.placeholder(f"p_{edit.name}")
+    node.target = node.name  # an argument in generated code: a name that Python takes, and nobody else's
     node.meta["val"] = value
     node.meta["stored"] = edit.name
     nodes[edit.name] = node

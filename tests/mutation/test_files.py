@@ -70,7 +70,7 @@ def test_every_broken_file_is_told_from_the_right_one(
     tried = list(cases(program, flat_inputs(program, inputs)))
     right = tmp_path / "model.onnx"
     try:
-        exporter.export(program, right)
+        exporter.export(program, right, opset=22 if dtype is torch.bfloat16 else 20)  # Conv takes bfloat16 from 22 on
         evidence = compared(program, right, "onnx", tried, opset=20, progress=None)
     except NormfuseError as error:
         pytest.skip(f"not exported: {error}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import normfuse
 from normfuse.folding.dissolve import HALF, LEFT, READERS, WRITERS
 from tests.batch_norms import FOLDS
+from tests.zoo.spread import spread
 
 WAYS = (WRITERS, READERS, HALF, LEFT)
 
@@ -63,3 +66,23 @@ def test_a_folded_model_saves_and_loads(tmp_path: object) -> None:
     loaded = torch.export.load(path).module()
     torch.testing.assert_close(loaded(*fold.inputs), model(*fold.inputs), rtol=1e-4, atol=1e-4)
     assert normfuse.verify(model, path, inputs=fold.inputs).ok
+
+
+def test_new_tensors_have_names_that_python_takes(tmp_path: Path) -> None:
+    """RegNet calls its blocks ``block4-5``; two new biases must not get one name either."""
+
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("block4-5", "block4_5"):
+                self.add_module(name, nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(self, "block4-5")(x) + torch.relu(self.block4_5(x))
+
+    model, x = spread(Named()).eval(), torch.randn(2, 3, 4, 4)
+    result = normfuse.rewrite(model, "conv_bn", (x,))
+    assert result.report.norms_after == {}
+    torch.testing.assert_close(result.module()(x), model(x), rtol=1e-4, atol=1e-4)
+    again = torch.export.load(result.save(tmp_path / "named.pt2"))
+    torch.testing.assert_close(again.run_decompositions({}).module()(x), model(x), rtol=1e-4, atol=1e-4)
