@@ -78,7 +78,8 @@ def test_new_tensors_have_names_that_python_takes(tmp_path: Path) -> None:
                 self.add_module(name, nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)))
 
         def forward(self, x: Tensor) -> Tensor:
-            return getattr(self, "block4-5")(x) + torch.relu(self.block4_5(x))
+            first, second = (self.get_submodule(name)(x) for name in ("block4-5", "block4_5"))
+            return first + torch.relu(second)
 
     model, x = spread(Named()).eval(), torch.randn(2, 3, 4, 4)
     result = normfuse.rewrite(model, "conv_bn", (x,))
