@@ -4,7 +4,7 @@ All variants of a row take turns in one run, on one thread, timed by that thread
 cost cache but not time. A cell has the median in µs and, in brackets, the ratio of the
 medians and of the minima to LayerNorm's or to the original model's: below one is faster.
 
-    python benchmarks/rms_norm.py [--device cuda] [--dtype float16] [norms] [training] [models]
+    python benchmarks/rms_norm.py [--device cuda] [--dtype float16] [norms] [operators] [training] [models]
 """
 
 from __future__ import annotations
@@ -101,6 +101,28 @@ def norms(device: str) -> None:
             row("×".join(map(str, shape)), calls, 60, device)
 
 
+def operators(device: str) -> None:
+    """What a program can call, with and without gain and shift ("bare"): minima in µs."""
+    columns = [
+        "layer_norm, gain and shift", "layer_norm, gain", "layer_norm, bare",
+        "rms_norm, gain", "rms_norm, bare", "vector_norm, gain", "vector_norm, bare",
+    ]  # fmt: skip
+    heading("Operators, no gradients: µs, minima", ["shape", *columns])
+    for shape in (*SHAPES, (8, 128, 768), (8, 197, 768)):
+        d = [shape[-1]]
+        x, gain, shift = (torch.randn(size, device=device) for size in (shape, d, d))
+        layer_norm: Spelling = nn.functional.layer_norm
+        others: tuple[Spelling, ...] = (nn.functional.rms_norm, by_vector_norm)
+        made: list[Callable[[], object]] = [
+            partial(layer_norm, x, d, *affine, EPS) for affine in ((gain, shift), (gain, None), (None, None))
+        ]
+        made += [partial(spelling, x, d, each, EPS) for spelling in others for each in (gain, None)]
+        with torch.no_grad():
+            samples = timed(dict(zip(columns, made, strict=True)), 60, device)
+        cells = (f"{min(samples[column]) * 1e6:.1f}" for column in columns)
+        print(f"| {'×'.join(map(str, shape))} | {' | '.join(cells)} |", flush=True)
+
+
 def training(device: str) -> None:
     """Modules, forward and backward."""
     columns = ["LayerNorm", "torch RMSNorm", "RMSNorm"]
@@ -173,7 +195,7 @@ def models(device: str) -> None:
 
 
 def main() -> None:
-    tables = {"norms": norms, "training": training, "models": models}
+    tables = {"norms": norms, "operators": operators, "training": training, "models": models}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tables", nargs="*", default=[], help=", ".join(tables))
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
