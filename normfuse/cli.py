@@ -113,7 +113,8 @@ class Source:
     @property
     def path(self) -> str | None:
         """The file of inputs itself, without the function that is named in it."""
-        return self.file and SCRIPT.sub(".py", self.file)
+        script = SCRIPT.fullmatch(self.file or "")
+        return script["path"] if script else self.file
 
     def inputs(self, model: str) -> Inputs | None:
         """The inputs that the user gave; None leaves it to the model to know them."""
@@ -122,8 +123,9 @@ class Source:
         if self.specs and self.file:
             raise InputError("--input and --inputs were both given", hint="give the inputs in one way")
         if self.file or not self.specs:
-            read = inputs.from_script if SCRIPT.search(self.file or "") else inputs.from_file
-            return read(self.file) if self.file else None
+            if script := SCRIPT.fullmatch(self.file or ""):
+                return inputs.from_script(script["path"], script["name"] or "inputs")
+            return inputs.from_file(self.file) if self.file else None
         drawn = inputs.from_specs(self.specs, seed=self.seed)
         if all(each.is_floating_point() for each in (*drawn.args, *drawn.kwargs.values())):
             return drawn
@@ -145,7 +147,7 @@ FILE_HELP = (
     "Example inputs from a .pt, .npy, .npz or .safetensors file; or FILE.py:NAME of your own, which is run: NAME() gives one "
     "example after the other, as a DataLoader does."
 )
-SCRIPT = re.compile(r"\.py(:\w+)?$")
+SCRIPT = re.compile(r"(?P<path>.*\.py)(?::(?P<name>\w+))?")
 
 
 def _with_source(command: Command) -> Command:

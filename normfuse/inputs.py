@@ -354,20 +354,19 @@ def from_loader(loader: Iterable[Any]) -> Inputs:
     return replace(examples[0], more=tuple(examples[1:]))
 
 
-def from_script(text: str) -> Inputs:
-    """The examples of a loader that a Python file makes: ``file.py:name`` calls ``name()``, ``file.py`` calls ``inputs()``.
+def from_script(path: str | os.PathLike[str], name: str = "inputs") -> Inputs:
+    """The examples of a loader that a Python file makes: what its function ``name`` gives.
 
     The file is executed: name only your own.
 
     Raises:
         InputError: there is no such file or function, or the file or the loader fails.
     """
-    path, _, name = (text, "", "inputs") if text.endswith(".py") else text.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}")
     sys.path.insert(0, str(Path(path).parent))  # as `python FILE.py` does, for what the file imports
     try:
-        named = runpy.run_path(path)
+        named = runpy.run_path(os.fspath(path))
         if not callable(named.get(name)):
             raise InputError(f"{path} has no function '{name}'", hint="write FILE.py:NAME; NAME() gives the examples")
         return from_loader(named[name]())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from normfuse.interpret import flat_inputs
 from normfuse.proof import bisection
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
-from normfuse.proof.cases import Case, cases_for, cases_of
+from normfuse.proof.cases import cases_for, cases_of, further
 from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.proof.evidence import Evidence
 from normfuse.proof.proving import Progress
@@ -158,8 +159,8 @@ def _of_artifacts(left: Artifact, right: Artifact, inputs: Given, kwargs: Any, p
     if left.nudged is None or left.inputs is None:
         raise InputError(WITHOUT_TRUTH)
     given = as_inputs(inputs, kwargs) or _drawn(left.inputs)
-    tried = [*cases_of(_placed(left.inputs, given), [port.limit for port in left.inputs])]
-    tried += [Case(f"example {place}", tuple(_placed(left.inputs, each))) for place, each in enumerate(given.more, 2)]
+    placed = partial(_placed, left.inputs)
+    tried = [*cases_of(placed(given), [port.limit for port in left.inputs]), *further(given, placed)]
     reference, other = (artifact_side(each, left.inputs) for each in (left, right))
     return compare(reference, other, tried, progress=progress)
 

@@ -134,7 +134,7 @@ def _is_ours(node: Any) -> bool:
     """Whether torch has the operator with these attributes."""
     if node.op_type not in KERNELS or node.domain:
         return False
-    named = {name: attribute.value for name, attribute in node.attributes.items()}
+    named = _attributes(node)
     if node.op_type == "Attention":  # of four axes, from nothing but these inputs
         given = [value is not None for value in node.inputs]
         whole = node.inputs[0].shape is not None and node.inputs[0].shape.rank() == 4 and not any(given[4:])
@@ -177,8 +177,11 @@ def _read(node: Any) -> Iterator[Any]:
 
 def _filled(node: Any, held: dict[str, Tensor]) -> Tensor:
     values = [None if value is None else _value(value, held) for value in node.inputs]
-    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-    return KERNELS[node.op_type](*values, **attributes)
+    return KERNELS[node.op_type](*values, **_attributes(node))
+
+
+def _attributes(node: Any) -> dict[str, Any]:
+    return {name: attribute.value for name, attribute in node.attributes.items()}
 
 
 def _value(value: Any, held: dict[str, Tensor]) -> Tensor:

@@ -32,8 +32,13 @@ class Case:
 def cases_for(program: Program, given: Inputs) -> Iterator[Case]:
     """`cases` for inputs that are not flat yet, and all further examples that a loader gave."""
     yield from cases(program, flat_inputs(program, given.args, given.kwargs))
+    yield from further(given, lambda each: flat_inputs(program, each.args, each.kwargs))
+
+
+def further(given: Inputs, flat: Callable[[Inputs], Sequence[Any]]) -> Iterator[Case]:
+    """The examples of a loader behind the first, which hostile cases are made of."""
     for place, each in enumerate(given.more, 2):
-        yield Case(f"example {place}", tuple(flat_inputs(program, each.args, each.kwargs)))
+        yield Case(f"example {place}", tuple(flat(each)))
 
 
 def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:

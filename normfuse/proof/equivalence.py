@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -201,17 +202,18 @@ def compare(
                 raise NormfuseError(f"the models do not run: {first_line(error)}") from error
             notes.append(f"not run on '{case.name}': {first_line(error)}")
             continue
+        more: Callable[[], list[float]] = partial(a.rounding, case, truth) if a.rounding else list
+        sampled = cache(more)  # dear: taken once, and only if it is asked for
         agreed = _agreement(case.name, distances(truth, wide), tight)
         if not agreed.ok and b.wide is None:  # nothing but arithmetic in the stored dtype is to be had of it
-            agreed = _agreement(case.name, distances(truth, wide), _sampled(a, case, truth, tight))
+            agreed = _agreement(case.name, distances(truth, wide), _larger(tight, sampled()))
         algebra.append(agreed)
         for how, outputs in got.items():
             errors = distances(truth, outputs)
             name = f"{case.name}, {how}" if how else case.name
             judged = _agreement(name, errors, noise)
             if not judged.ok and agreed.ok:
-                noise = _sampled(a, case, truth, noise)
-                judged = _agreement(name, errors, noise)
+                judged = _agreement(name, errors, _larger(noise, sampled()))
             rounding.append(Rounding(name, max(own, default=0.0), judged.error, judged.ok))
             if done == 0:
                 triples = enumerate(zip(truth, outputs, own, strict=False))
@@ -224,9 +226,9 @@ def _noise(truth: Sequence[Tensor], own: Sequence[float], shaken: Sequence[Tenso
     return [max(x, y, FLOOR) for x, y in zip(own, distances(truth, shaken), strict=True)]
 
 
-def _sampled(a: Side, case: Case, truth: Sequence[Tensor], noise: list[float]) -> list[float]:
-    """The noise with more samples of what rounding does, which are too dear to be taken where one is enough."""
-    return noise if a.rounding is None else [max(pair) for pair in zip(noise, a.rounding(case, truth), strict=True)]
+def _larger(noise: list[float], sampled: list[float]) -> list[float]:
+    """The noise of each output with more samples of it; as it is where there are none."""
+    return [max(pair) for pair in zip(noise, sampled, strict=True)] if sampled else noise
 
 
 def _of_width(a: Side, case: Case, truth: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[list[float], Sequence[Tensor]]:

@@ -53,26 +53,29 @@ def test_the_figures_are_those_of_all_data_together(calibration: Calibration) ->
     assert found.rest_spread == pytest.approx((rest.std(correction=0) / rest.mean()).item(), rel=1e-5)
 
 
+class OneNorm(nn.Module):
+    """A LayerNorm of its input, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x))
+
+
 def test_outliers_and_the_first_token_are_told() -> None:
-    class Positions(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.norm(x))
-
     x = torch.randn(64, 6, D)
     x = (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True)
     x[:, 0] *= 30.0
     x[:, 4] *= 2.0
-    (found,) = normfuse.calibrate(Positions(), [x[:32], x[32:]]).norms
+    (found,) = normfuse.calibrate(OneNorm(), [x[:32], x[32:]]).norms
     assert found.outliers == (0, 4)
     assert found.first == pytest.approx(30.0 / (6 / 5), rel=1e-3)
     assert not found.is_near_constant
     x[:, 0] /= 30.0
     x[:, 4] /= 2.0
-    (found,) = normfuse.calibrate(Positions(), [x]).norms
+    (found,) = normfuse.calibrate(OneNorm(), [x]).norms
     assert found.is_near_constant
     assert found.outliers == ()
 
@@ -179,18 +182,10 @@ def test_a_norm_that_makes_nan_is_the_most_costly() -> None:
 
 
 def test_a_calibration_of_another_model_removes_nothing(calibration: Calibration) -> None:
-    class Other(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.norm(x))
-
     data = [{"x": torch.randn(4, D), "targets": torch.tensor([0, 1, 2, -100])}]
     with pytest.raises(NormfuseError, match="no LayerNorm that could be removed"):
-        normfuse.strip(Other(), data, calibration, max_loss_increase=1.0)
-    stripped = normfuse.strip(Other(), data, max_loss_increase=10.0)
+        normfuse.strip(OneNorm(), data, calibration, max_loss_increase=1.0)
+    stripped = normfuse.strip(OneNorm(), data, max_loss_increase=10.0)
     assert stripped.report.quality.predictions == 3
 
 

@@ -332,9 +332,9 @@ def script(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_script_gives_examples(script: Path) -> None:
-    first = from_script(str(script))
+    first = from_script(script)
     assert [each.args[0].tolist() for each in (first, *first.more)] == [[0.0] * 3, [1.0] * 3]
-    assert from_script(f"{script}:mine").kwargs["x"].tolist() == [2.0] * 3
+    assert from_script(script, "mine").kwargs["x"].tolist() == [2.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -342,9 +342,9 @@ def test_a_script_gives_examples(script: Path) -> None:
 )
 def test_what_is_wrong_with_a_script_is_told(script: Path, name: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        from_script(f"{script}:{name}")
+        from_script(script, name)
     with pytest.raises(InputError, match="there is no file"):
-        from_script(f"{script.parent}/other.py:{name}")
+        from_script(script.parent / "other.py", name)
 
 
 def test_what_a_user_passes_as_inputs() -> None:
