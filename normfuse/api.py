@@ -16,12 +16,13 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normfuse import living, spelling
+from normfuse.atomic import write_atomically
 from normfuse.errors import CannotApply, InputError, NormfuseError
 from normfuse.facts import analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, as_inputs, found_on
 from normfuse.live import tuning
-from normfuse.loading import load, write_atomically
+from normfuse.loading import load
 from normfuse.planner import Plan, plan
 from normfuse.program import Program
 from normfuse.proof.cases import cases_for

@@ -189,7 +189,7 @@ def _did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _check_writable(targets: Iterable[str | Path | None], sources: Iterable[str | None]) -> None:
     """Fail now rather than after minutes of proof: do all that `write_atomically` does, short of putting a file there."""
-    from normfuse.loading import write_atomically
+    from normfuse.atomic import write_atomically
 
     class Writable(Exception):
         """Stops the write where only the content is missing."""
@@ -209,7 +209,7 @@ def _check_writable(targets: Iterable[str | Path | None], sources: Iterable[str 
 
 
 def _write_file(path: str | None, text: str) -> None:
-    from normfuse.loading import write_atomically
+    from normfuse.atomic import write_atomically
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.api import Given, Model, _sources, to_program
+from normfuse.atomic import proven_first
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters.deployed import deployed
-from normfuse.loading import proven_first
 from normfuse.program import Program
 from normfuse.proof.cases import Case, cases_for
 from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side

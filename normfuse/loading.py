@@ -1,8 +1,7 @@
-"""Read a model file, and write files so that none is ever left half written. The only file that unpickles.
+"""Read a model file. The only file that unpickles.
 
-    load(path)             a pickled nn.Module, or an exported program (.pt2); decided by content, not by ending
-    load_data(path)        tensors and plain containers, for example inputs
-    write_atomically(…)    the new file is complete, or the old one is untouched
+    load(path)         a pickled nn.Module, or an exported program (.pt2); decided by content, not by ending
+    load_data(path)    tensors and plain containers, for example inputs
 
 Loading does not execute what a file brings: the rules are `allowlist`'s, and what no rule allows is refused by name.
 Everything that is not a model is recognised where that is cheap, and answered with what to do instead.
@@ -13,11 +12,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import secrets
-import shutil
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ import torch
 from torch import nn
 
 from normfuse import allowlist, archive
-from normfuse.errors import InputError, LoadError
+from normfuse.errors import LoadError
 
 TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
 RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
@@ -81,55 +78,6 @@ def load_data(path: str | os.PathLike[str]) -> Any:
     _first_bytes(path)
     with _told_as_load_error(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def write_atomically(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> None:
-    """Let `write` fill a temporary file, then put it at `path` in one step.
-
-    Raises:
-        InputError: `path` is one of `never_over`, also through a link; or no file can be written there.
-    """
-    with proven_first(path, write, never_over=never_over):
-        pass
-
-
-@contextlib.contextmanager
-def proven_first(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> Iterator[Path]:
-    """Let `write` fill a file in a temporary folder beside `path`, yield it, and put it at `path` if nothing was raised.
-
-    Files that `write` makes beside its own (external data) go along. Whatever stood at `path` stays until then.
-
-    Raises:
-        InputError: `path` is one of `never_over`, also through a link; or no file can be written there.
-    """
-    target = Path(path).resolve()  # a link stays a link, and the file that it points to is replaced
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {target.parent}", hint=f"mkdir -p '{target.parent}'")
-    if target.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder", hint="name a file inside it")
-    for kept in never_over:
-        if target == Path(kept).resolve() or (target.exists() and Path(kept).exists() and target.samefile(kept)):
-            raise InputError(f"cannot write {path}: it is the input {kept}", hint="give another name with -o")
-    folder = target.with_name(f".{target.stem}.{secrets.token_hex(4)}")
-    try:
-        folder.mkdir()
-        write(folder / target.name)
-        yield folder / target.name
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == target.name):  # the file itself comes last
-            _to_disk(file)
-            goal = target.with_name(file.name)
-            if goal.exists():
-                shutil.copymode(goal, file)
-            os.replace(file, goal)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _to_disk(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def _first_bytes(path: Path) -> bytes:

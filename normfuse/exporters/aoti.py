@@ -22,7 +22,7 @@ from torch import Tensor
 from normfuse.proof.artifacts import Artifact
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
-from normfuse.loading import write_atomically
+from normfuse.atomic import write_atomically
 from normfuse.program import Program, quiet
 
 INSIDE = "/data/aotinductor/"

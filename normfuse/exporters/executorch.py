@@ -20,7 +20,7 @@ from normfuse.proof.artifacts import Artifact, Port
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
 from normfuse.exporters.extras import package
-from normfuse.loading import write_atomically
+from normfuse.atomic import write_atomically
 from normfuse.program import Program, quiet
 
 # as PyTorch and ExecuTorch count dtypes

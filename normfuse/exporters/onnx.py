@@ -41,7 +41,7 @@ from normfuse.exporters import spelled
 from normfuse.exporters.deployed import deployed, in_float32, with_operators
 from normfuse.exporters.extras import package
 from normfuse.exporters.onnxruntime import Array, as_array, first_line
-from normfuse.loading import write_atomically
+from normfuse.atomic import write_atomically
 from normfuse.program import Program, Site, quiet
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 25

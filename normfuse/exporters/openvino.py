@@ -21,7 +21,7 @@ from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx
 from normfuse.exporters.extras import package
-from normfuse.loading import write_atomically
+from normfuse.atomic import write_atomically
 from normfuse.program import Program
 
 PRECISION = "INFERENCE_PRECISION_HINT"

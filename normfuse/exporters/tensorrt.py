@@ -28,7 +28,7 @@ from normfuse.exporters import kernels, onnx
 from normfuse.exporters.extras import package
 from normfuse.exporters.kernels import Kernel, NormKernels
 from normfuse.interpret import flat_inputs, user_inputs
-from normfuse.loading import write_atomically
+from normfuse.atomic import write_atomically
 from normfuse.program import Program, Site
 from normfuse.views import is_tensor, shape
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 
 from normfuse.api import to_program
+from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, LoadError, NormfuseError
 from normfuse.facts import analyze
 from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run_graph, user_inputs
-from normfuse.loading import write_atomically
 from normfuse.program import Program
 from normfuse.proof.proving import Progress
 from normfuse.report import plain_table

@@ -20,10 +20,10 @@ from rich.text import Text
 from torch import nn
 
 from normfuse.api import _kinds, to_program
+from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
 from normfuse.findings import Claim
 from normfuse.inputs import Inputs
-from normfuse.loading import write_atomically
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
 from normfuse.planner import plan
 from normfuse.program import Program, Site

@@ -32,8 +32,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from normfuse import allowlist
+from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, LoadError
-from normfuse.loading import load, load_data, write_atomically
+from normfuse.loading import load, load_data
 
 
 def tiny() -> nn.Sequential:
