@@ -1,24 +1,43 @@
 # Two commands on a fresh machine:  make demo   and   make test
 PYTHON ?= python3
 VENV   := .venv
-BIN    := $(VENV)/bin
+BIN     = $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
+INSTALL = $(BIN)/pip install --quiet -c $(CONSTRAINTS)
+# What a contributor runs between two edits: a minute on two cores.
+QUICK   = tests/unit/test_layout.py
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test quick test-all test-latest fuzz lock lint bench clean
 .DELETE_ON_ERROR:
 
-# torch first and pinned: another package would pull a build of several gigabytes.
-$(VENV)/base: constraints.txt pyproject.toml
+# torch first and pinned: another package would pull a build of several gigabytes. Everything else that is installed is pinned
+# too (constraints.txt, made by `make lock`), and what builds the package is what is installed, not what is newest.
+$(VENV)/base: $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r constraints.txt
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu]'
+	$(INSTALL) torch setuptools
+	$(INSTALL) --no-build-isolation -e '.[cpu]'
 	touch $@
 
 # timm names torchvision, whose registry build names CUDA: both come without their dependencies.
 $(VENV)/dev: $(VENV)/base
-	$(BIN)/pip install --quiet --no-deps torchvision==0.28.0 timm
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[cpu,zoo,dev]'
+	$(INSTALL) --no-deps torchvision timm
+	$(INSTALL) --no-build-isolation -e '.[cpu,zoo,dev]'
 	touch $@
+
+# The newest of everything but torch, and what came out of it as the next constraints.txt.
+lock:
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/dev VENV=.venv-latest CONSTRAINTS=constraints.in
+	echo '# made by `make lock` from constraints.in; do not edit' > constraints.txt
+	.venv-latest/bin/pip freeze --all --exclude-editable --exclude pip | sed 's/+[a-z0-9.]*$$//' >> constraints.txt
+
+# A smoke set on the newest versions of everything, so that drift is seen here first.
+test-latest:
+	rm -rf .venv-latest
+	$(MAKE) .venv-latest/dev VENV=.venv-latest CONSTRAINTS=constraints.in
+	.venv-latest/bin/pip list
+	.venv-latest/bin/python -m pytest -n 2 --dist loadgroup $(QUICK) tests/exporters tests/zoo/test_zoo_rewrites.py
 
 demo: $(VENV)/base
 	mkdir -p out
@@ -29,6 +48,9 @@ demo: $(VENV)/base
 
 test: $(VENV)/dev lint
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+quick: $(VENV)/dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(QUICK)
 
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --run-slow
@@ -48,4 +70,4 @@ bench: $(VENV)/dev
 	PYTHONPATH=. $(BIN)/python benchmarks/strip.py --models "1 × 128"
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) .venv-latest out

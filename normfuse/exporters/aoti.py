@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.proof.artifacts import Artifact
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
 from normfuse.atomic import write_atomically
 from normfuse.program import Program, quiet
+from normfuse.proof.artifacts import Artifact
 
 INSIDE = "/data/aotinductor/"
 CHECK = "AOTI_RUNTIME_CHECK_INPUTS"

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.errors import ExportError, InputError, MissingExtra
 from normfuse.exporters import pieces, widening
 from normfuse.exporters.extras import package
 from normfuse.exporters.ports import ports
+from normfuse.proof.artifacts import Artifact, Port, Run
 
 BFLOAT16 = 16  # as ONNX counts dtypes
 Array = np.ndarray[Any, Any]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from normfuse.proof.artifacts import Run
 from normfuse.exporters.extras import package
+from normfuse.proof.artifacts import Run
 
 
 def _conv(

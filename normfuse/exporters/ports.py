@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from normfuse.proof.artifacts import Port
 from normfuse.errors import ExportError
+from normfuse.proof.artifacts import Port
 
 FOLLOWED = {"Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten", "Transpose", "Expand", "Slice"}
 """Operators whose result holds the entries of their first input."""

@@ -27,7 +27,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
 
 
 def _spelled_gelu(self: Any, approximate: str = "none") -> Any:
-    """``aten.gelu`` in small operators: x/2 (1 + erf(x/√2)), or x/2 (1 + tanh(√(2/π) (x + 0.044715 x³))) with π = 4 arctan 1."""
+    """``aten.gelu`` in small operators: x/2 (1 + erf(x/√2)), or x/2 (1 + tanh(√(2/π)(x + 0.044715 x³))) with π = 4 arctan 1."""
     ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
 
     def number(value: float) -> Any:

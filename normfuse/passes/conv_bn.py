@@ -30,10 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.folding.affine import Affine, forms, why_adaptive
-from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding, Refusal
+from normfuse.folding.affine import Affine, forms, why_adaptive
+from normfuse.folding.dissolve import dissolve
 from normfuse.formula import Apply
 from normfuse.program import Program
 from normfuse.views import Norm

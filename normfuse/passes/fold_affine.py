@@ -41,16 +41,16 @@ from dataclasses import replace
 
 from torch.fx import Node
 
+from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, literal
+from normfuse.facts import Facts
+from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.folding.absorb import Absorbed, Obstacle, column, new_tensor
 from normfuse.folding.affine import Affine, constant, forms, maximal, moved
 from normfuse.folding.averages import MASKED, is_mean
 from normfuse.folding.dissolve import told
-from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, literal
-from normfuse.facts import Facts
-from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
+from normfuse.folding.readers import into_readers, well_conditioned
 from normfuse.formula import Apply
 from normfuse.program import Program
-from normfuse.folding.readers import into_readers, well_conditioned
 from normfuse.rules import rank
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor
 

@@ -31,11 +31,11 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
+from normfuse.facts import Facts
+from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.folding.absorb import LAYERS, Draft
 from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
 from normfuse.folding.dissolve import dissolve
-from normfuse.facts import Facts
-from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program
 from normfuse.recognize import MEANS, ROOTS
 from normfuse.views import Norm, arguments, aten

@@ -7,8 +7,8 @@ What
     cannot change reads the stream through one explicit change of basis.
 
 Formula
-    With Q of d rows and d - 1 columns, QᵀQ = I and Qᵀ1 = 0 (one Householder reflection, see `normfuse.streams.bases`): x = Qy, writers
-    W ← QᵀW, b ← Qᵀb, readers W ← √(d/(d-1)) W diag(gain) Q, b ← b + W shift, and the norm is RMS over d - 1 entries with
+    With Q of d rows and d - 1 columns, QᵀQ = I and Qᵀ1 = 0 (a Householder reflection, see `normfuse.streams.bases`): x = Qy,
+    writers W ← QᵀW, b ← Qᵀb, readers W ← √(d/(d-1)) W diag(gain) Q, b ← b + W shift, and the norm is RMS over d - 1 entries,
     eps ← eps·d/(d-1). The mean that LayerNorm subtracts vanishes with Qᵀ. `pre_crmsnorm_compressed` has the paper's form.
 
 Needs
@@ -49,11 +49,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.streams.bases import Rotated
 from normfuse.facts import Facts
 from normfuse.findings import Finding
-from normfuse.streams.narrowing import propose
 from normfuse.program import Program
+from normfuse.streams.bases import Rotated
+from normfuse.streams.narrowing import propose
 
 
 def pre_crmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:

@@ -26,11 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.streams.bases import Compressed
 from normfuse.facts import Facts
 from normfuse.findings import Finding
-from normfuse.streams.narrowing import propose
 from normfuse.program import Program
+from normfuse.streams.bases import Compressed
+from normfuse.streams.narrowing import propose
 
 
 def pre_crmsnorm_compressed(program: Program, facts: Facts) -> Iterator[Finding]:

@@ -50,11 +50,11 @@ from typing import Any
 from torch.fx import Node
 
 from normfuse.edits import Call, Expression, Ref, Reroute, SetTensor
-from normfuse.streams.establish import Obstacle, Region, center
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program
 from normfuse.rules import rank
+from normfuse.streams.establish import Obstacle, Region, center
 from normfuse.views import Norm, arguments, aten, dtype, shape
 
 

@@ -32,10 +32,10 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
-from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding, Refusal
+from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.folding.dissolve import dissolve
 from normfuse.program import Program
 from normfuse.views import Norm, aten
 

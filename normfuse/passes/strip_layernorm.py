@@ -43,16 +43,16 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
+from normfuse.edits import Call, Edit, Expression, Ref, Reroute
+from normfuse.facts import Facts
+from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.folding.absorb import Absorbed, Obstacle
 from normfuse.folding.affine import Affine, forms
 from normfuse.folding.centring import Centring, as_norm, blind, centrings, into_weights
 from normfuse.folding.dissolve import dissolve, told
-from normfuse.edits import Call, Edit, Expression, Ref, Reroute
-from normfuse.streams.establish import Region, center
-from normfuse.facts import Facts
-from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.program import Program, Site
 from normfuse.rules import rank
+from normfuse.streams.establish import Region, center
 from normfuse.views import Norm, dtype
 
 PUBLISHED_EPS = 1e8

@@ -29,10 +29,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.folding.affine import Affine, forms
-from normfuse.folding.dissolve import dissolve
 from normfuse.facts import Facts
 from normfuse.findings import Finding
+from normfuse.folding.affine import Affine, forms
+from normfuse.folding.dissolve import dissolve
 from normfuse.program import Program
 from normfuse.views import Norm
 

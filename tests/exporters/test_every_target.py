@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from normfuse import registry
-from normfuse.proof.cases import Case, cases
 from normfuse.exporting import compared
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
+from normfuse.proof.cases import Case, cases
 from tests.batch_norms import FOLDS
 from tests.exporters.agreement import excess
 from tests.models import TRAPS

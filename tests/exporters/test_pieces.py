@@ -1,4 +1,4 @@
-"""What ONNX Runtime cannot run in float64, torch does between the pieces that it can: every operator, and how they are joined."""
+"""What ONNX Runtime cannot run in float64, torch does between the pieces that it can: every operator, and the joints."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ pytest.importorskip("onnxscript")
 ort = pytest.importorskip("onnxruntime")
 
 IMAGE = (2, 4, 9, 8)
+
+
 class Attention(nn.Module):
     """Attention in one piece, from three parts of one input along its heads."""
 
@@ -64,7 +66,7 @@ MODULES: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "softplus": (nn.Softplus(), IMAGE, "Softplus"),
     "softsign": (nn.Softsign(), IMAGE, "Softsign"),
 }
-"""Modules, the size of an input, and the operator that they become; where torch.onnx spells one otherwise, ONNX is asked itself."""
+"""Modules, the size of an input, the operator that they become; where torch.onnx spells one otherwise, ONNX is asked itself."""
 
 
 def in_double(path: Path, *inputs: Tensor) -> list[Tensor]:

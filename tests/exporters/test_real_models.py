@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from normfuse import registry
 from normfuse.api import to_program
-from normfuse.proof.cases import Case, cases_for
 from normfuse.errors import ExportError
 from normfuse.exporting import compared
 from normfuse.inputs import Inputs
-from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
+from normfuse.proof.cases import Case, cases_for
 from tests.zoo import trained, trained_conv
 from tests.zoo.conv_models import CONV_ZOO, ConvModel
 from tests.zoo.models import ZOO, ZooModel

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from normfuse.stripping import attach, places
 from tests.zoo.spread import spread
 
 D, HEADS, CONTEXT, VOCABULARY = 16, 2, 8, 23
@@ -90,6 +92,43 @@ def tokens(seed: int = 1, batch: int = 4) -> Tensor:
 def batches(begin: int, end: int) -> Iterator[tuple[int, Tensor]]:
     """Steps and their batches: the batch depends on the step alone."""
     return ((step, tokens(100 + step)) for step in range(begin, end))
+
+
+def removed(model: Any, *inputs: Tensor, first_token: bool = False) -> Any:
+    """The model with every norm removed, each with a σ of its own."""
+    made = attach(model, places(model, inputs), first_token=first_token)
+    model.train()(*inputs)
+    for number, norm in enumerate(made.values()):
+        norm.running_sigma.mul_(1.0 + 0.1 * number)  # whatever σ is, it folds
+        norm.remove()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Removed:
+    """A GPT whose LayerNorms were removed: how it is made, and what it is called with."""
+
+    kind: str
+    options: dict[str, Any]
+    first_token: bool = False
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Positional inputs."""
+        return (tokens(batch=2),)
+
+    def module(self) -> Any:
+        """The module with spread weights, the same ones every time."""
+        return removed(gpt(self.kind, layers=1, **self.options), *self.inputs, first_token=self.first_token)
+
+
+REMOVED = {
+    "removed": Removed("fused", {}),
+    "removed, no shifts": Removed("three", {"bias": False}),
+    "removed, per head": Removed("per head", {}),
+    "removed, tied head": Removed("functional", {"tied": True}),
+    "removed, first token": Removed("eager", {}, first_token=True),
+}
 
 
 def next_token_loss(model: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:

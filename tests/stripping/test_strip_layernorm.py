@@ -19,20 +19,9 @@ from normfuse.passes.strip_layernorm import with_sigmas
 from normfuse.planner import plan
 from normfuse.program import Program
 from normfuse.registry import Pass
-from normfuse.stripping import attach, places
 from normfuse.stripping.removal import TooCostly
-from tests.stripping.models import KINDS, D, gpt, tokens
+from tests.stripping.models import KINDS, D, gpt, removed, tokens
 from tests.zoo.spread import spread
-
-
-def removed(model: Any, *inputs: Tensor, first_token: bool = False) -> Any:
-    """The model with every norm removed, each with a σ of its own."""
-    made = attach(model, places(model, inputs), first_token=first_token)
-    model.train()(*inputs)
-    for number, norm in enumerate(made.values()):
-        norm.running_sigma.mul_(1.0 + 0.1 * number)  # whatever σ is, it folds
-        norm.remove()
-    return model.eval()
 
 
 def operators(program: Program) -> Counter[str]:
