@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
 from normfuse.exporters.extras import package
-from normfuse.atomic import write_atomically
 from normfuse.program import Program, quiet
 from normfuse.proof.artifacts import Artifact, Port
 

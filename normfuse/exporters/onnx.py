@@ -35,12 +35,12 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
+from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError, NormfuseWarning
 from normfuse.exporters import spelled
 from normfuse.exporters.deployed import deployed, in_float32, with_operators
 from normfuse.exporters.extras import package
 from normfuse.exporters.onnxruntime import Array, as_array, first_line
-from normfuse.atomic import write_atomically
 from normfuse.program import Program, Site, quiet
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 25

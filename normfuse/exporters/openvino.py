@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx
 from normfuse.exporters.extras import package
-from normfuse.atomic import write_atomically
 from normfuse.program import Program
 from normfuse.proof.artifacts import Artifact, Port, Run
 

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import kernels, onnx
 from normfuse.exporters.extras import package
 from normfuse.exporters.kernels import Kernel, NormKernels
 from normfuse.interpret import flat_inputs, user_inputs
-from normfuse.atomic import write_atomically
 from normfuse.program import Program, Site
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.views import is_tensor, shape
