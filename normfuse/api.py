@@ -17,7 +17,8 @@ from torch.export import ExportedProgram
 
 from normfuse import living, spelling
 from normfuse.atomic import write_atomically
-from normfuse.errors import CannotApply, InputError, NormfuseError
+from normfuse.errors import CannotApply, InputError, NormfuseError, one_of
+from normfuse.escaping import escaped
 from normfuse.facts import analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, as_inputs, found_on
@@ -289,6 +290,7 @@ class Inspection:
 
     def render(self) -> Iterator[RenderableType]:
         """The inspection for a terminal: a row per norm, then the reasons, then the counts."""
+        self = escaped(self)
         yield Text(self.model, style="bold")
         yield ""
         if not self.norms:
@@ -377,9 +379,7 @@ def _traced(module: nn.Module, given: Inputs) -> Program:
 
 
 def _tracer(mode: str) -> Tracer:
-    if mode not in ("deploy", "live"):
-        raise NormfuseError(f"there is no mode '{mode}'", hint="the modes are: deploy, live")
-    return living.traced_as_set if mode == "live" else _traced
+    return living.traced_as_set if one_of(mode, ("deploy", "live"), "mode") == "live" else _traced
 
 
 def _deployed(result: Result) -> Result:
@@ -452,10 +452,7 @@ def _names(passes: Any) -> list[str]:
 
 
 def _claim(name: str) -> Claim:
-    try:
-        return Claim[name.upper()]
-    except KeyError as error:
-        raise NormfuseError(f"there is no claim '{name}'", hint="exact, rounding or approximate") from error
+    return Claim[one_of(str(name).lower(), [each.name.lower() for each in Claim], "claim").upper()]
 
 
 def _kinds(program: Program) -> dict[str, int]:

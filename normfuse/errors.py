@@ -17,17 +17,26 @@ A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a val
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+from normfuse.escaping import escaped
 
 
 class NormfuseError(Exception):
-    """Base of all errors that normfuse raises on purpose; ``str()`` is one plain line, ``hint`` says what to do next."""
+    """Base of all errors that normfuse raises on purpose; ``str()`` is one plain line, ``hint`` says what to do next.
+
+    A traceback shows the hint as well. Names from files are escaped in both.
+    """
 
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(escaped(message))
+        self.hint = hint and escaped(hint)
+        if self.hint:
+            self.add_note(f"hint: {self.hint}")
 
 
 class LoadError(NormfuseError):
@@ -78,6 +87,35 @@ class VerificationFailed(NormfuseError):
 
 class NormfuseWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a word that is none of those known: the nearest of them, or all."""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, cutoff=0.5)
+    return (
+        f"did you mean {' or '.join(by_lower[each] for each in near)}?" if near else f"there are {', '.join(by_lower.values())}"
+    )
+
+
+def one_of(word: str, known: Iterable[str], what: str) -> str:
+    """The word, if it is known.
+
+    Args:
+        word: what the user asked for.
+        known: what there is.
+        what: what the words name, such as ``pass``.
+
+    Raises:
+        InputError: it is not; the hint names the nearest.
+    """
+    known = list(known)
+    if word not in known:
+        raise InputError(f"there is no {what} '{word}'", hint=did_you_mean(str(word), known))
+    return word
 
 
 def first_line(error: BaseException) -> str:

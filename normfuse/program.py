@@ -26,6 +26,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
+from normfuse.atomic import late_errors
 from normfuse.errors import TraceError, first_line
 from normfuse.formula import Formula, rounded
 
@@ -250,8 +251,8 @@ class Program:
 
     def save(self, path: Path) -> None:
         """Write the baked program as ``.pt2``; `torch.export.load` opens it without normfuse."""
-        with quiet():
-            torch.export.save(self.baked().exported, path)
+        with quiet(), late_errors(path) as stream:
+            torch.export.save(self.baked().exported, stream)
 
 
 def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignature:

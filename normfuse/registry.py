@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import normfuse.passes
-from normfuse.errors import NormfuseError
+from normfuse.errors import one_of
 from normfuse.facts import Facts
 from normfuse.findings import Finding
 from normfuse.program import Program
@@ -67,11 +67,9 @@ def find(name: str) -> Pass:
     """The pass of this name.
 
     Raises:
-        NormfuseError: there is none.
+        InputError: there is none.
     """
-    if name not in passes():
-        raise NormfuseError(f"there is no pass '{name}'", hint=f"the passes are: {', '.join(passes())}")
-    return passes()[name]
+    return passes()[one_of(name, passes(), "pass")]
 
 
 @cache

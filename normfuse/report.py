@@ -7,7 +7,6 @@ A report must fit a terminal, so norms that share a fate share an entry, under a
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import textwrap
@@ -23,6 +22,7 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from normfuse.escaping import escaped, json_text
 from normfuse.findings import Refusal, Rewrite
 from normfuse.planner import Plan
 from normfuse.program import Site
@@ -99,10 +99,11 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     def render(self) -> Iterator[RenderableType]:
         """The report for a terminal, top down: rewrites, refusals, norms, evidence."""
+        self = escaped(self)
         yield Text(f"{self.model}: {', '.join(self.plan.passes)}", style="bold")
         yield ""
         if rewrites := list(self.plan.rewrites):
@@ -216,6 +217,7 @@ def _ranges(numbers: Sequence[str]) -> str:
 
 def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
     """The three levels of evidence, a line each."""
+    evidence = escaped(evidence)
     grid = Table.grid(padding=(0, 2))
     if evidence.structure is not None:
         problems = "; ".join(evidence.structure.problems) or "outputs and norms are as promised"
@@ -251,8 +253,8 @@ def differences_table(differences: Iterable[Difference]) -> Table:
 
 def html(lines: Iterable[RenderableType], title: str) -> str:
     """A page of its own with what a terminal would show."""
-    console = Console(record=True, file=io.StringIO(), width=140)
-    console.print(Text(title, "bold"))
+    console = Console(record=True, file=io.StringIO(), width=140, markup=False, emoji=False, highlight=False)
+    console.print(Text(escaped(title), "bold"))
     for line in lines:
         console.print(line)
     return console.export_html(inline_styles=True)
@@ -269,6 +271,7 @@ def junit(evidence: Evidence, name: str) -> str:
     ]
     rows += [(f"{each.case}, as stored", each.ok, f"off by {each.after:.1e}, the reference by {each.before:.1e}")
              for each in evidence.rounding]  # fmt: skip
+    name, rows = escaped(name), escaped(rows)
     suite = xml.Element("testsuite", name=name, tests=str(len(rows)), failures=str(sum(not ok for _, ok, _ in rows)))
     for label, ok, message in rows:
         case = xml.SubElement(suite, "testcase", classname=name, name=label)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.edits import SetTensor
-from normfuse.errors import NormfuseError, first_line
+from normfuse.errors import NormfuseError, first_line, one_of
 from normfuse.facts import analyze
 from normfuse.interpret import Weights, run
 from normfuse.planner import Plan
@@ -58,11 +58,9 @@ def checked_level(name: str) -> str:
     """The name of a verification level, if it is one.
 
     Raises:
-        NormfuseError: there is none of that name.
+        InputError: there is none of that name.
     """
-    if name not in LEVELS:
-        raise NormfuseError(f"there is no verification level '{name}'", hint=f"the levels are: {', '.join(LEVELS)}")
-    return name
+    return one_of(name, LEVELS, "verification level")
 
 
 def prove(

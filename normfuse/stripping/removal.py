@@ -8,7 +8,6 @@ other: it is the removal that is approximate, and what it costs is measured on t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ from torch import nn
 from normfuse.api import _kinds, to_program
 from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
+from normfuse.escaping import escaped, json_text
 from normfuse.findings import Claim
 from normfuse.inputs import Inputs
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
@@ -105,10 +105,11 @@ class StripReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     def render(self) -> Iterator[RenderableType]:
         """The report for a terminal: norms by cost, the folding, what it costs."""
+        self = escaped(self)
         table = plain_table("norm", "σ", "costs alone (nats)", "")
         for each in self.candidates:
             cost = "—" if each.cost is None else f"{each.cost:+.4f}"
