@@ -196,7 +196,7 @@ def _known_passes(_: click.Context, __: click.Parameter, names: tuple[str, ...])
 
     for name in names:
         if name != "all" and name not in passes():
-            raise InputError(f"there is no pass '{name}'", hint=did_you_mean(name, [*passes(), "all"]))
+            raise InputError(f"there is no pass '{name}'", hint=did_you_mean(name, [*passes(), "all"], "see normfuse passes"))
     return "all" if "all" in names else list(dict.fromkeys(names))
 
 
@@ -444,7 +444,8 @@ def explain(topic: str, as_json: bool) -> int:
         data = {"code": code, "pass": owner, "story": codes()[code]}
         text = f"{code}  ({owner or 'any pass'})\n\n{codes()[code]}"
     else:
-        raise InputError(f"there is no pass and no code '{topic}'", hint=did_you_mean(topic, [*passes(), *codes()]))
+        hint = did_you_mean(topic, [*passes(), *codes()], "see normfuse passes")
+        raise InputError(f"there is no pass and no code '{topic}'", hint=hint)
     return _tell(as_json, data, Text("\n".join(wrapped(text, min(Console().width, 120)))))
 
 

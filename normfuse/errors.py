@@ -92,13 +92,13 @@ class NormfuseWarning(UserWarning):
         super().__init__(escaped(message))
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for a word that is none of those known: the nearest of them, or all."""
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint for a word that is none of those known: the nearest of them, or else what is said otherwise, or all."""
     by_lower = {each.lower(): each for each in known}
     near = difflib.get_close_matches(word.lower(), by_lower, cutoff=0.5)
-    return (
-        f"did you mean {' or '.join(by_lower[each] for each in near)}?" if near else f"there are {', '.join(by_lower.values())}"
-    )
+    if near:
+        return f"did you mean {' or '.join(by_lower[each] for each in near)}?"
+    return otherwise or f"there are {', '.join(by_lower.values())}"
 
 
 def one_of(word: str, known: Iterable[str], what: str) -> str:
