@@ -30,6 +30,9 @@ from normfuse.atomic import late_errors
 from normfuse.errors import TraceError, first_line
 from normfuse.formula import Formula, rounded
 
+Trains = Callable[[nn.Module], bool]
+"""Whether a module is in training mode."""
+
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
 
@@ -79,25 +82,25 @@ class Program:
         kwargs: dict[str, Any] | None = None,
         dynamic_shapes: Any = None,
         *,
-        trains: Callable[[nn.Module], bool] = lambda module: False,
+        trains: Trains | None = None,
     ) -> Program:
         """Trace a module as it behaves at inference; its training flags and its config are put back afterwards.
 
-        A transformers model is traced without its key-value cache, which torch.export cannot return; a note says so.
+        A model in training mode is traced in evaluation mode. Where only parts of it are in training mode, they are meant to be
+        (Monte-Carlo dropout, statistics that adapt to the test data), and stay so. A transformers model is traced without its
+        key-value cache, which torch.export cannot return. Notes say so.
 
         Args:
             module: the trained model.
             args: example positional inputs.
             kwargs: example keyword inputs.
             dynamic_shapes: as for `torch.export.export`.
-            trains: which of its modules are in training mode while it is traced.
+            trains: which of its modules are in training mode while it is traced, whatever they are now.
 
         Raises:
             TraceError: torch.export could not trace the model.
         """
-        with at_inference(module) as notes, quiet():
-            for child in module.modules():
-                child.training = trains(child)
+        with at_inference(module, trains) as notes, quiet():
             try:
                 exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
             except Exception as error:  # torch.export raises anything that the user's forward raises
@@ -105,9 +108,6 @@ class Program:
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
                     hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
                 ) from error
-            finally:
-                for child in module.modules():
-                    child.training = False
         return cls.from_exported(exported, tuple(notes))
 
     @classmethod
@@ -306,24 +306,43 @@ def _source_line(stack_trace: str | None) -> str:
 
 
 @contextlib.contextmanager
-def at_inference(module: nn.Module) -> Iterator[list[str]]:
-    """The module with training off and no key-value cache; yields what to tell the user of it."""
-    training = [child for child in module.modules() if child.training]
-    was_training = module.training
-    configs = {id(config): config for child in module.modules() if (config := getattr(child, "config", None)) is not None}
+def at_inference(module: nn.Module, trains: Trains | None = None) -> Iterator[list[str]]:
+    """The module as it behaves at inference, and with no key-value cache; yields what to tell the user of it.
+
+    Args:
+        module: the model; its training flags and its configs are put back.
+        trains: which of its modules are in training mode, whatever they are now. None: those that are in training mode while
+            the model itself is not.
+    """
+    before, root = {child: child.training for child in module.modules()}, module.training
+    configs = {id(config): config for child in before if (config := getattr(child, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    notes = _told_of_training(module) if trains is None else []
     try:
-        for child in training:
-            child.training = False
+        for child, training in before.items():
+            child.training = training and not root if trains is None else trains(child)
         for config in caching:
             config.use_cache = False
-        notes = ["the model was in training mode; it was traced in evaluation mode"] if was_training else []
         yield notes + (["the model was traced without its key-value cache (config.use_cache)"] if caching else [])
     finally:
-        for child in training:
-            child.training = True
+        for child, training in before.items():
+            child.training = training
         for config in caching:
             config.use_cache = True
+
+
+def _told_of_training(module: nn.Module) -> list[str]:
+    """What the user should know of a model's training flags."""
+    if module.training:
+        return ["the model was in training mode; it was traced in evaluation mode"]
+    kept: list[str] = []
+    for path, child in module.named_modules():
+        if child.training and not any(path.startswith(f"{outer}.") for outer in kept):
+            kept.append(path)
+    if not kept:
+        return []
+    some = ", ".join(f"'{path}'" for path in kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+    return [f"{some} in training mode inside a model in evaluation mode: kept so; model.eval() sets all of it to evaluation mode"]
 
 
 @contextlib.contextmanager
