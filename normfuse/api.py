@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +18,13 @@ from normfuse import living, spelling
 from normfuse.atomic import write_atomically
 from normfuse.errors import CannotApply, InputError, NormfuseError, one_of
 from normfuse.escaping import escaped
-from normfuse.facts import analyze
+from normfuse.facts import Facts, analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, as_inputs, found_on
 from normfuse.live import tuning
 from normfuse.loading import load
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
+from normfuse.planner import Plan, plan, site_in
+from normfuse.program import Program, Site
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import Evidence, failed
 from normfuse.proof.proving import Progress, checked_level, prove
@@ -330,13 +329,18 @@ def inspect(
     name, program, _ = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     plans = {each: plan(program, [each]) for each in ALL}
     facts = analyze(program)
-    rows = tuple(_row(program, norm, facts, plans) for norm in facts.norms)
-    return Inspection(name, rows, dict(Counter(norm.kind for norm in facts.norms)), plan(program, list(plans)))
+    rows = [_row(program.site(norm.out), norm, plans, _seen_by(program, facts, norm)) for norm in facts.norms]
+    rows += [_row(site_in(body, norm.out), norm, plans, None) for body, norm in facts.norms_in_bodies]
+    return Inspection(name, tuple(rows), dict(facts.kinds), plan(program, list(plans)))
 
 
-def _row(program: Program, norm: Norm, facts: Any, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    site = program.site(norm.out)
+def _seen_by(program: Program, facts: Facts, norm: Norm) -> str | None:
+    """A reader that sees the mean of what a LayerNorm normalizes."""
     witness = facts.first_sight(norm.x, norm.axes[0]) if norm.kind == "layer_norm" and len(norm.axes) == 1 else None
+    return None if witness is None else "the caller" if witness.op == "output" else str(program.site(witness))
+
+
+def _row(site: Site, norm: Norm, plans: Mapping[str, Plan], seen_by: str | None) -> dict[str, Any]:
     return {
         **site.to_dict(),
         "kind": norm.kind,
@@ -345,7 +349,7 @@ def _row(program: Program, norm: Norm, facts: Any, plans: Mapping[str, Plan]) ->
         "eps": norm.eps,
         "gain": norm.gain is not None,
         "shift": norm.shift is not None,
-        "seen_by": None if witness is None else ("the caller" if witness.op == "output" else str(program.site(witness))),
+        "seen_by": seen_by,
         "passes": {each: fate for each, chosen in plans.items() if (fate := _fate(chosen, site.node))},
     }
 
@@ -456,7 +460,7 @@ def _claim(name: str) -> Claim:
 
 
 def _kinds(program: Program) -> dict[str, int]:
-    return dict(Counter(norm.kind for norm in analyze(program).norms))
+    return dict(analyze(program).kinds)
 
 
 class _Clock:

@@ -27,6 +27,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Graph, Node
 
 from normfuse.atomic import late_errors
+from normfuse.bodies import constants
 from normfuse.errors import TraceError, first_line
 from normfuse.formula import Formula, rounded
 
@@ -102,7 +103,7 @@ class Program:
         """
         with at_inference(module, trains) as notes, quiet():
             try:
-                exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
+                exported = _exported(module, args, kwargs or {}, dynamic_shapes)
             except Exception as error:  # torch.export raises anything that the user's forward raises
                 raise TraceError(
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
@@ -160,14 +161,7 @@ class Program:
     @cached_property
     def constant(self) -> frozenset[Node]:
         """Values that depend on stored tensors alone; those that the program updates and random numbers are none."""
-        constant: set[Node] = set()
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                if self.stored.get(node.name) not in {None, *self.written}:
-                    constant.add(node)
-            elif node.op != "output" and not _draws(node) and all(operand in constant for operand in node.all_input_nodes):
-                constant.add(node)
-        return frozenset(constant)
+        return constants(self.graph, {node: name for node, name in self.stored.items() if name not in self.written})
 
     def tensor(self, name: str) -> Tensor:
         """The original stored tensor of this name."""
@@ -255,6 +249,16 @@ class Program:
             torch.export.save(self.baked().exported, stream)
 
 
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._dynamo"):
+            raise
+        # dynamo traces the bodies of cond and its like, and knows the module's own tensors in them only in strict mode
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
+
+
 def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignature:
     """The old signature with the names of the graph's outputs as they are now."""
     (outputs,) = graph.output_node().args
@@ -272,12 +276,7 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
 
 def module_path(traced: str) -> str:
     """The path of a module as its model knows it, from an entry of a node's ``nn_module_stack``."""
-    return re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", traced))
-
-
-def _draws(node: Node) -> bool:
-    """Whether a call draws random numbers, other ones each time."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return re.sub(r"@\d+$", "", re.sub(r"^(L\['self'\]|_export_root\b)\.?", "", traced))
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -297,7 +296,8 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
 def _source_line(stack_trace: str | None) -> str:
     """The innermost frame that is not torch's own, as ``package/file.py:12``."""
     frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
-    own = [(file, line) for file, line in frames if "/torch/" not in file.replace("\\", "/")] or frames
+    own = [(file, line) for file, line in frames if "/torch/" not in file.replace("\\", "/") and "<" not in file]
+    own = own or frames
     if not own:
         return ""
     file, line = own[-1]
@@ -342,7 +342,9 @@ def _told_of_training(module: nn.Module) -> list[str]:
     if not kept:
         return []
     some = ", ".join(f"'{path}'" for path in kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
-    return [f"{some} in training mode inside a model in evaluation mode: kept so; model.eval() sets all of it to evaluation mode"]
+    return [
+        f"{some} in training mode inside a model in evaluation mode: kept so; model.eval() sets all of it to evaluation mode"
+    ]
 
 
 @contextlib.contextmanager

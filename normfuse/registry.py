@@ -28,11 +28,13 @@ class Pass:
         name: the module's name, which is also its function's.
         propose: yields rewrites and refusals; never changes anything.
         manual: the module's docstring.
+        norms: the kinds of norm that concern it, its module's ``NORMS``; None for all of them.
     """
 
     name: str
     propose: Callable[[Program, Facts], Iterator[Finding]]
     manual: str
+    norms: tuple[str, ...] | None = None
 
     @property
     def summary(self) -> str:
@@ -59,7 +61,8 @@ def passes() -> dict[str, Pass]:
         if module_info.name.startswith("_"):
             continue
         module = importlib.import_module(f"normfuse.passes.{module_info.name}")
-        found[module_info.name] = Pass(module_info.name, getattr(module, module_info.name), inspect.getdoc(module) or "")
+        propose, manual = getattr(module, module_info.name), inspect.getdoc(module) or ""
+        found[module_info.name] = Pass(module_info.name, propose, manual, getattr(module, "NORMS", None))
     return found
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -126,8 +125,8 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
 
 
 def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
-    before = Counter(norm.kind for norm in analyze(original).norms)
-    after = Counter(norm.kind for norm in analyze(rewritten).norms)
+    before = analyze(original).kinds
+    after = analyze(rewritten).kinds
     expected = plan.norms_after(before)
     problems = [
         f"{expected[kind]} {kind} were promised and {after[kind]} are there"
