@@ -28,6 +28,7 @@ from torch.fx import Graph, Node
 
 from normfuse.atomic import late_errors
 from normfuse.bodies import constants
+from normfuse.composites import composites
 from normfuse.errors import TraceError, first_line
 from normfuse.formula import Formula, rounded
 
@@ -115,11 +116,15 @@ class Program:
     def from_exported(cls, exported: ExportedProgram, notes: tuple[str, ...] = ()) -> Program:
         """Make a program functional (in-place ops, ``no_grad`` blocks) without decomposing linear, conv or norms.
 
+        Torch's other names of operators become those that we know (`normfuse.composites`).
         Placeholders of exactly the same tensor become one: torch.export merges names of one Parameter object, not a buffer
         or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
         """
         with quiet():
-            program = cls(exported.run_decompositions({}), notes=notes)
+            functional = exported.run_decompositions(composites(exported))
+            while further := composites(functional):  # composites are made of composites
+                functional = functional.run_decompositions(further)
+            program = cls(functional, notes=notes)
         first: dict[tuple[Any, ...], Node] = {}
         for node in program.graph.find_nodes(op="placeholder"):
             name = program.stored.get(node.name)
