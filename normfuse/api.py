@@ -26,7 +26,7 @@ from normfuse.loading import load
 from normfuse.planner import Plan, plan, site_in
 from normfuse.program import Program, Site
 from normfuse.proof.cases import cases_for
-from normfuse.proof.evidence import Evidence, failed
+from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
@@ -159,8 +159,7 @@ def rewrite(
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
     report = Report(name, chosen, evidence, before, after, clock.laps, (*original.notes, *spelling.notes(original, planned)))
-    if not evidence.ok:
-        raise failed(evidence, report)
+    checked(evidence, report)
     baked = rewritten.baked()
     clock.lap("write")
     return Result(baked, report, given, planned, _sources(model), mode)

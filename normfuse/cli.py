@@ -34,6 +34,7 @@ from normfuse.escaping import escaped, json_text
 
 if TYPE_CHECKING:
     from normfuse.inputs import Inputs
+    from normfuse.proof.evidence import Evidence
     from normfuse.report import Report
 
 YES, NO, CANNOT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141  # the last two as shells count SIGINT and SIGPIPE
@@ -343,6 +344,8 @@ def inspect(model: str, source: Source, as_json: bool) -> int:
 def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, source: Source, as_json: bool) -> int:
     """Compare the models A and B on ordinary and on hostile inputs; exit 1 if they are not the same function.
 
+    Exit 2 if nothing was compared, as where all outputs are NaN: that is neither a yes nor a no.
+
     Each may be a model file, an .onnx file, OpenVINO's .xml, an ExecuTorch .pte, a TensorRT engine or an AOTInductor package,
     and runs in its own runtime. Their weights may be rounded differently.
     """
@@ -353,17 +356,28 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
         given = source.inputs(next((each for each in (a, b) if not verification.is_exported(each)), a))
         evidence = verification.verify(a, b, given, trust_pickle=source.trust_pickle, progress=progress)
         parting = None
-        if bisects and not evidence.ok:
+        if bisects and evidence.verdict == "disproven":
             parting = verification.bisect(a, b, given, trust_pickle=source.trust_pickle)
         because = None if evidence.ok else evidence.complaint()
-        ending = Text(escaped(f"NOT equivalent: {because}"), "bold red") if because else Text("equivalent", "bold green")
+        ending = _answered(evidence)
         parts = [escaped(str(parting))] if parting else []
         lines = [*_rendered(evidence), report.differences_table(evidence.differences), "", *parts]
         _write_file(junit, report.junit(evidence, f"normfuse verify {a} {b}"))
         _write_file(html, report.html([*lines, ending], f"normfuse verify {a} {b}"))
-    data = {"a": a, "b": b, "equivalent": evidence.ok, "because": because, "evidence": evidence.to_dict()}
+    data = {"a": a, "b": b, "equivalent": evidence.ok, "verdict": evidence.verdict, "because": because}
+    data |= {"hint": evidence.missing.hint if evidence.missing else None, "evidence": evidence.to_dict()}
     data |= {"parts_at": parting.to_dict() if parting else None} if bisects else {}
-    return _tell(as_json, data, *lines, ending) or (NO if because else YES)
+    return _tell(as_json, data, *lines, ending) or {"proven": YES, "disproven": NO, "not compared": CANNOT}[evidence.verdict]
+
+
+def _answered(evidence: Evidence) -> Text:
+    """The last line of `verify`."""
+    if evidence.ok:
+        return Text("equivalent", "bold green")
+    if evidence.missing and evidence.verdict == "not compared":
+        said = f": {escaped(evidence.missing.reason)}\nhint: {escaped(evidence.missing.hint)}"
+        return Text.assemble(("NOT COMPARED", "bold yellow"), said)
+    return Text(escaped(f"NOT equivalent: {evidence.complaint()}"), "bold red")
 
 
 ONLY = {

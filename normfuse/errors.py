@@ -10,6 +10,7 @@
      ├─ ExportError          the target refused the program; names the node
      ├─ Diverged             the loss of a training without norms is no number (normfuse.stripping)
      └─ VerificationFailed   exit 1: the rewritten program is not the original; carries the report
+         ├─ NotCompared      exit 2: there was nothing to compare, so it is neither proven nor disproven
          └─ TooCostly        a removal costs more than the bound (normfuse.stripping.removal)
 
 A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a value.
@@ -83,6 +84,12 @@ class VerificationFailed(NormfuseError):
     def __init__(self, message: str, report: Any = None, *, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.report = report
+
+
+class NotCompared(VerificationFailed):
+    """Neither a yes nor a no: nothing was compared, or a level of the proof could not be run; ``report`` holds the evidence."""
+
+    exit_code = 2
 
 
 class NormfuseWarning(UserWarning):
