@@ -19,7 +19,7 @@ from normfuse import formula
 from normfuse.errors import InvalidPlan
 from normfuse.formula import Formula
 from normfuse.program import Program
-from normfuse.shapes import Shapes
+from normfuse.shapes import Shapes, fake_mode
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: Ne
         raise InvalidPlan(f"the plan makes the tensor '{edit.name}', which this model already has")
     like = program.reader_of(edit.like).meta["val"]  # not the tensor, which an earlier round may only have promised
     form = _sizes(program, edit.formula)
-    with next(iter(graph.nodes)).meta["val"].fake_mode:
+    with fake_mode(graph):
         value = torch.empty(form, dtype=like.dtype, device=like.device)
     last = max((node for node in graph.nodes if node.name in program.stored), key=_places(graph).__getitem__)
     with graph.inserting_after(last):
@@ -194,7 +194,7 @@ def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: Ne
 
 def _sizes(program: Program, new: Formula) -> tuple[int, ...]:
     """The sizes of a formula's value."""
-    with next(iter(program.graph.nodes)).meta["val"].fake_mode:
+    with fake_mode(program.graph):
         return tuple(formula.evaluate(new, lambda name: program.reader_of(name).meta["val"]).shape)
 
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.bodies import Body
 from normfuse.interpret import call, default_dtype
 from normfuse.program import Program
-from normfuse.rules import rank, varies_along
+from normfuse.rules import rank, same, same_sizes, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, operator_norm, shape, tensors_in
 
 ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
@@ -36,12 +35,8 @@ _ARITHMETIC = {
 _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9
 
 
-Code: TypeAlias = Program | Body
-"""A program's own graph, or one that an operator of it calls."""
-
-
-def norms_of(program: Code) -> tuple[Norm, ...]:
-    """Every norm of a program or of one body, in execution order."""
+def norms_of(program: Program) -> tuple[Norm, ...]:
+    """Every norm of a program, in execution order."""
     every = (operator_norm(node) for node in program.graph.nodes)
     by_operator = [norm for norm in every if norm is not None and norm.x not in program.constant]  # some standardize weights
     taken = {node for norm in by_operator for node in norm.inner}
@@ -57,12 +52,12 @@ def norms_of(program: Code) -> tuple[Norm, ...]:
     return tuple(sorted((*by_operator, *by_hand), key=lambda norm: order[norm.out]))
 
 
-def _offline(program: Code, node: Node) -> Norm | None:
+def _offline(program: Program, node: Node) -> Norm | None:
     """A product with, or a quotient by, the root of stored statistics along one axis: a norm that is a constant."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node in program.constant:
         return None
     x, y = (node.args[1], node.args[0]) if node.args[0] in program.constant else node.args
-    if not isinstance(x, Node) or not isinstance(y, Node) or y not in program.constant or shape(x) != shape(node):
+    if not isinstance(x, Node) or not isinstance(y, Node) or y not in program.constant or not same_sizes(x, node):
         return None
     axes = varies_along(y, node)
     eps = _root_of_statistics(y)
@@ -87,7 +82,7 @@ def _root_of_statistics(node: Node) -> float | None:
     return None
 
 
-def _around(program: Code, root: Node, order: Mapping[Node, int]) -> Norm | None:
+def _around(program: Program, root: Node, order: Mapping[Node, int]) -> Norm | None:
     """The norm that a root belongs to: the first result behind it that is proven to be one."""
     if root in program.constant:
         return None
@@ -112,7 +107,7 @@ def _results(root: Node) -> Iterator[Node]:
         for user in node.users:
             if user.target in _ARITHMETIC and user not in frontier and len(frontier) < _LIMIT:
                 frontier.append(user)
-                if shape(user) != shape(root):
+                if not same_sizes(user, root):
                     yield user
 
 
@@ -132,7 +127,7 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
             if isinstance(reduced, Node) and isinstance(dims, (list, tuple)) and len(dims) == 1:
                 axis = dims[0] % max(rank(reduced), 1)
                 sources = (reduced, *reduced.all_input_nodes)
-                candidates += [(s, axis) for s in sources if shape(s) == shape(out) and dtype(s) == dtype(out)]
+                candidates += [(s, axis) for s in sources if same_sizes(s, out) and dtype(s) == dtype(out)]
         if node.target in _ARITHMETIC | MEANS:
             frontier.extend(node.all_input_nodes)
     yield from dict.fromkeys(candidates)
@@ -142,7 +137,7 @@ Span: TypeAlias = tuple[frozenset[Node], frozenset[Node]]
 """Nodes between a value and a result, and the stored values that take part: numbers, and at most one gain."""
 
 
-def _between(program: Code, x: Node, out: Node, axis: int) -> Span | None:
+def _between(program: Program, x: Node, out: Node, axis: int) -> Span | None:
     """All nodes from x to a result; None when the result needs anything else than x, numbers and one gain."""
     inner: set[Node] = set()
     stored: set[Node] = set()
@@ -165,12 +160,12 @@ def _between(program: Code, x: Node, out: Node, axis: int) -> Span | None:
 
 
 def _is_number(node: Node) -> bool:
-    return all(size == 1 for size in shape(node))
+    return all(same(size, 1) for size in shape(node))
 
 
 def _varies_along(node: Node, x: Node, axis: int) -> bool:
     own = axis - (rank(x) - rank(node))
-    return own >= 0 and all((size == shape(x)[axis]) if place == own else size == 1 for place, size in enumerate(shape(node)))
+    return own >= 0 and all(same(size, shape(x)[axis] if place == own else 1) for place, size in enumerate(shape(node)))
 
 
 def _closed(inner: frozenset[Node], out: Node) -> bool:
@@ -179,7 +174,7 @@ def _closed(inner: frozenset[Node], out: Node) -> bool:
 
 
 def _prove(
-    program: Code, x: Node, out: Node, inner: list[Node], stored: frozenset[Node], axis: int
+    program: Program, x: Node, out: Node, inner: list[Node], stored: frozenset[Node], axis: int
 ) -> tuple[str, float] | None:
     """Kind and eps of ``out`` as gain ⊙ norm(x), if it is that for a gain drawn at random."""
     size = shape(x)[axis]
@@ -205,7 +200,7 @@ def _prove(
     return None
 
 
-def _value(program: Code, node: Node) -> Tensor | None:
+def _value(program: Program, node: Node) -> Tensor | None:
     """A number as it is stored, a vector at random: a gain must be one whatever its entries are."""
     if not _is_number(node):
         generator = torch.Generator().manual_seed(1)

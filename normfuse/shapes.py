@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
@@ -131,7 +132,19 @@ def _resized(form: Form, sizes: Mapping[int, int]) -> Form:
     return tuple(str(sizes.get(axis, size)) for axis, size in enumerate(form[0])), form[1]
 
 
-def fake_mode(graph: Graph) -> Any:
-    """The fake mode that the graph's values live in."""
+@contextlib.contextmanager
+def fake_mode(graph: Graph) -> Iterator[None]:
+    """The fake mode that the graph's values live in, where computing them lays no condition on dynamic sizes.
+
+    torch's fake calls compare sizes: a convolution asks whether the batch has 16 entries before it chooses a kernel. The answer
+    for the example would become a guard of the program, which then refuses every other size.
+    """
     values = (node.meta.get("val") for node in graph.nodes)
-    return next((value.fake_mode for value in values if hasattr(value, "fake_mode")), contextlib.nullcontext())
+    mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+    with contextlib.ExitStack() as inside:
+        if mode is not None:
+            inside.enter_context(mode)
+            if mode.shape_env is not None:
+                inside.enter_context(mode.shape_env.suppress_guards())
+                inside.enter_context(enable_python_dispatcher())  # as while tracing: kernels in C++ take sizes for numbers
+        yield

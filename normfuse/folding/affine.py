@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Expression, Ref, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Number, Read, is_formula
-from normfuse.rules import carries, rank, same, times_read, varies_along
+from normfuse.rules import carries, rank, same, same_sizes, times_read, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape
 
 Move: TypeAlias = tuple[str, tuple[Any, ...], str]
@@ -132,7 +132,7 @@ def _arithmetic(facts: Facts, node: Node, found: dict[Node, Affine]) -> Affine |
 
 
 def _with_constant(facts: Facts, node: Node, x: Any, y: Any, target: Any, found: dict[Node, Affine]) -> Affine | None:
-    if not is_tensor(x) or shape(x) != shape(node) or dtype(x) != dtype(node):
+    if not is_tensor(x) or not same_sizes(x, node) or dtype(x) != dtype(node):
         return None
     axis: int | None = None
     inner = frozenset({node})
@@ -193,7 +193,7 @@ def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None
     """BN(x) + αx: two affines of one value, in one layout, are one."""
     one, other = _of(x, found), _of(y, found)
     axes = {form.axis for form in (one, other)} - {None}
-    if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or not shape(x) == shape(y) == shape(node):
+    if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or not same_sizes(x, y, node):
         return None
     sign = Number(-1.0 if node.target is aten.sub.Tensor else 1.0)
     scale = Apply("add.Tensor", (one.scale or Number(1.0), product(other.scale, sign) or sign))

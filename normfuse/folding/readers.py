@@ -37,7 +37,7 @@ from normfuse.folding.averages import VALUES, why_no_mean
 from normfuse.folding.writers import axis_of_base, fold
 from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
 from normfuse.program import Program
-from normfuse.rules import METADATA, carries, rank, same, times_read
+from normfuse.rules import METADATA, carries, rank, same, same_sizes, times_read
 from normfuse.views import arguments, aten, is_tensor, shape, tensors_in
 
 CONDITION = 1e4
@@ -384,7 +384,7 @@ _RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 def _is_axis(node: Node, own: int, operand: Any, axis: int) -> bool:
     """Whether axis ``own`` of an elementwise result is that axis of an operand."""
-    return is_tensor(operand) and own - (rank(node) - rank(operand)) == axis and str(shape(operand)) == str(shape(node))
+    return is_tensor(operand) and own - (rank(node) - rank(operand)) == axis and same_sizes(operand, node)
 
 
 def well_conditioned(program: Program, scale: Formula) -> bool:

@@ -23,12 +23,10 @@ class Case:
     Attributes:
         name: what is special about it, for the report.
         flat: inputs in the order of `normfuse.interpret.flat_inputs`.
-        given: they are the user's own.
     """
 
     name: str
     flat: tuple[Any, ...]
-    given: bool = False
 
 
 def cases_for(program: Program, given: Inputs) -> Iterator[Case]:
@@ -40,7 +38,7 @@ def cases_for(program: Program, given: Inputs) -> Iterator[Case]:
 def further(given: Inputs, flat: Callable[[Inputs], Sequence[Any]]) -> Iterator[Case]:
     """The examples of a loader behind the first, which hostile cases are made of."""
     for place, each in enumerate(given.more, 2):
-        yield Case(f"example {place}", tuple(flat(each)), given=True)
+        yield Case(f"example {place}", tuple(flat(each)))
 
 
 def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
@@ -66,7 +64,7 @@ def cases_of(flat: Sequence[Any], limits: Sequence[int | None]) -> Iterator[Case
         flat: the user's inputs.
         limits: for each: the rows of the table that it indexes; None where it indexes none, or none is known.
     """
-    yield Case("as given", tuple(flat), given=True)
+    yield Case("as given", tuple(flat))
     for name, change in _HOSTILE.items():
         changed = tuple(change(value) if _is_float(value) else value for value in flat)
         if any(_is_float(value) for value in flat):

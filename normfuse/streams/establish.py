@@ -22,7 +22,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Edit, Ref, Reroute, SetTensor
 from normfuse.facts import Facts
 from normfuse.formula import Centered, Formula, Read, Scaled
-from normfuse.rules import carries, rank, same, spans, times_read
+from normfuse.rules import carries, rank, same, same_sizes, spans, times_read
 from normfuse.views import Norm, arguments, aten, dtype, shape, tensors_in
 
 Key: TypeAlias = tuple[Node, int]
@@ -142,7 +142,7 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
             continue
         vector = _vector_behind(facts, scale, axis - (rank(node) - rank(scale)))
         writers = _sole_writers(facts, branch, axis - (rank(node) - rank(branch)))
-        if vector is None or writers is None or shape(branch) != shape(node) or dtype(branch) != dtype(node):
+        if vector is None or writers is None or not same_sizes(branch, node) or dtype(branch) != dtype(node):
             continue
         stored = facts.program.stored
         tensors = [(stored[writer.name], dim) for writer, dim in writers if writer.op == "placeholder"]

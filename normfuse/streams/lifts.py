@@ -20,7 +20,7 @@ from normfuse.folding.absorb import LAYERS, Obstacle, channel, is_transposed, pa
 from normfuse.folding.affine import constant, product, total
 from normfuse.folding.readers import PRODUCTS, Debt
 from normfuse.formula import Apply, Formula, Number
-from normfuse.rules import carries, rank, same, times_read, varies_along
+from normfuse.rules import carries, rank, same, same_sizes, times_read, varies_along
 from normfuse.streams.widths import follows
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor, shape, tensors_in
 
@@ -116,7 +116,7 @@ class _Walk:
                 return self._layer(node, a, self.debts[x])
             if node.target in _PRODUCTS and a[_PRODUCTS[node.target][0]] is x:
                 return self._product(node, a, self.debts[x])
-            if node.target in _ARITHMETIC and a.get("alpha", 1) == 1 and shape(x) == shape(node) and dtype(x) == dtype(node):
+            if node.target in _ARITHMETIC and a.get("alpha", 1) == 1 and same_sizes(x, node) and dtype(x) == dtype(node):
                 other = a["other"] if a["self"] is x else a["self"]
                 if other in self.facts.constant or isinstance(other, (int, float)):
                     return self._constant(node, x, other, is_first=a["self"] is x)
