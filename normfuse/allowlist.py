@@ -1,33 +1,26 @@
 """What a model file may name: the rules behind "loading never executes a stranger's code".
 
-A pickle is a program whose only words are names and calls. torch's weights-only unpickler refuses every name that it
-is not told about; this file decides, name by name, what it is told, by rule and not by model:
+A pickle is a program whose only words are names and calls. What it calls is `constructors`' and `building`'s matter: a
+closed table, whatever the names are. This file decides, name by name, which classes and functions of installed packages a
+file may have at all, by rule and not by model:
 
     module classes      any `nn.Module` class of an installed package; of torch itself only `torch.nn` and `torch.ao.nn`
-    settings classes    dataclasses, enums, transformers' configs: classes that do nothing when an instance is made
+    settings classes    dataclasses, enums, transformers' configs: classes that hold values
     tensor functions    `torch.nn.functional.*` and the builtins behind it, such as `torch._C._nn.gelu`
-    plain containers    `functools.partial`, `argparse.Namespace`, `collections.defaultdict`, `list`, `int`, …
 
 A name outside an installed package is refused before anything is imported: neither the working directory nor
 `__main__` is a package, and a folder there that shadows an installed package is found out by its place on the disk.
 
-What an allowed class may then do. The unpickler knows three verbs: NEWOBJ (make an empty instance), BUILD (fill it,
-through `__setstate__` where there is one) and REDUCE (call). Pickled modules need the first two only, but a hostile
-file could REDUCE a class, and so run any installed constructor with its own arguments: some of them download, or load
-another pickle. So the unpickler gets a `Blueprint` in place of the class, which can be instantiated and not called.
-`torch.nn.modules` classes are passed as they are: modules keep them as values (`norm_layer`), and their constructors
-only allocate. Enums, partial and the builtins above are called by honest pickles, and calling them is harmless; what a
-partial holds is itself under these rules and is not called while loading.
+While a file is read, classes and functions are values that nothing calls. Afterwards a module's own forward may call what
+it holds: tensor functions and the classes of `torch.nn.modules`, whose constructors only allocate, can be called then; any
+other class is an `Inert` name, which refuses.
 
-What remains: `__setstate__` and a module's forward are code of installed packages that runs on the file's data, while
-loading too (torch's own `_rebuild_from_type_v2`, which is always allowed, calls what it is given, and that can be a
-module). Nothing here judges that code, only whose it is.
+What remains: a module's forward is code of an installed package that runs on the file's data when the model is traced.
+Nothing here judges that code, only whose it is, and that its class and its settings cannot be turned into others.
 """
 
 from __future__ import annotations
 
-import argparse
-import collections
 import dataclasses
 import enum
 import functools
@@ -39,7 +32,6 @@ import json
 import re
 import site
 import sys
-import types
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -68,36 +60,25 @@ class Broken(Exception):
         super().__init__(f"{module}, which is installed but cannot be imported here ({reason})")
 
 
-class Blueprint:
-    """An installed class as the unpickler sees it: instances can be made and filled, the class cannot be called.
+class Inert:
+    """A class that a file names as a value: it can be held, saved and printed, and not called."""
 
-    The unpickler says ``cls.__new__(cls, *args)`` to make an instance, and compares its type with what it may fill.
-    Making one is always ``object.__new__``, so a class's own ``__new__`` does not run either.
-    """
-
-    def __init__(self, cls: type) -> None:
-        self.cls = cls
-        self.__dict__["__new__"] = lambda _blueprint, *_arguments: object.__new__(cls)
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: this is what REDUCE does."""
-        raise NotAllowed(f"a call of {self.cls.__module__}.{self.cls.__qualname__}()")
+        """Refuse."""
+        raise NotAllowed(f"a call of {self.name}()")
 
-    def __eq__(self, other: object) -> bool:
-        return other is self.cls or (isinstance(other, Blueprint) and other.cls is self.cls)
-
-    def __hash__(self) -> int:
-        return hash(self.cls)
+    def __repr__(self) -> str:
+        return f"<{self.name}, which cannot be called>"
 
 
-PLAIN: dict[str, Any] = {
-    "argparse.Namespace": argparse.Namespace,
-    "types.SimpleNamespace": types.SimpleNamespace,
-    "collections.defaultdict": collections.defaultdict,
-    "collections.deque": collections.deque,
-    "functools.partial": functools.partial,
-    **{f"builtins.{kind.__name__}": kind for kind in (bool, int, float, str, list, tuple, dict, frozenset, slice)},
-}
+def name_of(cls: type) -> str:
+    """The full name of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 # Modules of C functions from tensors to tensors. `torch` itself is not among them: it has load, save and from_file.
 TENSOR_BUILTINS = frozenset({"torch._C._nn", "torch._C._fft", "torch._C._special", "torch._C._linalg"})
 SETTINGS_BASES = frozenset(
@@ -112,14 +93,14 @@ PACKAGING_TOOLS = frozenset({"pip", "setuptools", "pkg_resources", "_distutils_h
 CODE_CARRIERS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 
-def resolve(names: Iterable[str]) -> list[Any]:
-    """What to hand to `torch.serialization.safe_globals` for the names that a pickle uses.
+def resolve(names: Iterable[str]) -> dict[str, Any]:
+    """The class or function behind each name that a file uses.
 
     Raises:
         NotAllowed: with all names that no rule allows. Unless every name's package is installed, nothing is imported.
         Broken: a package that is needed cannot be imported.
     """
-    installed = {name: name in PLAIN or is_installed(name.rpartition(".")[0]) for name in sorted(set(names))}
+    installed = {name: is_installed(name.rpartition(".")[0]) for name in sorted(set(names))}
     judged = [
         name
         for name, known in installed.items()
@@ -136,7 +117,7 @@ def resolve(names: Iterable[str]) -> list[Any]:
         raise NotAllowed(*strangers)
     if broken is not None:
         raise broken
-    return [(thing, name) for name, thing in found.items()]
+    return found
 
 
 def is_installed(module: str) -> bool:
@@ -191,31 +172,28 @@ def _sources(distributions: Iterable[str], sites: list[Path]) -> list[Path]:
 
 
 def _permitted(name: str) -> Any | None:
-    """The thing behind `name` as the unpickler may have it; None where no rule allows it."""
-    if name in PLAIN:
-        return PLAIN[name]
+    """The class or function behind `name`; None where no rule allows it."""
     module, _, attribute = name.rpartition(".")
     try:
         thing = vars(importlib.import_module(module)).get(attribute)
     except (Exception, SystemExit) as error:  # an import may raise anything
         raise Broken(module, error) from error
     if isinstance(thing, type):
-        return _permitted_class(thing)
+        return thing if _is_permitted_class(thing) else None
     return thing if _is_tensor_function(thing, module) else None
 
 
-def _permitted_class(cls: type) -> Any | None:
+def _is_permitted_class(cls: type) -> bool:
+    if any("__del__" in vars(base) or vars(base).get("__slots__") for base in cls.__mro__[:-1]):
+        return False  # code that runs by itself, and places that an instance's __dict__ does not show
     if issubclass(cls, nn.Module):
-        if cls.__module__.startswith("torch.nn.modules."):
-            return cls
         inside = f"{cls.__module__}."
         ours = not inside.startswith("torch.") or inside.startswith(("torch.nn.", "torch.ao.nn."))
-        return Blueprint(cls) if ours and not issubclass(cls, CODE_CARRIERS) else None
+        return ours and not issubclass(cls, CODE_CARRIERS)
     if issubclass(cls, enum.Enum):
-        return cls if len(cls) else None  # an enum without members is a factory of classes
-    ancestors = {f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__}
-    acts = any(name in vars(base) for base in cls.__mro__ for name in ("__call__", "__setstate__", "__del__"))
-    return Blueprint(cls) if (dataclasses.is_dataclass(cls) or ancestors & SETTINGS_BASES) and not acts else None
+        return len(cls) > 0  # an enum without members is a factory of classes
+    acts = any(name in vars(base) for base in cls.__mro__ for name in ("__call__", "__setstate__"))
+    return (dataclasses.is_dataclass(cls) or bool({name_of(base) for base in cls.__mro__} & SETTINGS_BASES)) and not acts
 
 
 def _is_tensor_function(thing: Any, module: str) -> bool:

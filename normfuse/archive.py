@@ -28,7 +28,11 @@ from typing import Any
 
 import torch
 
+from normfuse import limits
 from normfuse.allowlist import is_installed
+from normfuse.constructors import check_extent
+from normfuse.limits import OverLimit
+from normfuse.pickles import Unreadable
 
 _WORD = re.compile(r"[\w.:/+-]*")
 _TREE_TEXT = re.compile(r"[\w. -]*")
@@ -75,17 +79,60 @@ def archive_strangers(reader: torch._C.PyTorchFileReader) -> Iterator[str]:
         elif holds_tensors and record.endswith(".pt"):
             yield f"the pickle {record}"
         elif record.startswith("models/") or (holds_tensors and record.endswith(".json")):
-            # Decoded as torch does: json.loads of bytes would guess at the encoding.
-            content = json.loads(reader.get_record(record).decode())
+            content = _json(reader, record)
             yield from _strangers(content)
             if holds_tensors:
                 yield from _pickled_payloads(content)
+                _check_payloads(reader, record.rpartition("/")[0], content)
+
+
+def check_version(reader: torch._C.PyTorchFileReader) -> None:
+    """Refuse programs that another generation of torch has written, in a line.
+
+    Raises:
+        Unreadable: torch cannot read this version of its format.
+    """
+    from torch._export.serde.schema import SCHEMA_VERSION
+    from torch.export.pt2_archive.constants import ARCHIVE_VERSION_PATH, ARCHIVE_VERSION_VALUE
+
+    hint = "export it again with this torch, or save it again with the one that wrote it"
+    known = ARCHIVE_VERSION_PATH in reader.get_all_records()
+    archived = reader.get_record(ARCHIVE_VERSION_PATH).decode() if known else "none"
+    if archived != ARCHIVE_VERSION_VALUE:
+        raise Unreadable(f"its archive has version {archived[:20]}, this torch reads {ARCHIVE_VERSION_VALUE}: {hint}")
+    for record in reader.get_all_records():
+        if record.startswith("models/"):
+            version = _json(reader, record)["schema_version"]
+            if version["major"] != SCHEMA_VERSION[0]:
+                said = f"{version['major']}.{version['minor']}"[:20]
+                raise Unreadable(f"its program has schema {said}, this torch reads {SCHEMA_VERSION[0]}: {hint}")
+
+
+def _json(reader: torch._C.PyTorchFileReader, record: str) -> Any:
+    if reader.get_record_size(record) > limits.PROGRAM_BYTES:
+        raise OverLimit(f"a program of {reader.get_record_size(record):,} bytes", "PROGRAM_BYTES")
+    # Decoded as torch does: json.loads of bytes would guess at the encoding.
+    return json.loads(reader.get_record(record).decode())
 
 
 def _pickled_payloads(content: Any) -> Iterator[str]:
     for payload in content["config"].values():
         if payload["use_pickle"] or not payload["path_name"].startswith(("weight_", "tensor_")):
             yield f"the pickle {payload['path_name']}"
+
+
+def _check_payloads(reader: torch._C.PyTorchFileReader, folder: str, content: Any) -> None:
+    """Tensors may not reach beyond what is stored of them, nor show it so often that it fills memory."""
+    from torch._export.serde.serialize import deserialize_scalar_type
+
+    for payload in content["config"].values():
+        meta = payload["tensor_meta"]
+        if payload["use_pickle"] or meta is None:
+            continue
+        stored = reader.get_record_size(f"{folder}/{payload['path_name']}")
+        size, stride = (tuple(extent["as_int"] for extent in meta[field]) for field in ("sizes", "strides"))
+        itemsize = deserialize_scalar_type(meta["dtype"]).itemsize
+        check_extent(size, stride, meta["storage_offset"]["as_int"], itemsize=itemsize, stored=stored)
 
 
 def _strangers(value: Any, key: str = "", *, in_node: bool = False) -> Iterator[str]:
@@ -141,11 +188,51 @@ def _is_operator(target: str) -> bool:
 
 def _is_expression(text: str, names: frozenset[str], methods: frozenset[str]) -> bool:
     """Whether `text` is arithmetic on these names: no other name, attribute or call, no comment and no second line."""
+    if len(text) > limits.EXPRESSION_CHARS:
+        raise OverLimit(f"a size of {len(text):,} characters", "EXPRESSION_CHARS")
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
-    return not set(text) & set('#"\\\n\r\f') and all(_is_arithmetic(node, names, methods) for node in ast.walk(tree))
+    if set(text) & set('#"\\\n\r\f') or not all(_is_arithmetic(node, names, methods) for node in ast.walk(tree)):
+        return False
+    if (bits := _bits(tree.body, 0)) > limits.EXPRESSION_BITS:
+        raise OverLimit(f"a size with numbers of {bits:,} bits", "EXPRESSION_BITS")
+    return True
+
+
+def _bits(node: ast.AST, depth: int) -> float:
+    """A bound on the bits of any number that evaluating this could make on the way, when each symbol has 32."""
+    if depth > limits.EXPRESSION_DEPTH:
+        raise OverLimit("a size is nested too deeply", "EXPRESSION_DEPTH")
+    parts = [_bits(child, depth + 1) for child in ast.iter_child_nodes(node) if not isinstance(child, _OPERATORS[:-1])]
+    match node:
+        case ast.Constant(value=bool() | int() | float() as value):
+            return abs(value).bit_length() if isinstance(value, int) else 64
+        case ast.BinOp(op=ast.Pow() | ast.LShift()):
+            return _power_bits(parts[0], node.left, node.right)
+        case ast.Call(func=ast.Name(id="Pow" | "PowByNatural" | "FloatPow" | "LShift"), args=[base, exponent, *_]):
+            return _power_bits(parts[1], base, exponent)
+        case ast.BinOp(op=ast.Mult()) | ast.Call(func=ast.Name(id="Mul")):
+            return sum(parts)
+        case ast.Name():
+            return 32 if _SYMBOL.fullmatch(node.id) else 0
+    return max(parts, default=0) + len(parts)
+
+
+def _power_bits(bits: float, base: ast.AST, exponent: ast.AST) -> float:
+    """Of a power or a shift: a number may only be raised to a small one that is written out."""
+    match exponent:
+        case ast.Call(func=ast.Name(id="Integer"), args=[inner]):
+            return _power_bits(bits, base, inner)
+        case ast.UnaryOp(op=ast.USub(), operand=inner):
+            return _power_bits(bits, base, inner)
+        case ast.Call(func=ast.Name(id="Rational"), args=[inner, _]):
+            return _power_bits(bits, base, inner)
+        case ast.Constant(value=int() | float() as value):
+            return max(bits, 1) * max(abs(value), 1)
+    # A literal base with a size as its exponent, such as 2**s0, is a number of a size's value in bits: without a bound.
+    return math.inf
 
 
 def _is_arithmetic(node: ast.AST, names: frozenset[str], methods: frozenset[str]) -> bool:

@@ -120,7 +120,7 @@ def test_models_of_the_usual_libraries_load(name: str, zoo: dict[str, Callable[[
     loaded = load(tmp_path / "model.pt")
     assert isinstance(loaded, nn.Module)
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
-    assert not [part for part in loaded.modules() for v in vars(part).values() if isinstance(v, allowlist.Blueprint)]
+    assert not [part for part in loaded.modules() for v in vars(part).values() if isinstance(v, allowlist.Inert)]
 
 
 def exported(path: Path) -> Path:
@@ -655,7 +655,6 @@ def folder(path: Path, *files: str) -> Path:
 NOT_A_MODEL: dict[str, tuple[Callable[[Path], Path], str]] = {
     "state dict": (lambda p: saved(p, tiny().state_dict()), "state dict"),
     "old state dict": (lambda p: legacy(p, tiny().state_dict()), "state dict"),
-    "old module": (lambda p: legacy(p, tiny()), "before 1.6"),
     "checkpoint": (lambda p: saved(p, {"state_dict": tiny().state_dict(), "epoch": 3}), "checkpoint .*state_dict, epoch"),
     "module in a dict": (lambda p: saved(p, {"epoch": 3, "model": tiny()}), "entry 'model' holds a model"),
     "tensor": (lambda p: saved(p, torch.ones(2)), "holds a Tensor"),
@@ -729,8 +728,14 @@ def test_an_unreadable_file_is_a_load_error(tmp_path: Path, monkeypatch: pytest.
     assert "Permission denied" in str(refused(path))
 
 
-def test_old_files_load_when_trusted(tmp_path: Path) -> None:
-    assert isinstance(load(legacy(tmp_path / "model", tiny()), trust_pickle=True), nn.Sequential)
+@pytest.mark.parametrize("trust", [False, True])
+def test_files_from_before_torch_1_6_load(trust: bool, tmp_path: Path) -> None:
+    model = tiny()
+    model[3].bias = model[1].bias = nn.Parameter(torch.randn(2))  # tied: one storage
+    loaded: Any = load(legacy(tmp_path / "model", model), trust_pickle=trust)
+    assert isinstance(loaded, nn.Sequential)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+    assert loaded[3].bias is loaded[1].bias
 
 
 def test_load_data_allows_no_names(tmp_path: Path) -> None:

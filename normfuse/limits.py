@@ -1,0 +1,63 @@
+"""How much of a stranger's file is read: each bound has a name, and can be raised.
+
+A file may not keep this machine busy or fill its memory, so everything that a few bytes could make large is bounded while
+it is read. No honest model comes near these bounds; one that does names the bound, which the environment raises, for one
+command or for good:
+
+    NORMFUSE_LIMIT_NESTING=500 normfuse inspect model.pt
+"""
+
+from __future__ import annotations
+
+import os
+
+MIB = 1 << 20
+
+
+class OverLimit(Exception):
+    """The file asks for more than a bound allows; ``limit`` is the bound's name."""
+
+    def __init__(self, what: str, limit: str) -> None:
+        super().__init__(f"{what}; the limit {limit} is {globals()[limit]:,}")
+        self.limit = limit
+
+    @property
+    def hint(self) -> str:
+        """How to raise the bound."""
+        return f"if you know where the file is from, raise it: NORMFUSE_LIMIT_{self.limit}=…"
+
+
+def _limit(name: str, default: int) -> int:
+    given = os.environ.get(f"NORMFUSE_LIMIT_{name}", "")
+    return int(given) if given.isascii() and given.isdigit() and len(given) < 19 else default
+
+
+PICKLE_BYTES = _limit("PICKLE_BYTES", 256 * MIB)
+"""Bytes of one pickle, without the tensors beside it."""
+
+PROGRAM_BYTES = _limit("PROGRAM_BYTES", 1024 * MIB)
+"""Bytes of one JSON text in a .pt2."""
+
+NESTING = _limit("NESTING", 200)
+"""How deep containers, modules and their states may lie in each other."""
+
+OCCURRENCES = _limit("OCCURRENCES", 1_000_000)
+"""Values in a file, each counted as often as it is reached: a list that holds one list twice holds its values twice."""
+
+INFLATION = _limit("INFLATION", 32)
+"""How many times its own size an archive may become when it is unpacked (beyond 64 MiB, which are always allowed)."""
+
+VIEW_BYTES = _limit("VIEW_BYTES", 1024 * MIB)
+"""Bytes of a tensor that shows the same stored values many times (expanded, stride 0), if it were written out."""
+
+INPUT_BYTES = _limit("INPUT_BYTES", 8192 * MIB)
+"""Bytes of all example inputs together, drawn or read."""
+
+EXPRESSION_CHARS = _limit("EXPRESSION_CHARS", 10_000)
+"""Characters of one size or guard in a .pt2."""
+
+EXPRESSION_DEPTH = _limit("EXPRESSION_DEPTH", 60)
+"""How deep one size or guard may be nested."""
+
+EXPRESSION_BITS = _limit("EXPRESSION_BITS", 1024)
+"""Bits of the largest number that a size or guard could come to, when each symbol in it has 32."""
