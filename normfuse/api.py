@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +16,17 @@ from torch.export import ExportedProgram
 
 from normfuse import living, spelling
 from normfuse.atomic import write_atomically
-from normfuse.errors import CannotApply, InputError, NormfuseError
-from normfuse.facts import analyze
+from normfuse.errors import CannotApply, InputError, NormfuseError, one_of
+from normfuse.escaping import escaped
+from normfuse.facts import Facts, analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, as_inputs, found_on
 from normfuse.live import tuning
 from normfuse.loading import load
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
+from normfuse.planner import Plan, plan, site_in
+from normfuse.program import Program, Site
 from normfuse.proof.cases import cases_for
-from normfuse.proof.evidence import Evidence, failed
+from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
@@ -159,8 +159,7 @@ def rewrite(
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
     report = Report(name, chosen, evidence, before, after, clock.laps, (*original.notes, *spelling.notes(original, planned)))
-    if not evidence.ok:
-        raise failed(evidence, report)
+    checked(evidence, report)
     baked = rewritten.baked()
     clock.lap("write")
     return Result(baked, report, given, planned, _sources(model), mode)
@@ -289,6 +288,7 @@ class Inspection:
 
     def render(self) -> Iterator[RenderableType]:
         """The inspection for a terminal: a row per norm, then the reasons, then the counts."""
+        self = escaped(self)
         yield Text(self.model, style="bold")
         yield ""
         if not self.norms:
@@ -328,13 +328,18 @@ def inspect(
     name, program, _ = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     plans = {each: plan(program, [each]) for each in ALL}
     facts = analyze(program)
-    rows = tuple(_row(program, norm, facts, plans) for norm in facts.norms)
-    return Inspection(name, rows, dict(Counter(norm.kind for norm in facts.norms)), plan(program, list(plans)))
+    rows = [_row(program.site(norm.out), norm, plans, _seen_by(program, facts, norm)) for norm in facts.norms]
+    rows += [_row(site_in(body, norm.out), norm, plans, None) for body, norm in facts.norms_in_bodies]
+    return Inspection(name, tuple(rows), dict(facts.kinds), plan(program, list(plans)))
 
 
-def _row(program: Program, norm: Norm, facts: Any, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    site = program.site(norm.out)
+def _seen_by(program: Program, facts: Facts, norm: Norm) -> str | None:
+    """A reader that sees the mean of what a LayerNorm normalizes."""
     witness = facts.first_sight(norm.x, norm.axes[0]) if norm.kind == "layer_norm" and len(norm.axes) == 1 else None
+    return None if witness is None else "the caller" if witness.op == "output" else str(program.site(witness))
+
+
+def _row(site: Site, norm: Norm, plans: Mapping[str, Plan], seen_by: str | None) -> dict[str, Any]:
     return {
         **site.to_dict(),
         "kind": norm.kind,
@@ -343,7 +348,7 @@ def _row(program: Program, norm: Norm, facts: Any, plans: Mapping[str, Plan]) ->
         "eps": norm.eps,
         "gain": norm.gain is not None,
         "shift": norm.shift is not None,
-        "seen_by": None if witness is None else ("the caller" if witness.op == "output" else str(program.site(witness))),
+        "seen_by": seen_by,
         "passes": {each: fate for each, chosen in plans.items() if (fate := _fate(chosen, site.node))},
     }
 
@@ -377,9 +382,7 @@ def _traced(module: nn.Module, given: Inputs) -> Program:
 
 
 def _tracer(mode: str) -> Tracer:
-    if mode not in ("deploy", "live"):
-        raise NormfuseError(f"there is no mode '{mode}'", hint="the modes are: deploy, live")
-    return living.traced_as_set if mode == "live" else _traced
+    return living.traced_as_set if one_of(mode, ("deploy", "live"), "mode") == "live" else _traced
 
 
 def _deployed(result: Result) -> Result:
@@ -452,14 +455,11 @@ def _names(passes: Any) -> list[str]:
 
 
 def _claim(name: str) -> Claim:
-    try:
-        return Claim[name.upper()]
-    except KeyError as error:
-        raise NormfuseError(f"there is no claim '{name}'", hint="exact, rounding or approximate") from error
+    return Claim[one_of(str(name).lower(), [each.name.lower() for each in Claim], "claim").upper()]
 
 
 def _kinds(program: Program) -> dict[str, int]:
-    return dict(Counter(norm.kind for norm in analyze(program).norms))
+    return dict(analyze(program).kinds)
 
 
 class _Clock:

@@ -47,7 +47,7 @@ from normfuse.errors import NormfuseError, NormfuseWarning, first_line
 from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.proof.cases import Case
-from normfuse.proof.evidence import failed
+from normfuse.proof.evidence import checked
 from normfuse.proof.proving import checked_level, prove
 from normfuse.refolded import Weights
 from normfuse.registry import find
@@ -152,9 +152,7 @@ def _rewritten(graph_module: GraphModule, inputs: Sequence[Any], chosen: Options
         after = made.apply(program)
         if chosen.verify != "none":
             flat = flat_inputs(program, [inputs[position] for position in captured.given])
-            evidence = prove(program, after, made, [Case("as given", tuple(flat))], level=chosen.verify)
-            if not evidence.ok:
-                raise failed(evidence, evidence)
+            checked(prove(program, after, made, [Case("as given", tuple(flat), given=True)], level=chosen.verify))
     counters["normfuse"]["norms rewritten"] += sum(len(each.sites) for each in made.rewrites)
     return captured.regraphed(after, inputs)
 

@@ -11,9 +11,7 @@ torch and everything that needs it is imported inside the commands, so that help
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
-import json
 import os
 import re
 import sys
@@ -31,10 +29,12 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from normfuse.errors import InputError, NormfuseError, NormfuseWarning, VerificationFailed
+from normfuse.errors import InputError, NormfuseError, NormfuseWarning, VerificationFailed, did_you_mean
+from normfuse.escaping import escaped, json_text
 
 if TYPE_CHECKING:
     from normfuse.inputs import Inputs
+    from normfuse.proof.evidence import Evidence
     from normfuse.report import Report
 
 YES, NO, CANNOT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141  # the last two as shells count SIGINT and SIGPIPE
@@ -68,15 +68,35 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
         return _complain(CANNOT, error.format_message(), f"{error.ctx.command_path} --help" if error.ctx else None, as_json)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            _trace(error)
         if isinstance(error, NormfuseError):
             return _complain(error.exit_code, str(error), error.hint, as_json, getattr(error, "report", None))
-        hint = "this is a bug of normfuse; please report it with what the same command says with --debug"
-        return _complain(CANNOT, f"{type(error).__name__}: {error}", hint, as_json)
+        return _complain(CANNOT, *_foreign(error), as_json)
+
+
+def _trace(error: Exception) -> None:
+    told = traceback.TracebackException.from_exception(error)
+    if isinstance(error, NormfuseError):
+        told.__notes__ = None  # type: ignore[attr-defined]  # the hint, which gets a line of its own
+    for line in "".join(told.format()).split("\n"):
+        print(escaped(line), file=sys.stderr)
+
+
+def _foreign(error: Exception) -> tuple[str, str]:
+    """What to say of an error that is not normfuse's own."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "there is not enough memory", "nothing was written; a smaller model or smaller inputs need less"
+    if isinstance(error, OSError) and error.strerror:
+        return (
+            f"{error.strerror}{f': {error.filename}' if error.filename else ''}",
+            "make room, or look at the permissions there",
+        )
+    hint = "this is a bug of normfuse; please report it with what the same command says with --debug"
+    return f"{type(error).__name__}: {error}", hint
 
 
 def _complain(code: int, error: str, hint: str | None, as_json: bool, report: Any = None) -> int:
-    error = " ".join(error.split())
+    error = escaped(" ".join(error.split()))
     if as_json:
         _write_json({"error": error, "hint": hint} | ({"report": report.to_dict()} if report else {}))
     elif report:
@@ -177,19 +197,13 @@ def _known_passes(_: click.Context, __: click.Parameter, names: tuple[str, ...])
 
     for name in names:
         if name != "all" and name not in passes():
-            raise NormfuseError(f"there is no pass '{name}'", hint=_did_you_mean(name, [*passes(), "all"]))
+            raise InputError(f"there is no pass '{name}'", hint=did_you_mean(name, [*passes(), "all"], "see normfuse passes"))
     return "all" if "all" in names else list(dict.fromkeys(names))
-
-
-def _did_you_mean(word: str, known: Iterable[str]) -> str:
-    by_lower = {each.lower(): each for each in known}
-    near = difflib.get_close_matches(word.lower(), by_lower, cutoff=0.5)
-    return f"did you mean {' or '.join(by_lower[each] for each in near)}?" if near else "see normfuse passes"
 
 
 def _check_writable(targets: Iterable[str | Path | None], sources: Iterable[str | None]) -> None:
     """Fail now rather than after minutes of proof: do all that `write_atomically` does, short of putting a file there."""
-    from normfuse.atomic import write_atomically
+    from normfuse.atomic import is_stream, write_atomically
 
     class Writable(Exception):
         """Stops the write where only the content is missing."""
@@ -201,18 +215,19 @@ def _check_writable(targets: Iterable[str | Path | None], sources: Iterable[str 
     kept, asked = ([Path(each) for each in paths if each] for paths in (sources, targets))
     if not all(each.exists() for each in kept):
         return  # whoever reads it has a better message
-    if len({each.resolve() for each in asked}) < len(asked):
-        raise InputError("two outputs have the same name", hint="give each its own")
     for target in asked:
         with contextlib.suppress(Writable):
             write_atomically(target, probe, never_over=kept)
+    files = [os.path.realpath(each) for each in asked if not is_stream(each)]
+    if len(set(files)) < len(files):
+        raise InputError("two outputs have the same name", hint="give each its own")
 
 
 def _write_file(path: str | None, text: str) -> None:
     from normfuse.atomic import write_atomically
 
     def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
     if path:
         write_atomically(Path(path), write)
@@ -293,7 +308,7 @@ def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool, drif
     """The exit code, and why no model is to be written (empty if it is)."""
     done = any(report.plan.rewrites)
     if drifted:
-        return NO, "\n".join(["--locked: the plan is another one; nothing written", *drifted])
+        return NO, "\n".join(["--locked: the plan is another one; nothing written", *escaped(drifted)])
     if strict and report.idle_passes and not (everything and done):
         return NO, f"--strict: {', '.join(report.idle_passes)} rewrote nothing; nothing written"
     if not done:
@@ -302,7 +317,7 @@ def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool, drif
 
 
 def _wrote(target: str, started: float) -> str:
-    return f"wrote {target} ({Path(target).stat().st_size / 1e6:.1f} MB) in {time.perf_counter() - started:.1f} s"
+    return escaped(f"wrote {target} ({Path(target).stat().st_size / 1e6:.1f} MB) in {time.perf_counter() - started:.1f} s")
 
 
 @main.command()
@@ -329,6 +344,8 @@ def inspect(model: str, source: Source, as_json: bool) -> int:
 def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, source: Source, as_json: bool) -> int:
     """Compare the models A and B on ordinary and on hostile inputs; exit 1 if they are not the same function.
 
+    Exit 2 if nothing was compared, as where all outputs are NaN: that is neither a yes nor a no.
+
     Each may be a model file, an .onnx file, OpenVINO's .xml, an ExecuTorch .pte, a TensorRT engine or an AOTInductor package,
     and runs in its own runtime. Their weights may be rounded differently.
     """
@@ -339,16 +356,28 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
         given = source.inputs(next((each for each in (a, b) if not verification.is_exported(each)), a))
         evidence = verification.verify(a, b, given, trust_pickle=source.trust_pickle, progress=progress)
         parting = None
-        if bisects and not evidence.ok:
+        if bisects and evidence.verdict == "disproven":
             parting = verification.bisect(a, b, given, trust_pickle=source.trust_pickle)
         because = None if evidence.ok else evidence.complaint()
-        ending = Text(f"NOT equivalent: {because}", "bold red") if because else Text("equivalent", "bold green")
-        lines = [*_rendered(evidence), report.differences_table(evidence.differences), "", *([str(parting)] * bool(parting))]
+        ending = _answered(evidence)
+        parts = [escaped(str(parting))] if parting else []
+        lines = [*_rendered(evidence), report.differences_table(evidence.differences), "", *parts]
         _write_file(junit, report.junit(evidence, f"normfuse verify {a} {b}"))
         _write_file(html, report.html([*lines, ending], f"normfuse verify {a} {b}"))
-    data = {"a": a, "b": b, "equivalent": evidence.ok, "because": because, "evidence": evidence.to_dict()}
+    data = {"a": a, "b": b, "equivalent": evidence.ok, "verdict": evidence.verdict, "because": because}
+    data |= {"hint": evidence.missing.hint if evidence.missing else None, "evidence": evidence.to_dict()}
     data |= {"parts_at": parting.to_dict() if parting else None} if bisects else {}
-    return _tell(as_json, data, *lines, ending) or (NO if because else YES)
+    return _tell(as_json, data, *lines, ending) or {"proven": YES, "disproven": NO, "not compared": CANNOT}[evidence.verdict]
+
+
+def _answered(evidence: Evidence) -> Text:
+    """The last line of `verify`."""
+    if evidence.ok:
+        return Text("equivalent", "bold green")
+    if evidence.missing and evidence.verdict == "not compared":
+        said = f": {escaped(evidence.missing.reason)}\nhint: {escaped(evidence.missing.hint)}"
+        return Text.assemble(("NOT COMPARED", "bold yellow"), said)
+    return Text(escaped(f"NOT equivalent: {evidence.complaint()}"), "bold red")
 
 
 ONLY = {
@@ -405,7 +434,7 @@ def export(model: str, target: str | None, output: str, opset: int, dry_run: boo
             refused = [str(each) for each in nodes if not each.supported]
             ending = f"TensorRT takes {len(nodes) - len(refused)} of {len(nodes)} operators"
             data: dict[str, Any] = {"model": model, "to": target, "operators": len(nodes), "refused": refused}
-            return _tell(as_json, data, *refused, Text(ending, "bold")) or (NO if refused else YES)
+            return _tell(as_json, data, *escaped(refused), Text(ending, "bold")) or (NO if refused else YES)
         evidence = exporting.export(model, output, to=target, opset=opset, inputs=example, trust_pickle=source.trust_pickle,
                                     **further)  # fmt: skip
     data = {"model": model, "to": target, "opset": opset, "written": output, "evidence": evidence.to_dict()}
@@ -429,7 +458,8 @@ def explain(topic: str, as_json: bool) -> int:
         data = {"code": code, "pass": owner, "story": codes()[code]}
         text = f"{code}  ({owner or 'any pass'})\n\n{codes()[code]}"
     else:
-        raise NormfuseError(f"there is no pass and no code '{topic}'", hint=_did_you_mean(topic, [*passes(), *codes()]))
+        hint = did_you_mean(topic, [*passes(), *codes()], "see normfuse passes")
+        raise InputError(f"there is no pass and no code '{topic}'", hint=hint)
     return _tell(as_json, data, Text("\n".join(wrapped(text, min(Console().width, 120)))))
 
 
@@ -458,7 +488,7 @@ def _working(what: str, doing: str = "proving: ") -> Iterator[Callable[[str, int
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
     with contextlib.redirect_stdout(sys.stderr), bar:
         task = bar.add_task(what, total=None)
-        yield lambda case, done, total: bar.update(task, description=f"{doing}{case}", completed=done, total=total)
+        yield lambda case, done, total: bar.update(task, description=escaped(f"{doing}{case}"), completed=done, total=total)
 
 
 def _tell(as_json: bool, data: Any, *parts: RenderableType) -> int:
@@ -476,7 +506,7 @@ def _rendered(answer: Any) -> Iterable[RenderableType]:
 
 
 def _show(*parts: RenderableType) -> None:
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     with console.capture() as caught:
@@ -486,19 +516,31 @@ def _show(*parts: RenderableType) -> None:
 
 
 def _write_json(data: Any) -> None:
-    _write(json.dumps(data, indent=2, allow_nan=False))
+    _write(json_text(data))
 
 
 def _write(text: str) -> None:
     try:
         click.echo(text)
-    except BrokenPipeError:  # the reader, such as head, has enough; nor shall the interpreter complain at its last flush
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise Exit(UNREAD) from None
+    except OSError as error:
+        _give_up(sys.stdout)
+        if isinstance(error, BrokenPipeError):  # the reader, such as head, has enough
+            raise Exit(UNREAD) from None
+        raise InputError(f"cannot write the answer: {error.strerror}", hint="make room where the output goes") from error
 
 
 def _say(kind: str, text: str, style: str) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(Text.assemble((f"{kind}:", style), f" {text}"))
+    line = Text.assemble((f"{kind}:", style), f" {escaped(text)}")
+    try:
+        Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(line)
+    except OSError:  # nobody reads what goes wrong either
+        _give_up(sys.stderr)
+
+
+def _give_up(stream: Any) -> None:
+    """Nothing more is written there, nor shall the interpreter complain at its last flush."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 from normfuse import cli_strip  # noqa: E402, F401 - more commands

@@ -15,6 +15,7 @@ import rich_click as click
 from rich.text import Text
 
 from normfuse.cli import NO, Command, _check_writable, _tell, _with_answer, _working, _write_file, _wrote, main
+from normfuse.escaping import escaped
 
 if TYPE_CHECKING:
     from normfuse.inputs import Inputs
@@ -63,7 +64,7 @@ def calibrate(
         found = calibration.calibrate(model, batches(), trust_pickle=trust_pickle, progress=progress)
         found.save(output)
     data_ = {**found.to_dict(), "written": output}
-    return _tell(as_json, data_, *found.render(), "", Text(f"wrote {output}", "bold"))
+    return _tell(as_json, data_, *found.render(), "", Text(escaped(f"wrote {output}"), "bold"))
 
 
 @main.command()

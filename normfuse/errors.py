@@ -10,6 +10,7 @@
      ├─ ExportError          the target refused the program; names the node
      ├─ Diverged             the loss of a training without norms is no number (normfuse.stripping)
      └─ VerificationFailed   exit 1: the rewritten program is not the original; carries the report
+         ├─ NotCompared      exit 2: there was nothing to compare, so it is neither proven nor disproven
          └─ TooCostly        a removal costs more than the bound (normfuse.stripping.removal)
 
 A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a value.
@@ -17,17 +18,26 @@ A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a val
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+from normfuse.escaping import escaped
 
 
 class NormfuseError(Exception):
-    """Base of all errors that normfuse raises on purpose; ``str()`` is one plain line, ``hint`` says what to do next."""
+    """Base of all errors that normfuse raises on purpose; ``str()`` is one plain line, ``hint`` says what to do next.
+
+    A traceback shows the hint as well. Names from files are escaped in both.
+    """
 
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(escaped(message))
+        self.hint = hint and escaped(hint)
+        if self.hint:
+            self.add_note(f"hint: {self.hint}")
 
 
 class LoadError(NormfuseError):
@@ -76,8 +86,43 @@ class VerificationFailed(NormfuseError):
         self.report = report
 
 
+class NotCompared(VerificationFailed):
+    """Neither a yes nor a no: nothing was compared, or a level of the proof could not be run; ``report`` holds the evidence."""
+
+    exit_code = 2
+
+
 class NormfuseWarning(UserWarning):
     """Something the user should know that does not stop the work."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escaped(message))
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint for a word that is none of those known: the nearest of them, or else what is said otherwise, or all."""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(word.lower(), by_lower, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(by_lower[each] for each in near)}?"
+    return otherwise or f"there are {', '.join(by_lower.values())}"
+
+
+def one_of(word: str, known: Iterable[str], what: str) -> str:
+    """The word, if it is known.
+
+    Args:
+        word: what the user asked for.
+        known: what there is.
+        what: what the words name, such as ``pass``.
+
+    Raises:
+        InputError: it is not; the hint names the nearest.
+    """
+    known = list(known)
+    if word not in known:
+        raise InputError(f"there is no {what} '{word}'", hint=did_you_mean(str(word), known))
+    return word
 
 
 def first_line(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -11,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.api import Given, Model, _sources, to_program
 from normfuse.atomic import proven_first
-from normfuse.errors import ExportError, InputError
+from normfuse.errors import ExportError, one_of
 from normfuse.exporters.deployed import deployed
 from normfuse.program import Program
 from normfuse.proof.cases import Case, cases_for
 from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
-from normfuse.proof.evidence import Evidence, failed
+from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.proving import Progress
 
 if TYPE_CHECKING:
@@ -69,13 +70,15 @@ def export(
     tried = cases_for(program, given)
     wanted = options if target in ("aoti", "executorch") else {"opset": opset, **options}
     exporter = importlib.import_module(f"normfuse.exporters.{target}")
+    known = [name for name, each in inspect.signature(exporter.export).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    for name in options:
+        one_of(name, known, f"option of {target}")
     written: list[Any] = []
     with proven_first(
         Path(path), lambda file: written.append(exporter.export(program, file, **wanted)), never_over=_sources(model)
     ) as file:
         evidence = compared(program, file, target, tried, opset=opset, progress=progress)
-        if not evidence.ok:
-            raise failed(evidence, evidence)
+        checked(evidence)
     told = (str(written[0]),) if target == "tensorrt" else ()
     return replace(evidence, notes=(*told, *evidence.notes))
 
@@ -153,6 +156,4 @@ def target_of(to: str | None, path: str | Path) -> str:
     """
     if to is None:
         to = next((name for name, suffix in TARGETS.items() if Path(path).suffix == suffix and name != "aoti"), "onnx")
-    if to not in TARGETS:
-        raise InputError(f"there is no target '{to}'", hint=f"the targets are: {', '.join(TARGETS)}")
-    return to
+    return one_of(to, TARGETS, "target")

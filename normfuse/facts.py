@@ -3,6 +3,7 @@
 facts.unseen[node]      axes along which no reader can see the mean of this value
 facts.centered[node]    axes along which the mean of this value is zero by construction
 facts.norms             every norm, hand-written ones included
+facts.norms_in_bodies   norms in what control flow runs, which are counted and stay
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import cached_property
 import torch
 from torch.fx import Node
 
+from normfuse.bodies import Body, bodies
 from normfuse.program import Program
 from normfuse.recognize import norms_of
 from normfuse.rules import carries, hides, rank
@@ -34,6 +36,16 @@ class Facts:
     def norms(self) -> tuple[Norm, ...]:
         """Every norm of the program in execution order."""
         return norms_of(self.program)
+
+    @cached_property
+    def norms_in_bodies(self) -> tuple[tuple[Body, Norm], ...]:
+        """Every norm inside a body (a branch of `torch.cond`, a step of a scan): counted, and never rewritten."""
+        return tuple((body, norm) for body in bodies(self.program) for norm in norms_of(body))
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many norms of each kind there are, in bodies too."""
+        return Counter(norm.kind for norm in (*self.norms, *(norm for _, norm in self.norms_in_bodies)))
 
     @cached_property
     def norm_at(self) -> dict[Node, Norm]:

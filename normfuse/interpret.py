@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
+from normfuse.bodies import draws
 from normfuse.errors import InputError
 from normfuse.formula import evaluate
 from normfuse.program import Program
@@ -86,35 +88,67 @@ def run_graph(
     Returns:
         The flat outputs.
     """
+    how = _How(wide, width, short, through)
+    with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else torch.get_default_dtype()):
+        torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
+        return list(_values(graph, lambda node: widened(fetch(node), width) if wide else fetch(node), how))
+
+
+@dataclass(frozen=True)
+class _How:
+    wide: bool
+    width: torch.dtype
+    short: bool
+    through: Callable[[Node, Any], Any] | None
+
+
+def _values(graph: Graph, fetch: Callable[[Node], Any], how: _How) -> Any:
+    """The outputs of a graph, be it a program's own or a body's."""
     last_reader: dict[Node, Node] = {}
     for node in graph.nodes:
         for operand in node.all_input_nodes:
             last_reader[operand] = node
     values: dict[Node, Any] = {}
-    with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else torch.get_default_dtype()):
-        torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
-        for node in graph.nodes:
-            for operand in node.all_input_nodes:
-                if operand.op == "placeholder" and operand not in values:
-                    values[operand] = widened(fetch(operand), width) if wide else fetch(operand)
-            if node.op == "output":
-                return list(map_arg(node.args[0], lambda each: values[each]))
-            if node.op == "get_attr":
-                values[node] = _attribute(graph, str(node.target))
-            elif node.op == "call_function" and node in last_reader:  # assertions have no reader
-                value = call(node, values, wide=wide, width=width, short=short)
-                values[node] = value if through is None else through(node, value)
-            for operand in node.all_input_nodes:
-                if last_reader[operand] is node:
-                    values.pop(operand, None)
+    for node in graph.nodes:
+        for operand in node.all_input_nodes:
+            if operand.op == "placeholder" and operand not in values:
+                values[operand] = fetch(operand)
+        if node.op == "output":
+            return map_arg(node.args[0], lambda each: values[each])
+        if node.op == "get_attr":
+            values[node] = _attribute(graph, node, how)
+        elif node.op == "call_function" and (node in last_reader or draws(node)):  # assertions have no reader
+            value = call(node, values, wide=how.wide, width=how.width, short=how.short)
+            values[node] = value if how.through is None or _is_batched(value) else how.through(node, value)
+        for operand in node.all_input_nodes:
+            if last_reader[operand] is node:
+                values.pop(operand, None)
     raise AssertionError("a graph without an output")
 
 
-def _attribute(graph: Graph, path: str) -> Any:
+def _is_batched(value: Any) -> bool:
+    """Whether a value stands for many, as in the functions of flex attention: random numbers cannot be put on those."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+def _attribute(graph: Graph, node: Node, how: _How) -> Any:
     value: Any = graph.owning_module
-    for part in path.split("."):
+    for part in str(node.target).split("."):
         value = getattr(value, part)
-    return value
+    if isinstance(value, GraphModule):
+        return _body(value.graph, how)
+    return widened(value, how.width) if how.wide else value
+
+
+def _body(graph: Graph, how: _How) -> Callable[..., Any]:
+    """A body as a function of its operands, run as the program itself is."""
+    placeholders = graph.find_nodes(op="placeholder")
+
+    def run_body(*operands: Any) -> Any:
+        outputs = _values(graph, dict(zip(placeholders, operands, strict=True)).__getitem__, how)
+        return tuple(outputs) if isinstance(outputs, (list, tuple)) else outputs
+
+    return run_body
 
 
 def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:

@@ -8,6 +8,9 @@ A pass reasons about values; the planner does not take its word for the tensors.
            ones never run unasked.
     NF103  The rewrite speaks of a node or a tensor that the program does not have, or reads a tensor that the program itself
            updates.
+    NF105  The norm is inside a body: a branch of `torch.cond`, a step of `while_loop`, `scan` or `map`, a function of flex
+           attention. Bodies are run and compared, but not rewritten. Take the norm out of the control flow, or rewrite the
+           branches as models of their own.
 
 A rewrite that touches what another one of the same round changes waits for the next round.
 """
@@ -20,8 +23,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch.fx import Node
+
 from normfuse import edits as editing
 from normfuse import formula as formulas
+from normfuse.bodies import Body
 from normfuse.edits import Edit, NewTensor, Reroute, Resize, SetTensor, apply
 from normfuse.errors import InvalidPlan
 from normfuse.facts import Facts, analyze
@@ -122,6 +128,7 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
     rounds: list[tuple[Rewrite, ...]] = []
     judged: list[Refusal] = []
     first_said: dict[tuple[str, str], Refusal] = {}
+    inside = tuple(refusal for each in chosen for refusal in _inside_bodies(each, analyze(program)))
     for _ in range(_ROUNDS):
         facts = analyze(program)
         accepted: list[Rewrite] = []
@@ -139,10 +146,24 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
             done = {site.node for earlier in rounds for each in earlier for site in each.sites}
             open_still = (refusal for refusal in judged if refusal.site.node not in done)
             stands = (each for each in dict.fromkeys((*refusals, *open_still)) if not _overtaken(each, rounds))
-            return Plan(names, tuple(rounds), tuple(stands))
+            return Plan(names, tuple(rounds), (*stands, *inside))
         rounds.append(tuple(accepted))
         program = _apply_round(program, tuple(accepted))
     raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
+
+
+def _inside_bodies(by: Pass, facts: Facts) -> Iterator[Refusal]:
+    """A refusal for every norm in a body that concerns a pass."""
+    for body, norm in facts.norms_in_bodies:
+        if by.norms is None or norm.kind in by.norms:
+            reason = f"it is inside a body of {body.by}, and bodies are not rewritten"
+            hint = "take it out of the control flow, or rewrite the branches as models of their own"
+            yield Refusal(by.name, site_in(body, norm.out), "NF105", reason, facts.program.site(body.call), hint)
+
+
+def site_in(body: Body, node: Node) -> Site:
+    """Where a node of a body comes from."""
+    return replace(body.program.site(node), node=f"{body.name}.{node.name}")
 
 
 def _overtaken(refusal: Refusal, rounds: Sequence[Sequence[Rewrite]]) -> bool:

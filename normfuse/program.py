@@ -26,8 +26,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
 from torch.fx import Graph, Node
 
+from normfuse.atomic import late_errors
+from normfuse.bodies import constants
+from normfuse.composites import composites
 from normfuse.errors import TraceError, first_line
 from normfuse.formula import Formula, rounded
+
+Trains = Callable[[nn.Module], bool]
+"""Whether a module is in training mode."""
 
 STORED = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
 
@@ -78,46 +84,46 @@ class Program:
         kwargs: dict[str, Any] | None = None,
         dynamic_shapes: Any = None,
         *,
-        trains: Callable[[nn.Module], bool] = lambda module: False,
+        trains: Trains | None = None,
     ) -> Program:
         """Trace a module as it behaves at inference; its training flags and its config are put back afterwards.
 
-        A transformers model is traced without its key-value cache, which torch.export cannot return; a note says so.
+        A model in training mode is traced in evaluation mode. Where only parts of it are in training mode, they are meant to be
+        (Monte-Carlo dropout, statistics that adapt to the test data), and stay so. A transformers model is traced without its
+        key-value cache, which torch.export cannot return. Notes say so.
 
         Args:
             module: the trained model.
             args: example positional inputs.
             kwargs: example keyword inputs.
             dynamic_shapes: as for `torch.export.export`.
-            trains: which of its modules are in training mode while it is traced.
+            trains: which of its modules are in training mode while it is traced, whatever they are now.
 
         Raises:
             TraceError: torch.export could not trace the model.
         """
-        with at_inference(module) as notes, quiet():
-            for child in module.modules():
-                child.training = trains(child)
+        with at_inference(module, trains) as notes, quiet():
             try:
-                exported = torch.export.export(module, args, kwargs or {}, dynamic_shapes=dynamic_shapes, strict=False)
+                exported = _exported(module, args, kwargs or {}, dynamic_shapes)
             except Exception as error:  # torch.export raises anything that the user's forward raises
                 raise TraceError(
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
                     hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
                 ) from error
-            finally:
-                for child in module.modules():
-                    child.training = False
         return cls.from_exported(exported, tuple(notes))
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram, notes: tuple[str, ...] = ()) -> Program:
         """Make a program functional (in-place ops, ``no_grad`` blocks) without decomposing linear, conv or norms.
 
+        Torch's other names of operators become those that we know (`normfuse.composites`).
         Placeholders of exactly the same tensor become one: torch.export merges names of one Parameter object, not a buffer
         or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
         """
         with quiet():
-            functional = exported.run_decompositions({})
+            functional = exported.run_decompositions(composites(exported))
+            while further := composites(functional):  # composites are made of composites
+                functional = functional.run_decompositions(further)
         # guards of a loaded file are known by their text alone, which torch does not hand on
         functional._guards_code = list(dict.fromkeys((*exported._guards_code, *functional._guards_code)))
         program = cls(functional, notes=notes)
@@ -162,14 +168,7 @@ class Program:
     @cached_property
     def constant(self) -> frozenset[Node]:
         """Values that depend on stored tensors alone; those that the program updates and random numbers are none."""
-        constant: set[Node] = set()
-        for node in self.graph.nodes:
-            if node.op == "placeholder":
-                if self.stored.get(node.name) not in {None, *self.written}:
-                    constant.add(node)
-            elif node.op != "output" and not _draws(node) and all(operand in constant for operand in node.all_input_nodes):
-                constant.add(node)
-        return frozenset(constant)
+        return constants(self.graph, {node: name for node, name in self.stored.items() if name not in self.written})
 
     def tensor(self, name: str) -> Tensor:
         """The original stored tensor of this name."""
@@ -255,8 +254,18 @@ class Program:
 
     def save(self, path: Path) -> None:
         """Write the baked program as ``.pt2``; `torch.export.load` opens it without normfuse."""
-        with quiet():
-            torch.export.save(self.baked().exported, path)
+        with quiet(), late_errors(path) as stream:
+            torch.export.save(self.baked().exported, stream)
+
+
+def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> ExportedProgram:
+    try:
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    except Exception as error:
+        if not type(error).__module__.startswith("torch._dynamo"):
+            raise
+        # dynamo traces the bodies of cond and its like, and knows the module's own tensors in them only in strict mode
+        return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
 
 
 def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignature:
@@ -276,12 +285,7 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
 
 def module_path(traced: str) -> str:
     """The path of a module as its model knows it, from an entry of a node's ``nn_module_stack``."""
-    return re.sub(r"@\d+$", "", re.sub(r"^L\['self'\]\.?", "", traced))
-
-
-def _draws(node: Node) -> bool:
-    """Whether a call draws random numbers, other ones each time."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return re.sub(r"@\d+$", "", re.sub(r"^(L\['self'\]|_export_root\b)\.?", "", traced))
 
 
 def _identity(tensor: Tensor) -> tuple[Any, ...]:
@@ -301,7 +305,8 @@ def _like(new: Tensor, old: Tensor) -> Tensor:
 def _source_line(stack_trace: str | None) -> str:
     """The innermost frame that is not torch's own, as ``package/file.py:12``."""
     frames: list[tuple[str, str]] = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
-    own = [(file, line) for file, line in frames if "/torch/" not in file.replace("\\", "/")] or frames
+    own = [(file, line) for file, line in frames if "/torch/" not in file.replace("\\", "/") and "<" not in file]
+    own = own or frames
     if not own:
         return ""
     file, line = own[-1]
@@ -310,24 +315,45 @@ def _source_line(stack_trace: str | None) -> str:
 
 
 @contextlib.contextmanager
-def at_inference(module: nn.Module) -> Iterator[list[str]]:
-    """The module with training off and no key-value cache; yields what to tell the user of it."""
-    training = [child for child in module.modules() if child.training]
-    was_training = module.training
-    configs = {id(config): config for child in module.modules() if (config := getattr(child, "config", None)) is not None}
+def at_inference(module: nn.Module, trains: Trains | None = None) -> Iterator[list[str]]:
+    """The module as it behaves at inference, and with no key-value cache; yields what to tell the user of it.
+
+    Args:
+        module: the model; its training flags and its configs are put back.
+        trains: which of its modules are in training mode, whatever they are now. None: those that are in training mode while
+            the model itself is not.
+    """
+    before, root = {child: child.training for child in module.modules()}, module.training
+    configs = {id(config): config for child in before if (config := getattr(child, "config", None)) is not None}
     caching = [config for config in configs.values() if getattr(config, "use_cache", None) is True]
+    notes = _told_of_training(module) if trains is None else []
     try:
-        for child in training:
-            child.training = False
+        for child, training in before.items():
+            child.training = training and not root if trains is None else trains(child)
         for config in caching:
             config.use_cache = False
-        notes = ["the model was in training mode; it was traced in evaluation mode"] if was_training else []
         yield notes + (["the model was traced without its key-value cache (config.use_cache)"] if caching else [])
     finally:
-        for child in training:
-            child.training = True
+        for child, training in before.items():
+            child.training = training
         for config in caching:
             config.use_cache = True
+
+
+def _told_of_training(module: nn.Module) -> list[str]:
+    """What the user should know of a model's training flags."""
+    if module.training:
+        return ["the model was in training mode; it was traced in evaluation mode"]
+    kept: list[str] = []
+    for path, child in module.named_modules():
+        if child.training and not any(path.startswith(f"{outer}.") for outer in kept):
+            kept.append(path)
+    if not kept:
+        return []
+    some = ", ".join(f"'{path}'" for path in kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+    return [
+        f"{some} in training mode inside a model in evaluation mode: kept so; model.eval() sets all of it to evaluation mode"
+    ]
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from normfuse.bodies import Body
 from normfuse.interpret import call, default_dtype
 from normfuse.program import Program
 from normfuse.rules import rank, same, same_sizes, varies_along
@@ -35,8 +36,12 @@ _ARITHMETIC = {
 _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9
 
 
-def norms_of(program: Program) -> tuple[Norm, ...]:
-    """Every norm of a program, in execution order."""
+Code: TypeAlias = Program | Body
+"""A program's own graph, or one that an operator of it calls."""
+
+
+def norms_of(program: Code) -> tuple[Norm, ...]:
+    """Every norm of a program or of one body, in execution order."""
     every = (operator_norm(node) for node in program.graph.nodes)
     by_operator = [norm for norm in every if norm is not None and norm.x not in program.constant]  # some standardize weights
     taken = {node for norm in by_operator for node in norm.inner}
@@ -52,7 +57,7 @@ def norms_of(program: Program) -> tuple[Norm, ...]:
     return tuple(sorted((*by_operator, *by_hand), key=lambda norm: order[norm.out]))
 
 
-def _offline(program: Program, node: Node) -> Norm | None:
+def _offline(program: Code, node: Node) -> Norm | None:
     """A product with, or a quotient by, the root of stored statistics along one axis: a norm that is a constant."""
     if node.target not in (aten.mul.Tensor, aten.div.Tensor) or node in program.constant:
         return None
@@ -82,7 +87,7 @@ def _root_of_statistics(node: Node) -> float | None:
     return None
 
 
-def _around(program: Program, root: Node, order: Mapping[Node, int]) -> Norm | None:
+def _around(program: Code, root: Node, order: Mapping[Node, int]) -> Norm | None:
     """The norm that a root belongs to: the first result behind it that is proven to be one."""
     if root in program.constant:
         return None
@@ -137,7 +142,7 @@ Span: TypeAlias = tuple[frozenset[Node], frozenset[Node]]
 """Nodes between a value and a result, and the stored values that take part: numbers, and at most one gain."""
 
 
-def _between(program: Program, x: Node, out: Node, axis: int) -> Span | None:
+def _between(program: Code, x: Node, out: Node, axis: int) -> Span | None:
     """All nodes from x to a result; None when the result needs anything else than x, numbers and one gain."""
     inner: set[Node] = set()
     stored: set[Node] = set()
@@ -174,7 +179,7 @@ def _closed(inner: frozenset[Node], out: Node) -> bool:
 
 
 def _prove(
-    program: Program, x: Node, out: Node, inner: list[Node], stored: frozenset[Node], axis: int
+    program: Code, x: Node, out: Node, inner: list[Node], stored: frozenset[Node], axis: int
 ) -> tuple[str, float] | None:
     """Kind and eps of ``out`` as gain ⊙ norm(x), if it is that for a gain drawn at random."""
     size = shape(x)[axis]
@@ -200,7 +205,7 @@ def _prove(
     return None
 
 
-def _value(program: Program, node: Node) -> Tensor | None:
+def _value(program: Code, node: Node) -> Tensor | None:
     """A number as it is stored, a vector at random: a gain must be one whatever its entries are."""
     if not _is_number(node):
         generator = torch.Generator().manual_seed(1)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import normfuse.passes
-from normfuse.errors import NormfuseError
+from normfuse.errors import one_of
 from normfuse.facts import Facts
 from normfuse.findings import Finding
 from normfuse.program import Program
@@ -28,11 +28,13 @@ class Pass:
         name: the module's name, which is also its function's.
         propose: yields rewrites and refusals; never changes anything.
         manual: the module's docstring.
+        norms: the kinds of norm that concern it, its module's ``NORMS``; None for all of them.
     """
 
     name: str
     propose: Callable[[Program, Facts], Iterator[Finding]]
     manual: str
+    norms: tuple[str, ...] | None = None
 
     @property
     def summary(self) -> str:
@@ -59,7 +61,8 @@ def passes() -> dict[str, Pass]:
         if module_info.name.startswith("_"):
             continue
         module = importlib.import_module(f"normfuse.passes.{module_info.name}")
-        found[module_info.name] = Pass(module_info.name, getattr(module, module_info.name), inspect.getdoc(module) or "")
+        propose, manual = getattr(module, module_info.name), inspect.getdoc(module) or ""
+        found[module_info.name] = Pass(module_info.name, propose, manual, getattr(module, "NORMS", None))
     return found
 
 
@@ -67,11 +70,9 @@ def find(name: str) -> Pass:
     """The pass of this name.
 
     Raises:
-        NormfuseError: there is none.
+        InputError: there is none.
     """
-    if name not in passes():
-        raise NormfuseError(f"there is no pass '{name}'", hint=f"the passes are: {', '.join(passes())}")
-    return passes()[name]
+    return passes()[one_of(name, passes(), "pass")]
 
 
 @cache

@@ -7,7 +7,6 @@ A report must fit a terminal, so norms that share a fate share an entry, under a
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import textwrap
@@ -23,11 +22,12 @@ from rich.console import Console, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from normfuse.escaping import escaped, json_text
 from normfuse.findings import Refusal, Rewrite
 from normfuse.planner import Plan
 from normfuse.program import Site
 from normfuse.proof.differences import Difference
-from normfuse.proof.evidence import Evidence
+from normfuse.proof.evidence import Evidence, Verdict, level_verdict
 
 T = TypeVar("T")
 Name: TypeAlias = tuple[tuple[str, ...], ...]
@@ -99,10 +99,11 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     def render(self) -> Iterator[RenderableType]:
         """The report for a terminal, top down: rewrites, refusals, norms, evidence."""
+        self = escaped(self)
         yield Text(f"{self.model}: {', '.join(self.plan.passes)}", style="bold")
         yield ""
         if rewrites := list(self.plan.rewrites):
@@ -216,23 +217,31 @@ def _ranges(numbers: Sequence[str]) -> str:
 
 def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
     """The three levels of evidence, a line each."""
+    evidence = escaped(evidence)
     grid = Table.grid(padding=(0, 2))
     if evidence.structure is not None:
         problems = "; ".join(evidence.structure.problems) or "outputs and norms are as promised"
-        _level(grid, "structure", evidence.structure.ok, problems)
+        _level(grid, "structure", Verdict.PROVEN if evidence.structure.ok else Verdict.DISPROVEN, problems)
     if evidence.algebra:
-        worst = max(evidence.algebra, key=lambda each: each.error / each.allowed)
+        worst = max(evidence.algebra, key=lambda each: (each.verdict is Verdict.DISPROVEN, each.error / each.allowed))
         said = f"error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases"
-        said += "" if worst.ok else f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
-        _level(grid, "algebra", all(each.ok for each in evidence.algebra), said)
-    if evidence.rounding and all(each.ok for each in evidence.algebra):
-        own = next((each for each in evidence.rounding if not each.ok), evidence.rounding[0])
+        said += (
+            ""
+            if worst.verdict is not Verdict.DISPROVEN
+            else f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
+        )
+        _level(grid, "algebra", level_verdict(evidence.algebra), said)
+    if evidence.rounding and level_verdict(evidence.algebra) is not Verdict.DISPROVEN:
+        own = next((each for each in evidence.rounding if each.verdict is Verdict.DISPROVEN), evidence.rounding[0])
         ratio = f"{own.ratio:.2f} times the original's" if math.isfinite(own.ratio) else "the original has none"
-        _level(grid, "rounding", own.ok, f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)")
+        said = f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)"
+        _level(grid, "rounding", own.verdict, said if math.isfinite(own.before) else "not run in the stored dtype")
     if grid.rows:
         yield grid
     if evidence.level != "full":
         yield Text(f"not proven: the verification level is '{evidence.level}'", style="yellow")
+    elif evidence.missing:
+        yield Text(f"not proven: {evidence.missing.reason}", style="yellow")
     for note, times in Counter(evidence.notes).items():
         yield Text(f"note: {note}" + (f" ({times} times)" if times > 1 else ""), style="dim")
 
@@ -251,31 +260,52 @@ def differences_table(differences: Iterable[Difference]) -> Table:
 
 def html(lines: Iterable[RenderableType], title: str) -> str:
     """A page of its own with what a terminal would show."""
-    console = Console(record=True, file=io.StringIO(), width=140)
-    console.print(Text(title, "bold"))
+    console = Console(record=True, file=io.StringIO(), width=140, markup=False, emoji=False, highlight=False)
+    console.print(Text(escaped(title), "bold"))
     for line in lines:
         console.print(line)
     return console.export_html(inline_styles=True)
 
 
-def _level(grid: Table, level: str, ok: bool, said: str) -> None:
-    grid.add_row(Text(level, "bold"), Text("ok", "green") if ok else Text("FAILED", "red"), Text(said))
+_SAID = {
+    Verdict.PROVEN: ("ok", "green"),
+    Verdict.DISPROVEN: ("FAILED", "red"),
+    Verdict.NOT_COMPARED: ("not compared", "yellow"),
+}
+
+
+def _level(grid: Table, level: str, verdict: Verdict, said: str) -> None:
+    grid.add_row(Text(level, "bold"), Text(*_SAID[verdict]), Text(said))
 
 
 def junit(evidence: Evidence, name: str) -> str:
-    """The cases as JUnit XML, for CI systems: each as algebra, and as it runs in its own dtype."""
-    rows = [
-        (each.case, each.ok, f"outputs differ by {each.error:.1e}, allowed {each.allowed:.1e}") for each in evidence.algebra
-    ]
-    rows += [(f"{each.case}, as stored", each.ok, f"off by {each.after:.1e}, the reference by {each.before:.1e}")
+    """The cases as JUnit XML, for CI systems: each as algebra, and as it runs in its own dtype.
+
+    A case that shows nothing is skipped; where that leaves the question open, a case of its own is an error, since a CI takes
+    a skipped test for a good one.
+    """
+    rows = [(each.case, each.verdict, f"outputs differ by {each.error:.1e}, allowed {each.allowed:.1e}")
+            for each in evidence.algebra]  # fmt: skip
+    rows += [(f"{each.case}, as stored", each.verdict, f"off by {each.after:.1e}, the reference by {each.before:.1e}")
              for each in evidence.rounding]  # fmt: skip
-    suite = xml.Element("testsuite", name=name, tests=str(len(rows)), failures=str(sum(not ok for _, ok, _ in rows)))
-    for label, ok, message in rows:
+    told = [(label, _JUNIT[verdict], message) for label, verdict, message in rows]
+    if evidence.verdict is Verdict.NOT_COMPARED:
+        told.append(("anything was compared", "error", evidence.complaint()))
+    name, told = escaped(name), escaped(told)
+    tags = Counter(tag for _, tag, _ in told)
+    counted = {"tests": len(told), "failures": tags["failure"], "errors": tags["error"], "skipped": tags["skipped"]}
+    suite = xml.Element("testsuite", {"name": name, **{key: str(value) for key, value in counted.items()}})
+    for label, tag, message in told:
         case = xml.SubElement(suite, "testcase", classname=name, name=label)
-        if not ok:
-            xml.SubElement(case, "failure", message=message)
+        if tag:
+            said = "there was nothing to compare" if tag == "skipped" else message
+            xml.SubElement(case, tag, message=said)
     xml.indent(suite)
     return xml.tostring(suite, encoding="unicode", xml_declaration=True) + "\n"
+
+
+_JUNIT = {Verdict.PROVEN: "", Verdict.DISPROVEN: "failure", Verdict.NOT_COMPARED: "skipped"}
+"""A verdict -> the tag that says so."""
 
 
 def wrapped(manual: str, width: int) -> Iterator[str]:

@@ -12,6 +12,9 @@ Backward: a shift of an operand along its axis is invisible if it is invisible i
 value, centre its carried operands, until stored tensors are reached: "the writer of a Linear" is no special case, because
 a Linear carries its output axis to dim 0 of its weight and bias.
 
+Torch's other names (`concat`, `multiply`, `vstack`, …) never get here: `normfuse.composites` writes them as the operators
+that they are.
+
 An op without a row passes nothing. Axes are carried, never guessed from sizes. Each row has a property test against
 numbers (tests/rules/cases), so a new row is a function here and a case there.
 
@@ -29,7 +32,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from normfuse.views import arguments, aten, dtype, is_tensor, shape, tensors_in
+from normfuse.views import NORMS, arguments, aten, dtype, is_tensor, shape, tensors_in
 
 Carried: TypeAlias = tuple[tuple[Node, int], ...] | None
 Row: TypeAlias = Callable[[Node, dict[str, Any], int], Carried]
@@ -68,6 +71,11 @@ def carries(node: Node, axis: int) -> Carried:
 def known_ops() -> frozenset[Any]:
     """The operators that have a carrying row."""
     return frozenset(_ROWS)
+
+
+def knows(op: Any) -> bool:
+    """Whether an operator is known by its name: it has a row, hides something, or is a norm."""
+    return op in _ROWS or op in _HIDES or op in METADATA or op in NORMS
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -113,11 +121,28 @@ def repeated(node: Node, axis: int) -> bool:
     """Whether a value is proven constant along an axis because it was expanded along it."""
     while node.target in _SHAPE_KEEPING:
         node = arguments(node)["self"]
+    if _picks(node):
+        operands = [each for each in node.all_input_nodes if is_tensor(each)]
+        return bool(operands) and not any(spans(each, node, axis) or same(shape(node)[axis], 1) for each in operands)
+    if node.target in _FILLS:
+        return dtype(node) in (torch.int32, torch.int64) and not same(shape(node)[axis], 1)
     if node.target is not aten.expand.default:
         return False
     source = arguments(node)["self"]
     own = axis - (rank(node) - rank(source))
-    return own < 0 or (same(shape(source)[own], 1) and not same(shape(node)[axis], 1))
+    if own >= 0 and same(shape(source)[own], shape(node)[axis]):
+        return repeated(source, own)
+    return own < 0 or same(shape(source)[own], 1)
+
+
+_FILLS = {aten.zeros.default, aten.ones.default, aten.full.default, aten.zeros_like.default, aten.new_zeros.default}
+
+
+def _picks(node: Node) -> bool:
+    """Whether a value is a mask or an index that is computed entry by entry."""
+    exact = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    kind = dtype(node)
+    return exact and kind is not None and not kind.is_floating_point and not kind.is_complex
 
 
 def _own(operand: Node, out: Node, axis: int) -> tuple[Node, int]:
@@ -189,7 +214,16 @@ def _product(node: Node, axis: int, *factors: Any) -> Carried:
 
 @_row(aten.div.Tensor, aten.div.Scalar, aten.true_divide.Tensor, aten.true_divide.Scalar)
 def _div(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    x, y = a["self"], a["other"]
+    return _quotient(node, axis, a["self"], a["other"])
+
+
+@_row(aten.addcdiv.default)
+def _addcdiv(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    term, quotient = _terms(node, axis, a["self"]), _quotient(node, axis, a["tensor1"], a["tensor2"])
+    return (*term, *quotient) if term and quotient else None
+
+
+def _quotient(node: Node, axis: int, x: Any, y: Any) -> Carried:
     return (_own(x, node, axis),) if spans(x, node, axis) and not spans(y, node, axis) else None
 
 
@@ -390,6 +424,66 @@ def _pad(node: Node, a: dict[str, Any], axis: int) -> Carried:
     return ((x, axis),) if all(_is_zero(each) for each in touched) else None
 
 
+@_row(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+def _scatter_by_index(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Whole rows are written where the index is the same all along the axis; a number only if it is zero."""
+    x, index, source = a["self"], a["index"], a.get("src")
+    whole = repeated(index, axis) and same(shape(index)[axis], shape(x)[axis]) if rank(index) == rank(x) else False
+    if axis == _axis(x, a["dim"]) or not whole:
+        return None
+    if source is None:
+        return ((x, axis),) if _is_zero(a["value"]) else None
+    return ((x, axis), (source, axis)) if same(shape(source)[axis], shape(x)[axis]) else None
+
+
+@_row(aten.masked_scatter.default)
+def _masked_scatter(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """The source is read in rows: a mask that is the same along the last axis writes whole ones."""
+    x, source = a["self"], a["source"]
+    last = axis == rank(node) - 1 and rank(source) > 0 and not spans(a["mask"], node, axis)
+    whole = last and spans(x, node, axis) and same(shape(source)[-1], shape(node)[axis])
+    return (_own(x, node, axis), (source, rank(source) - 1)) if whole else None
+
+
+@_row(aten.index_fill.int_Scalar)
+def _index_fill(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis),) if axis != _axis(x, a["dim"]) and _is_zero(a["value"]) else None
+
+
+@_row(aten.unfold.default)
+def _unfold(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Windows along one axis, whose entries are a new last axis."""
+    x = a["self"]
+    return ((x, axis),) if axis < rank(x) and axis != _axis(x, a["dimension"]) else None
+
+
+@_row(aten.narrow_copy.default)
+def _narrow(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis),) if axis != _axis(x, a["dim"]) or same(shape(x)[axis], shape(node)[axis]) else None
+
+
+@_row(aten.diagonal.default)
+def _diagonal(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Two axes become one, which is the last."""
+    x = a["self"]
+    kept = [own for own in range(rank(x)) if own not in (_axis(x, a["dim1"]), _axis(x, a["dim2"]))]
+    return ((x, kept[axis]),) if axis < len(kept) else None
+
+
+@_row(aten.diag_embed.default)
+def _diag_embed(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    kept = [own for own in range(rank(node)) if own not in (_axis(node, a["dim1"]), _axis(node, a["dim2"]))]
+    return ((a["self"], kept.index(axis)),) if axis in kept else None
+
+
+@_row(aten.rot90.default)
+def _rot90(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    x = a["self"]
+    return ((x, axis),) if axis not in [_axis(x, d) for d in a["dims"]] else None
+
+
 @_row(aten.roll.default)
 def _roll(node: Node, a: dict[str, Any], axis: int) -> Carried:
     x = a["self"]
@@ -436,6 +530,19 @@ _row(
     aten.upsample_bicubic2d.vec, aten._upsample_bilinear2d_aa.vec, aten._upsample_bicubic2d_aa.vec,
 )(_spatial(2))  # fmt: skip
 _row(aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec, aten.upsample_trilinear3d.vec)(_spatial(3))
+_row(aten.tril.default, aten.triu.default, aten.im2col.default)(_spatial(2))  # in im2col's columns channels are mixed
+_row(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)(_spatial(3))  # channels become pixels
+
+
+@_row(aten.channel_shuffle.default)
+def _channel_shuffle(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return ((a["self"], axis),) if axis != 1 else None
+
+
+@_row(aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
+def _grid_sampler(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    """Means of neighbours, which the grid says for all channels alike."""
+    return ((a["input"], 1),) if axis == 1 else None
 
 
 # -- products with weights ---------------------------------------------------------------------------------------------
@@ -466,6 +573,17 @@ def _addmm(node: Node, a: dict[str, Any], axis: int) -> Carried:
     if axis < last - 1 or not spans(bias, node, axis):
         return None
     return ((right if axis == last else left, axis), _own(bias, node, axis))
+
+
+@_row(aten.addr.default)
+def _addr(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    term = _terms(node, axis, a["self"])
+    return (*term, (a["vec2" if axis else "vec1"], 0)) if term else None
+
+
+@_row(aten.mv.default)
+def _mv(node: Node, a: dict[str, Any], axis: int) -> Carried:
+    return ((a["self"], 0),)
 
 
 @_row(aten.mm.default, aten.bmm.default, aten.matmul.default)

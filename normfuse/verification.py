@@ -18,8 +18,9 @@ from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
 from normfuse.proof.cases import cases_for, cases_of, further
 from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
-from normfuse.proof.evidence import Evidence
+from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import Progress
+from normfuse.proof.trial_run import trial_run
 
 EXPORTERS = {
     ".onnx": "onnxruntime",
@@ -53,7 +54,7 @@ def verify(
         progress: told (what, done, total).
 
     Returns:
-        The evidence; its ``ok`` is the answer.
+        The evidence; its ``verdict`` is the answer: proven, disproven or not compared; its ``ok`` is whether it is the first.
 
     Raises:
         InputError: the models do not take the same inputs.
@@ -72,7 +73,8 @@ def verify(
         reference = program_side(_name(a), program, state=False)
         return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
     _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
-    flat_inputs(other, given.args, given.kwargs)  # raises where it does not take them
+    for each in (program, other):
+        trial_run(each, flat_inputs(each, given.args, given.kwargs))  # raises where it does not take them
     return compare(program_side(_name(a), program), program_side(_name(b), other, calls=program), tried, progress=progress)
 
 
@@ -86,13 +88,15 @@ def assert_equivalent(a: Model, b: Model, inputs: Given = None, **options: Any) 
         options: further keyword arguments of `verify`.
 
     Raises:
-        AssertionError: the models are not one function; the message has the worst cases.
+        AssertionError: the models are not one function, or nothing was compared; the message has the worst cases.
     """
     evidence = verify(a, b, inputs, **options)
     if not evidence.ok:
-        rows = [f"  {row.case}: {row.error:.1e}, allowed {row.allowed:.1e}" for row in evidence.algebra if not row.ok]
-        rows += [f"  {row.case}: {row.after:.1e} in its own dtype" for row in evidence.rounding if not row.ok]
-        raise AssertionError("\n".join([f"{_name(b)} is not {_name(a)}: {evidence.complaint()}", *rows]))
+        wrong = Verdict.DISPROVEN
+        rows = [f"  {row.case}: {row.error:.1e}, allowed {row.allowed:.1e}" for row in evidence.algebra if row.verdict is wrong]
+        rows += [f"  {row.case}: {row.after:.1e} in its own dtype" for row in evidence.rounding if row.verdict is wrong]
+        said = f"{_name(b)} is not {'' if evidence.verdict is wrong else 'proven to be '}{_name(a)}"
+        raise AssertionError("\n".join([f"{said}: {evidence.complaint()}", *rows]))
     return evidence
 
 

@@ -146,6 +146,8 @@ _TUPLE_OPERATORS = {
     aten._native_batch_norm_legit_functional.default: _batch_norm,
     aten.native_group_norm.default: _group_norm,
 }
+NORMS = frozenset(_OPERATORS) | frozenset(_TUPLE_OPERATORS)
+"""The operators that normalize."""
 
 
 def operator_norm(node: Node) -> Norm | None:

@@ -23,10 +23,10 @@ from normfuse.live.eager import VALUE, Adaptation, Change, adapt, input_of, stor
 from normfuse.live.instances import bake, forget, install, undo
 from normfuse.live.records import Recipe, Rewritten, home_of, own, rewritten
 from normfuse.planner import Plan, plan
-from normfuse.program import Program, at_inference
+from normfuse.program import Program, Trains, at_inference
 from normfuse.proof.cases import Case, cases_for
 from normfuse.proof.equivalence import compare, live_side, program_side
-from normfuse.proof.evidence import failed
+from normfuse.proof.evidence import checked
 from normfuse.proof.proving import Progress, prove
 from normfuse.registry import Pass, find
 
@@ -202,7 +202,7 @@ def tuned(
 ) -> None:
     """Rewrite a model in place, in live mode, and prove it; see `normfuse.tune`."""
     restored(model)
-    program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes)
+    program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes, trains=_nowhere)
     chosen, adaptation = plan_for_modules(program, passes, allow, model)
     _require_rewrites(chosen)
     guarded = guards(program, chosen, adaptation, model)
@@ -211,7 +211,7 @@ def tuned(
     _require_rewrites(chosen)
     guarded = guards(training, chosen, adaptation, model)
     attach(training, adaptation, model, guarded)
-    _prove(program, chosen, model, given, level, progress)
+    _prove(program, chosen, model, given, level, progress, _nowhere)
     _tell(chosen)
 
 
@@ -292,30 +292,42 @@ def _as_it_trains(model: nn.Module, given: Inputs, held: set[nn.Module]) -> Prog
 # -- the proof ---------------------------------------------------------------------------------------------------------
 
 
-def _prove(program: Program, chosen: Plan, model: nn.Module, given: Inputs, level: str, progress: Progress | None) -> None:
+def _nowhere(module: nn.Module) -> bool:
+    """No module trains: a live model is proven in evaluation mode, as its guards turn rewrites off where a module trains."""
+    return False
+
+
+def _prove(
+    program: Program,
+    chosen: Plan,
+    model: nn.Module,
+    given: Inputs,
+    level: str,
+    progress: Progress | None,
+    trains: Trains | None = None,
+) -> None:
     """Trace the rewritten model again and prove it, then run it and compare; put the model back if it is another function."""
     try:
         if level == "none":
             return
-        again = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes)
+        again = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes, trains=trains)
         tried = list(cases_for(program, given))
         evidence = prove(program, again, chosen, tried, level=level, progress=progress)
         if evidence.ok and level == "full":
-            called = live_side(type(model).__name__, _runner(program, model))
+            called = live_side(type(model).__name__, _runner(program, model, trains))
             evidence = compare(program_side("traced", program, state=False), called, tried, progress=progress)
-        if not evidence.ok:
-            raise failed(evidence, evidence)
+        checked(evidence)
     except BaseException:
         undo(model)
         raise
 
 
-def _runner(program: Program, model: nn.Module) -> Any:
+def _runner(program: Program, model: nn.Module, trains: Trains | None) -> Any:
     """The live model on a case's inputs, its outputs in the order of the program's."""
 
     def run(case: Case) -> list[Tensor]:
         args, kwargs = pytree.tree_unflatten(list(case.flat), program.exported.call_spec.in_spec)
-        with at_inference(model), torch.no_grad():
+        with at_inference(model, trains), torch.no_grad():
             flat, _ = pytree.tree_flatten(model(*args, **kwargs))
         return [each for each in flat if isinstance(each, Tensor)]
 

@@ -38,6 +38,8 @@ from normfuse.formula import Apply
 from normfuse.program import Program
 from normfuse.views import Norm
 
+NORMS = ("batch_norm", "offline_norm")
+
 
 def conv_bn(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per BatchNorm (with the affine arithmetic around it), or say why it stays."""

@@ -56,6 +56,8 @@ from normfuse.views import Norm, arguments, aten, dtype, is_tensor
 
 _PLAIN = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
 
+NORMS = ("layer_norm", "rms_norm", "group_norm")
+
 
 def fold_affine(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose a rewrite per norm with a gain or a shift, per norm that repeats another, per value bias; or say why not."""

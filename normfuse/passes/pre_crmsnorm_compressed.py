@@ -32,6 +32,8 @@ from normfuse.program import Program
 from normfuse.streams.bases import Compressed
 from normfuse.streams.narrowing import propose
 
+NORMS = ("layer_norm", "rms_norm")
+
 
 def pre_crmsnorm_compressed(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per stream of norms, and a refusal for every norm with a zero-mean input that stays as wide."""

@@ -57,6 +57,8 @@ from normfuse.rules import rank
 from normfuse.streams.establish import Obstacle, Region, center
 from normfuse.views import Norm, arguments, aten, dtype, shape
 
+NORMS = ("layer_norm",)
+
 
 def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per region of norms that share writers, and a refusal for every other LayerNorm."""

@@ -39,6 +39,8 @@ from normfuse.folding.dissolve import dissolve
 from normfuse.program import Program
 from normfuse.views import Norm, aten
 
+NORMS = ("batch_norm",)
+
 
 def prepbn(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per sum of a BatchNorm and its input, or say why it stays."""

@@ -58,6 +58,8 @@ from normfuse.views import Norm, dtype
 PUBLISHED_EPS = 1e8
 """The least eps that is meant to swallow the variance: ten thousand times the deviation of any stream."""
 
+NORMS = ("layer_norm",)
+
 
 def strip_layernorm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per stored σ, then one per mean-subtraction; refuse every norm that measures its input."""

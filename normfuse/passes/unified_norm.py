@@ -36,6 +36,8 @@ from normfuse.folding.dissolve import dissolve
 from normfuse.program import Program
 from normfuse.views import Norm
 
+NORMS = ("offline_norm",)
+
 
 def unified_norm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per norm that divides by stored statistics."""

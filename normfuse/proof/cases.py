@@ -23,10 +23,12 @@ class Case:
     Attributes:
         name: what is special about it, for the report.
         flat: inputs in the order of `normfuse.interpret.flat_inputs`.
+        given: they are the user's own.
     """
 
     name: str
     flat: tuple[Any, ...]
+    given: bool = False
 
 
 def cases_for(program: Program, given: Inputs) -> Iterator[Case]:
@@ -38,7 +40,7 @@ def cases_for(program: Program, given: Inputs) -> Iterator[Case]:
 def further(given: Inputs, flat: Callable[[Inputs], Sequence[Any]]) -> Iterator[Case]:
     """The examples of a loader behind the first, which hostile cases are made of."""
     for place, each in enumerate(given.more, 2):
-        yield Case(f"example {place}", tuple(flat(each)))
+        yield Case(f"example {place}", tuple(flat(each)), given=True)
 
 
 def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
@@ -64,7 +66,7 @@ def cases_of(flat: Sequence[Any], limits: Sequence[int | None]) -> Iterator[Case
         flat: the user's inputs.
         limits: for each: the rows of the table that it indexes; None where it indexes none, or none is known.
     """
-    yield Case("as given", tuple(flat))
+    yield Case("as given", tuple(flat), given=True)
     for name, change in _HOSTILE.items():
         changed = tuple(change(value) if _is_float(value) else value for value in flat)
         if any(_is_float(value) for value in flat):

@@ -24,9 +24,20 @@ from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.cases import Case
+from normfuse.proof.coverage import Coverage
 from normfuse.proof.differences import Difference, difference
-from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding
-from normfuse.proof.proving import FLOOR, Progress, Runner, distances, noise_of_rounding, nudged, rounding_of
+from normfuse.proof.evidence import Agreement, Evidence, Rounding
+from normfuse.proof.proving import (
+    FLOOR,
+    Progress,
+    Runner,
+    agreement,
+    distances,
+    noise_of_rounding,
+    nudged,
+    rounding_of,
+    told_of,
+)
 
 WITHOUT_TRUTH = (
     "neither model is a program or an ONNX file, so there is nothing to compute the truth from; "
@@ -185,7 +196,7 @@ def compare(
     rounding: list[Rounding] = []
     figures: list[Difference] = []
     notes = [*a.notes, *b.notes]
-    everything = list(cases)
+    everything, coverage = list(cases), Coverage()
     for done, case in enumerate(everything):
         if progress:
             progress(case.name, done, len(everything))
@@ -193,7 +204,8 @@ def compare(
             usual = next(iter(a.runs.values()))(case)
             truth = a.wide(case) if a.wide else usual
             own = distances(truth, usual)
-            noise = _noise(truth, own, a.nudged(case, None))
+            shaken = a.nudged(case, None)
+            noise = _noise(truth, own, shaken)
             got = {how: each(case) for how, each in b.runs.items()}
             wide = b.wide(case) if b.wide else next(iter(got.values()))
             tight = _noise(truth, *_of_width(a, case, truth, wide)) if same_weights else noise
@@ -204,22 +216,30 @@ def compare(
             continue
         more: Callable[[], list[float]] = partial(a.rounding, case, truth) if a.rounding else list
         sampled = cache(more)  # dear: taken once, and only if it is asked for
-        agreed = _agreement(case.name, distances(truth, wide), tight)
+        coverage.add(truth, shaken, given=case.given or done == 0)
+        agreed = agreement(case.name, truth, distances(truth, wide), tight)
         if not agreed.ok and b.wide is None:  # nothing but arithmetic in the stored dtype is to be had of it
-            agreed = _agreement(case.name, distances(truth, wide), _larger(tight, sampled()))
+            agreed = agreement(case.name, truth, distances(truth, wide), _larger(tight, sampled()))
         algebra.append(agreed)
         for how, outputs in got.items():
             errors = distances(truth, outputs)
             name = f"{case.name}, {how}" if how else case.name
-            judged = _agreement(name, errors, noise)
+            judged = agreement(name, truth, errors, noise)
             if not judged.ok and agreed.ok:
-                judged = _agreement(name, errors, _larger(noise, sampled()))
-            rounding.append(Rounding(name, max(own, default=0.0), judged.error, judged.ok))
+                judged = agreement(name, truth, errors, _larger(noise, sampled()))
+            rounding.append(Rounding(name, max(own, default=0.0), judged.error, judged.verdict))
             if done == 0:
                 triples = enumerate(zip(truth, outputs, own, strict=False))
                 told = (difference(case.name, how, place, x, y, before) for place, (x, y, before) in triples)
                 figures += [each for each in told if each]
-    return Evidence("full", None, tuple(algebra), tuple(rounding), tuple(notes), tuple(figures), (a.runtime, b.runtime))
+    return Evidence(
+        algebra=tuple(algebra),
+        rounding=tuple(rounding),
+        notes=(*notes, *told_of(algebra)),
+        differences=tuple(figures),
+        runtimes=(a.runtime, b.runtime),
+        missing=coverage.missing(),
+    )
 
 
 def _noise(truth: Sequence[Tensor], own: Sequence[float], shaken: Sequence[Tensor]) -> list[float]:
@@ -237,8 +257,3 @@ def _of_width(a: Side, case: Case, truth: Sequence[Tensor], got: Sequence[Tensor
     assert a.nudged is not None
     assert a.own is not None, "only a program is known to have the same weights"
     return distances(truth, a.own(case, width)), a.nudged(case, torch.finfo(width).eps)
-
-
-def _agreement(case: str, errors: Sequence[float], noise: Sequence[float]) -> Agreement:
-    ok = len(errors) == len(noise) and all(x <= MARGIN * y for x, y in zip(errors, noise, strict=False))
-    return Agreement(case, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 from typing import Any
 
-from normfuse.errors import VerificationFailed
+from normfuse.errors import NotCompared, VerificationFailed
+from normfuse.proof.coverage import Missing
 from normfuse.proof.differences import Difference
 
 MARGIN = 32.0
 """The noise is a measured sample of a random quantity, and centring changes a weight by up to a few roundings, not one."""
+
+
+class Verdict(StrEnum):
+    """An answer; only `PROVEN` is a yes."""
+
+    PROVEN = "proven"
+    DISPROVEN = "disproven"
+    NOT_COMPARED = "not compared"
+
+
+def verdict_of(agrees: bool, compared: int = 1) -> Verdict:
+    """The verdict on outputs of which so many entries could be compared."""
+    return Verdict.DISPROVEN if not agrees else Verdict.PROVEN if compared else Verdict.NOT_COMPARED
 
 
 @dataclass(frozen=True)
@@ -38,13 +54,22 @@ class Agreement:
         case: the inputs' name.
         error: the largest difference.
         allowed: the largest difference that noise explains.
-        ok: whether every output agrees.
+        verdict: whether every output agrees.
+        compared: how many entries of the outputs are finite.
+        entries: how many there are.
     """
 
     case: str
     error: float
     allowed: float
-    ok: bool
+    verdict: Verdict
+    compared: int
+    entries: int
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is proven."""
+        return self.verdict is Verdict.PROVEN
 
 
 @dataclass(frozen=True)
@@ -55,13 +80,18 @@ class Rounding:
         case: the inputs' name.
         before: error of the original in its stored dtype, against the float64 truth, relative.
         after: error of the rewritten program, as it is written, likewise.
-        ok: whether the second is explained by the roundings of the weights and of the arithmetic.
+        verdict: whether the second is explained by the roundings of the weights and of the arithmetic.
     """
 
     case: str
     before: float
     after: float
-    ok: bool = True
+    verdict: Verdict
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is proven."""
+        return self.verdict is Verdict.PROVEN
 
     @property
     def ratio(self) -> float:
@@ -83,6 +113,8 @@ class Evidence:
         notes: cases that could not be run, and why.
         differences: of two models, the outputs on the inputs as given, in every measure.
         runtimes: of two models, what ran each.
+        unchanged: nothing was rewritten, so that there is nothing to compare.
+        missing: what was asked for and could not be compared; None where all was.
     """
 
     level: str = "full"
@@ -92,15 +124,22 @@ class Evidence:
     notes: tuple[str, ...] = field(default=())
     differences: tuple[Difference, ...] = ()
     runtimes: tuple[str, ...] = ()
+    unchanged: bool = False
+    missing: Missing | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Proven, disproven, or not compared: whether the two are one function."""
+        if (self.structure is not None and not self.structure.ok) or _disproven(self.algebra) or _disproven(self.rounding):
+            return Verdict.DISPROVEN
+        if self.unchanged:
+            return Verdict.PROVEN
+        return Verdict.NOT_COMPARED if self.level != "full" or self.missing else Verdict.PROVEN
 
     @property
     def ok(self) -> bool:
-        """Whether nothing contradicts equivalence."""
-        return (
-            (self.structure is None or self.structure.ok)
-            and all(each.ok for each in self.algebra)
-            and all(each.ok for each in self.rounding)
-        )
+        """Whether the two are proven to be one function."""
+        return self.verdict is Verdict.PROVEN
 
     @property
     def error(self) -> float:
@@ -122,29 +161,37 @@ class Evidence:
 
         Raises:
             VerificationFailed: it is not.
+            NotCompared: nothing was compared, or the evidence is of a level that compares nothing.
         """
         if not self.ok:
             raise failed(self, self)
         return self
 
     def complaint(self) -> str:
-        """The first thing that contradicts equivalence, as a sentence."""
+        """The first thing that contradicts equivalence or is missing, as a sentence."""
         if self.structure is not None and not self.structure.ok:
             return f"the result does not have the promised form: {self.structure.problems[0]}"
-        bad = max((each for each in self.algebra if not each.ok), key=lambda each: each.error / each.allowed, default=None)
-        if bad is None:
-            rough = next(each for each in self.rounding if not each.ok)
+        wrong = [each for each in self.algebra if each.verdict is Verdict.DISPROVEN]
+        if wrong:
+            bad = max(wrong, key=lambda each: each.error / each.allowed)
+            return (
+                f"outputs differ by {bad.error:.1e} (relative) on the case '{bad.case}', where noise explains {bad.allowed:.1e}"
+            )
+        rough = next((each for each in self.rounding if each.verdict is Verdict.DISPROVEN), None)
+        if rough is not None:
             return f"after rounding, outputs differ by {rough.after:.1e} on '{rough.case}', the original by {rough.before:.1e}"
-        return f"outputs differ by {bad.error:.1e} (relative) on the case '{bad.case}', where noise explains {bad.allowed:.1e}"
+        return self.missing.reason if self.missing else f"nothing was compared: the verification level is '{self.level}'"
 
     def to_dict(self) -> dict[str, Any]:
         """The evidence as JSON types (no NaN, no infinity)."""
         data: dict[str, Any] = {
             "ok": self.ok,
+            "verdict": self.verdict,
+            "missing": self.missing.reason if self.missing else None,
             "level": self.level,
             "structure": asdict(self.structure) if self.structure else None,
-            "algebra": [asdict(each) for each in self.algebra],
-            "rounding": [{**asdict(each), "ratio": each.ratio} for each in self.rounding],
+            "algebra": [{**asdict(each), "ok": each.ok} for each in self.algebra],
+            "rounding": [{**asdict(each), "ok": each.ok, "ratio": each.ratio} for each in self.rounding],
             "error": self.error,
             "noise": self.noise,
             "rounding_ratio": self.ratio,
@@ -163,9 +210,41 @@ def _finite(data: Any) -> Any:
     return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
+def _disproven(rows: Sequence[Agreement] | Sequence[Rounding]) -> bool:
+    return any(each.verdict is Verdict.DISPROVEN for each in rows)
+
+
+def level_verdict(rows: Sequence[Agreement] | Sequence[Rounding]) -> Verdict:
+    """The verdict of one level, a row per case: that of the inputs as given, unless another case is disproven."""
+    if _disproven(rows):
+        return Verdict.DISPROVEN
+    return rows[0].verdict if rows else Verdict.NOT_COMPARED
+
+
+def checked(evidence: Evidence, report: Any = None) -> Evidence:
+    """The evidence, if it proves what its level was asked to prove: all, the form only, or nothing.
+
+    Args:
+        evidence: what was found.
+        report: what the error carries instead of the evidence.
+
+    Raises:
+        VerificationFailed: something contradicts equivalence.
+        NotCompared: a comparison was asked for and there was nothing to compare.
+    """
+    if evidence.verdict is Verdict.DISPROVEN or (evidence.level == "full" and not evidence.ok):
+        raise failed(evidence, report or evidence)
+    return evidence
+
+
 def failed(evidence: Evidence, report: Any) -> VerificationFailed:
     """The error that carries a report whose evidence is not ok."""
-    rounded = all(each.ok for each in evidence.algebra) and (evidence.structure is None or evidence.structure.ok)
+    if evidence.verdict is Verdict.NOT_COMPARED:
+        hint = evidence.missing.hint if evidence.missing else "verify with the level 'full'"
+        if evidence.structure is not None:
+            hint += "; nothing was written; verify='structure' (--verify structure) proves the form only"
+        return NotCompared(evidence.complaint(), report, hint=hint)
+    rounded = not _disproven(evidence.algebra) and (evidence.structure is None or evidence.structure.ok)
     report_it = "nothing was written; please report this model"
     hint = "nothing was written: the stored dtype cannot hold the new weights; convert the model to float32 first"
     return VerificationFailed(evidence.complaint(), report, hint=hint if rounded else report_it)

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,13 +27,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.edits import SetTensor
-from normfuse.errors import NormfuseError, first_line
+from normfuse.errors import NormfuseError, first_line, one_of
 from normfuse.facts import analyze
 from normfuse.interpret import Weights, run
 from normfuse.planner import Plan
 from normfuse.program import Program
 from normfuse.proof.cases import Case
-from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure
+from normfuse.proof.coverage import Coverage, Missing, counts
+from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
+from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
 from normfuse.views import dtype, is_tensor, shape
 
@@ -60,11 +61,9 @@ def checked_level(name: str) -> str:
     """The name of a verification level, if it is one.
 
     Raises:
-        NormfuseError: there is none of that name.
+        InputError: there is none of that name.
     """
-    if name not in LEVELS:
-        raise NormfuseError(f"there is no verification level '{name}'", hint=f"the levels are: {', '.join(LEVELS)}")
-    return name
+    return one_of(name, LEVELS, "verification level")
 
 
 def prove(
@@ -90,7 +89,7 @@ def prove(
     """
     structure = _structure(original, promised or rewritten, plan)
     if level != "full" or not structure.ok or not plan.rounds:
-        return Evidence(level, structure)
+        return Evidence(level, structure, unchanged=not plan.rounds)
     if any(original.tensor(name).is_meta for name in original.stored.values() if name not in original.formulas):
         hint = "verify='structure' (--verify structure) proves its form only"
         raise NormfuseError("the model does not run: its weights are on the meta device", hint=hint)
@@ -130,8 +129,8 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
 
 
 def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
-    before = Counter(norm.kind for norm in analyze(original).norms)
-    after = Counter(norm.kind for norm in analyze(rewritten).norms)
+    before = analyze(original).kinds
+    after = analyze(rewritten).kinds
     expected = plan.norms_after(before)
     problems = [
         f"{expected[kind]} {kind} were promised and {after[kind]} are there"
@@ -156,7 +155,8 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
     algebra: list[Agreement] = []
     rounding: list[Rounding] = []
     notes: list[str] = []
-    baked = b.baked()
+    baked, coverage = b.baked(), Coverage()
+    usual = trial_run(a, trials[0].case.flat)
     for done, trial in enumerate(trials):
         name, flat, weights = trial.name, trial.case.flat, trial.weights
         if progress:
@@ -172,29 +172,58 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
         shaken = run(a, _nudged_inputs(flat), wide=True, weights=nudged(NUDGE, weights))
         noise = [max(each, FLOOR) for each in distances(truth, shaken)]
         errors = distances(truth, run(b, flat, wide=True, weights=weights))
-        ok = all(error <= MARGIN * own for error, own in zip(errors, noise, strict=True))
-        if not _any_number(truth):
-            notes.append(f"'{name}' shows little: the original's outputs are not finite")
-            if ok and done > 0:
-                continue
-        algebra.append(Agreement(name, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), ok))
-        if weights is not None:
-            continue
-        try:
-            before, after = (max(distances(truth, run(each, flat)), default=0.0) for each in (a, baked))
-        except RuntimeError as error:  # an operator that this machine does not have in half precision
-            notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
-            continue
-        explained = after <= MARGIN * max(before, FLOOR)
-        if not explained:  # `before` may be small by luck, and rounding a changed weight may do more than the arithmetic does
-            explained = after <= MARGIN * max(noise_of_rounding(a, flat, truth), default=0.0)
-        rounding.append(Rounding(name, before, after, explained))
-    return Evidence(so_far.level, so_far.structure, tuple(algebra), tuple(rounding), tuple(notes))
+        coverage.add(truth, shaken, given=trial.case.given and weights is None)
+        algebra.append(agreement(name, truth, errors, noise))
+        if weights is None:
+            try:
+                before = usual if done == 0 and usual is not None else run(a, flat)
+                rounding.append(_rounded_alike(name, a, flat, truth, before, run(baked, flat)))
+            except RuntimeError as error:  # an operator that this machine does not have in half precision
+                rounding.append(Rounding(name, math.nan, math.nan, Verdict.NOT_COMPARED))
+                notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
+    notes += told_of(algebra)
+    missing = coverage.missing() or _not_rounded(rounding)
+    return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
 
 
-def _any_number(outputs: Sequence[Tensor]) -> bool:
-    """Whether there is anything to compare: NaN agrees with NaN whatever was rewritten."""
-    return any(bool(torch.isfinite(each).any()) for each in outputs) or not any(each.numel() for each in outputs)
+def _rounded_alike(
+    name: str, a: Program, flat: Sequence[Any], truth: Sequence[Tensor], usual: Sequence[Tensor], rewritten: Sequence[Tensor]
+) -> Rounding:
+    """Level 3 on one case."""
+    before, after = (max(distances(truth, each), default=0.0) for each in (usual, rewritten))
+    explained = after <= MARGIN * max(before, FLOOR)
+    if not explained:  # `before` may be small by luck, and rounding a changed weight may do more than the arithmetic does
+        explained = after <= MARGIN * max(noise_of_rounding(a, flat, truth), default=0.0)
+    return Rounding(name, before, after, verdict_of(explained, counts(truth)[0]))
+
+
+def _not_rounded(rows: Sequence[Rounding]) -> Missing | None:
+    if rows and rows[0].verdict is Verdict.NOT_COMPARED:
+        reason = "the rounding level was not compared: the model does not run in its stored dtype on this machine"
+        return Missing(reason, "convert the model to float32 first")
+    return None
+
+
+def agreement(case: str, truth: Sequence[Tensor], errors: Sequence[float], noise: Sequence[float]) -> Agreement:
+    """The row of one case, on as many entries as are finite."""
+    agrees = len(errors) == len(noise) and all(x <= MARGIN * y for x, y in zip(errors, noise, strict=False))
+    compared, entries = counts(truth)
+    verdict = verdict_of(agrees, compared)
+    return Agreement(case, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), verdict, compared, entries)
+
+
+def told_of(rows: Sequence[Agreement]) -> list[str]:
+    """What a reader should know of how much was compared."""
+    empty = [row.case for row in rows if not row.compared]
+    partly = [row for row in rows if 0 < row.compared < row.entries]
+    notes = []
+    if empty and len(empty) < len(rows):
+        notes.append(f"not a number in the original's outputs to compare on: {', '.join(empty)}")
+    if partly:
+        least = min(partly, key=lambda row: row.compared / row.entries)
+        said = f"{least.compared} of {least.entries} entries are finite on '{least.case}' and were compared as numbers"
+        notes.append(f"{said}; the others must be NaN or infinite in the same places")
+    return notes
 
 
 # -- noise and distance ------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from torch.fx import Graph, Node
 from normfuse.api import to_program
 from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, LoadError, NormfuseError
+from normfuse.escaping import escaped, json_text
 from normfuse.facts import analyze
 from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run_graph, user_inputs
@@ -108,7 +109,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, atomically."""
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
+        text = json_text(self.to_dict(), indent=1) + "\n"
 
         def write(file: Path) -> None:
             file.write_text(text)
@@ -135,6 +136,7 @@ class Calibration:
 
     def render(self) -> Iterator[RenderableType]:
         """A row per norm, and how many are near-constant."""
+        self = escaped(self)
         table = plain_table("norm", "σ", "spread", "first token", "range", "outlier positions", "")
         for each in self.norms:
             cells = (

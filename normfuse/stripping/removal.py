@@ -8,7 +8,6 @@ other: it is the removal that is approximate, and what it costs is measured on t
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,13 +21,14 @@ from torch import nn
 from normfuse.api import _kinds, to_program
 from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
+from normfuse.escaping import escaped, json_text
 from normfuse.findings import Claim
 from normfuse.inputs import Inputs
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
 from normfuse.planner import plan
 from normfuse.program import Program, Site
 from normfuse.proof.cases import cases_for
-from normfuse.proof.evidence import failed
+from normfuse.proof.evidence import checked
 from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import find
 from normfuse.report import Report, plain_table
@@ -105,10 +105,11 @@ class StripReport:
 
     def to_json(self) -> str:
         """The report as JSON text."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_text(self.to_dict())
 
     def render(self) -> Iterator[RenderableType]:
         """The report for a terminal: norms by cost, the folding, what it costs."""
+        self = escaped(self)
         table = plain_table("norm", "σ", "costs alone (nats)", "")
         for each in self.candidates:
             cost = "—" if each.cost is None else f"{each.cost:+.4f}"
@@ -205,8 +206,7 @@ def strip(
     tried = cases_for(linear, given)
     evidence = prove(linear, folded, folding, tried, level=verify, progress=progress)
     report = Report(name, folding, evidence, _kinds(program), _kinds(folded))
-    if not evidence.ok:
-        raise failed(evidence, report)
+    checked(evidence, report)
     baked = folded.baked()
     quality = measure(program, baked, batches, progress)
     gone = {each.site.node for each in chosen}

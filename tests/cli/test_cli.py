@@ -220,7 +220,7 @@ def test_verify_no(models: Path, tmp_path: Path) -> None:
     assert int(suite.attrib["failures"]) == len(suite.findall("testcase/failure")) > 0
     assert int(suite.attrib["tests"]) == len(suite)
     data = answer(*words)
-    assert set(data) == {"a", "b", "equivalent", "because", "evidence"}
+    assert set(data) == {"a", "b", "equivalent", "verdict", "because", "hint", "evidence"}
     assert (data["equivalent"], data["evidence"]["ok"]) == (False, False)
 
 

@@ -127,3 +127,9 @@ def zeros_like(d: Draw, op: Any) -> Any:
     size = {"size": list(d.shape(0, 3))} if ".new_" in str(op) else {}
     value = {"fill_value": d.of((0, 0.0, 1, 1.5))} if "full" in str(op) else {}
     return {"self": d.normal(*d.shape(0, 3)), **size, **value}
+
+
+@case(aten.addcdiv.default)
+def _addcdiv(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    return {"self": d.partner(shape), "tensor1": d.partner(shape), "tensor2": d.partner(shape), "value": d.of((1, -0.5))}

@@ -165,3 +165,71 @@ def _roll(d: Draw, op: Any) -> Any:
 def _flip(d: Draw, op: Any) -> Any:
     shape = d.shape()
     return {"self": d.normal(*shape), "dims": d.dims(shape)}
+
+
+@case(aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+def _scatter(d: Draw, op: Any) -> Any:
+    shape = d.shape(2, 4)
+    dim = d.of(range(len(shape)))
+    short = d.of(range(4)) == 0
+    full = tuple(d.of(range(1, size + 1)) if short and own != dim else size for own, size in enumerate(shape))
+    places = torch.tensor(d.shuffled(range(shape[dim]))).view(*(-1 if own == dim else 1 for own in range(len(shape))))
+    index: Any = places if d.flag() else places.expand(full).contiguous()
+    if op is aten.scatter_add.default and d.flag():
+        index = d.below(shape[dim], *(size if own == dim or d.flag() else 1 for own, size in enumerate(full)))
+    index = Call(aten.expand.default, {"self": index, "size": list(full)})
+    index = Call(aten.remainder.Scalar, {"self": index, "other": shape[dim]}) if d.flag() else index
+    index = Call(aten.clone.default, {"self": index}) if d.of(range(4)) == 0 else index
+    longer = d.of(range(4)) == 0
+    more = {"value": d.of((0, 0.0, 1.5))} if op is aten.scatter.value else {}
+    source = {} if more else {"src": d.normal(*(size + (longer and d.of((0, 1))) for size in shape))}
+    return {"self": d.normal(*shape), "dim": dim - len(shape) * d.flag(), "index": index, **more, **source}
+
+
+@case(aten.masked_scatter.default)
+def _masked_scatter(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    count = 1
+    for size in shape:
+        count *= size
+    rows = d.normal(count, shape[-1]) if d.flag() else d.normal(*shape[: d.of(range(len(shape)))], count)
+    mask = d.partner(shape, d.mask)
+    if d.flag():  # a whole row is one decision, taken elsewhere
+        thin = d.mask(*shape[:-1], 1)
+        mask = Call(aten.logical_not.default, {"self": Call(aten.expand.default, {"self": thin, "size": list(shape)})})
+    return {"self": d.normal(*shape), "mask": mask, "source": rows}
+
+
+@case(aten.index_fill.int_Scalar)
+def _index_fill(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    index = d.below(shape[dim], d.of((1, 2)))
+    return {"self": d.normal(*shape), "dim": dim - len(shape) * d.flag(), "index": index, "value": d.of((0, 0.0, 1.5))}
+
+
+@case(aten.unfold.default)
+def _unfold(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    size = d.of(range(1, shape[dim] + 1))
+    return {"self": d.normal(*shape), "dimension": dim - len(shape) * d.flag(), "size": size, "step": d.of((1, 2))}
+
+
+@case(aten.narrow_copy.default)
+def _narrow(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    dim = d.of(range(len(shape)))
+    length = d.of(range(1, shape[dim] + 1))
+    start = d.of(range(shape[dim] - length + 1))
+    return {"self": d.normal(*shape), "dim": dim - len(shape) * d.flag(), "start": start, "length": length}
+
+
+@case(aten.diagonal.default, aten.diag_embed.default, aten.rot90.default)
+def _diagonal(d: Draw, op: Any) -> Any:
+    shape = d.shape(1 if op is aten.diag_embed.default else 2, 4)
+    axes = len(shape) + (op is aten.diag_embed.default)
+    first, second = ([dim - axes * d.flag() for dim in d.shuffled(range(axes))[:2]])[:2]
+    if op is aten.rot90.default:
+        return {"self": d.normal(*shape), "k": d.of(range(-1, 5)), "dims": [first, second]}
+    return {"self": d.normal(*shape), "offset": d.of((0, 0, 1, -1)), "dim1": first, "dim2": second}

@@ -137,3 +137,16 @@ def norm(d: Draw, op: Any) -> Any:
     if affine == "itself" and sizes == shape:
         weight, bias = (x, None) if d.flag() else (None, x)
     return {"input": x, "normalized_shape": list(sizes), "weight": weight, "bias": bias, "eps": d.of((1e-5, 0.1))}
+
+
+@case(aten.addr.default)
+def _addr(d: Draw, op: Any) -> Any:
+    rows, columns = (3, 3) if d.flag() else (d.of((2, 3)), d.of((1, 4)))
+    scales = {"beta": d.of((1, 2)), "alpha": d.of((1, -0.5))}
+    return {"self": d.partner((rows, columns)), "vec1": d.normal(rows), "vec2": d.normal(columns), **scales}
+
+
+@case(aten.mv.default)
+def _mv(d: Draw, op: Any) -> Any:
+    rows, columns = (3, 3) if d.flag() else (d.of((2, 3)), d.of((1, 4)))
+    return {"self": d.normal(rows, columns), "vec": d.normal(columns)}

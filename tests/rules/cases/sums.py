@@ -61,3 +61,38 @@ def _upsample(d: Draw, op: Any) -> Any:
     size = {"output_size": [d.of((2, 4, 5)) for _ in range(dims)], "scale_factors": None}
     scale = {"output_size": None, "scale_factors": [d.of((2.0, 1.5)) for _ in range(dims)]}
     return {"input": d.normal(d.of((1, 2, 4)), d.of((1, 2, 4)), *[4] * dims), **align, **(size if d.flag() else scale)}
+
+
+@case(aten.tril.default, aten.triu.default)
+def _triangle(d: Draw, op: Any) -> Any:
+    return {"self": d.normal(*d.shape(2, 4)), "diagonal": d.of((0, 1, -1))}
+
+
+@case(aten.im2col.default)
+def _im2col(d: Draw, op: Any) -> Any:
+    kernel = [d.of((1, 2)), d.of((1, 2))]
+    more = {"dilation": [1, 1], "padding": [d.of((0, 1))] * 2, "stride": [d.of((1, 2))] * 2}
+    return {"self": d.normal(*((2, 2) if d.flag() else (2, 3)), 2, 2), "kernel_size": kernel, **more}
+
+
+@case(aten.pixel_shuffle.default, aten.pixel_unshuffle.default)
+def _pixels(d: Draw, op: Any) -> Any:
+    pixels = (4, 4, 4) if d.flag() else (8, 2, 4)
+    factor = {"upscale_factor" if op is aten.pixel_shuffle.default else "downscale_factor": d.of((1, 2))}
+    return {"self": d.normal(*d.shape(0, 2), *pixels), **factor}
+
+
+@case(aten.channel_shuffle.default)
+def _channels(d: Draw, op: Any) -> Any:
+    sizes = (4, 4, 4, 4) if d.flag() else (d.of((1, 2)), 6, *d.shape(1, 2))
+    return {"self": d.normal(*sizes), "groups": d.of((1, 2))}
+
+
+@case(aten.grid_sampler.default, aten.grid_sampler_2d.default, aten.grid_sampler_3d.default)
+def _sampled(d: Draw, op: Any) -> Any:
+    dims = 3 if op is aten.grid_sampler_3d.default else 2
+    size = d.of((2, 3))
+    batch, channels = (size, size) if d.flag() else (d.of((1, 2)), d.of((1, 2, 3)))
+    grid = d.normal(batch, *[d.of((2, size)) for _ in range(dims)], dims)
+    more = {"interpolation_mode": d.of((0, 1)), "padding_mode": d.of((0, 1, 2)), "align_corners": d.flag()}
+    return {"input": d.normal(batch, channels, *[size] * dims), "grid": grid, **more}
