@@ -250,6 +250,7 @@ class _Emitter:
     def __init__(self, graph: Graph, nodes: Mapping[str, Node], at: Node, origin: tuple[str, str] | None) -> None:
         self.graph, self.nodes, self.at = graph, nodes, at
         kept: dict[str, Any] = {key: at.meta[key] for key in ("nn_module_stack", "stack_trace") if key in at.meta}
+        kept["stands_for"] = at.meta.get("stands_for", at.name)  # what messages call it: a node of the user's model
         self.meta = {**kept, "normfuse": origin} if origin else kept
         self.cursor = at
 

@@ -19,8 +19,8 @@ from torch.fx import Node
 from normfuse.bodies import Body, bodies
 from normfuse.program import Program
 from normfuse.recognize import norms_of
-from normfuse.rules import carries, hides, rank
-from normfuse.views import Norm, dtype, tensors_in
+from normfuse.rules import carries, hides, is_mean_of, rank
+from normfuse.views import Norm, arguments, aten, dtype, tensors_in
 
 NOTHING: frozenset[int] = frozenset()
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its changed self
@@ -57,7 +57,7 @@ class Facts:
         norm = self.norm_at.get(reader)
         if norm is not None and norm.x is value and norm.by_hand:
             return frozenset(norm.axes) if norm.kind == "layer_norm" else NOTHING
-        return hides(reader, value)
+        return hides(reader, value) | _less_its_mean(reader, value)
 
     @cached_property
     def unseen(self) -> dict[Node, frozenset[int]]:
@@ -140,6 +140,23 @@ class Facts:
     def constant(self) -> frozenset[Node]:
         """Forward: values that depend on stored tensors alone."""
         return self.program.constant
+
+
+def _less_its_mean(reader: Node, value: Node) -> frozenset[int]:
+    """Axes along which ``reader`` is x - mean x of the value, or the mean in it that nobody else reads: both move together."""
+    if reader.target is aten.sub.Tensor:
+        a = arguments(reader)
+        axes = range(rank(value)) if a["self"] is value and a["alpha"] == 1 else ()
+        return frozenset(axis for axis in axes if is_mean_of(a["other"], value, axis))
+    if reader.target is not aten.mean.dim or not reader.users:
+        return NOTHING
+    return frozenset.intersection(
+        *(_less_its_mean(user, value) if _is_less(user, reader) else NOTHING for user in reader.users)
+    )
+
+
+def _is_less(node: Node, mean: Node) -> bool:
+    return node.target is aten.sub.Tensor and arguments(node)["other"] is mean is not arguments(node)["self"]
 
 
 def analyze(program: Program) -> Facts:

@@ -202,10 +202,10 @@ class Program:
         return table
 
     def site(self, node: Node) -> Site:
-        """Where a node comes from: module path and the user's source line."""
+        """Where a node comes from: module path and the user's source line; of one that a rewrite made, those it stands for."""
         stack = node.meta.get("nn_module_stack") or {}
         path = list(stack.values())[-1][0] if stack else ""
-        return Site(node.name, module_path(path), _source_line(node.meta.get("stack_trace")))
+        return Site(node.meta.get("stands_for", node.name), module_path(path), _source_line(node.meta.get("stack_trace")))
 
     # -- using it ------------------------------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def of_norms(program: Program, sites: Mapping[str, Site], kernels: Sequence[Kern
         made_of.setdefault(site.node, set()).add(node)
     found = []
     for norm in analyze(program).norms:
-        nodes: set[str] = set().union(*(made_of.get(node.name, set()) for node in norm.inner))
+        nodes: set[str] = set().union(*(made_of.get(program.site(node).node, set()) for node in norm.inner))
         names = tuple(kernel.name for kernel in kernels if nodes & set(kernel.nodes))
         found.append(NormKernels(program.site(norm.out), norm.kind, names))
     return tuple(found)
