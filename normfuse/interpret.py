@@ -2,11 +2,16 @@
 
 Tensors are fetched when they are first read and dropped after their last reader, so that a float64 run never holds a
 float64 copy of the model.
+
+An operator that has no kernel in float64 (per-channel fake quantization, quantized operators, custom ones that check dtypes)
+runs in its own dtype there: what it reads is rounded to the dtype that it had when the model was traced, and its result is
+widened again. So do calls that draw random numbers, which are other numbers in float64.
 """
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from normfuse.bodies import draws
+from normfuse.bodies import draws, operator_name
 from normfuse.errors import InputError
 from normfuse.formula import evaluate
 from normfuse.program import Program
@@ -66,6 +71,10 @@ def call(node: Node, values: Mapping[Node, Any], *, wide: bool, width: torch.dty
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+Beside = Callable[[Node, Sequence[Any], Any, bool], Any]
+"""Told of every call: its node, what it read, its result, whether it ran in its own dtype; gives the result to go on with."""
+
+
 def run_graph(
     graph: Graph,
     fetch: Callable[[Node], Any],
@@ -74,6 +83,8 @@ def run_graph(
     width: torch.dtype = torch.float64,
     short: bool = False,
     through: Callable[[Node, Any], Any] | None = None,
+    beside: Beside | None = None,
+    seed: int = 0,
 ) -> list[Any]:
     """Run a lifted graph.
 
@@ -84,13 +95,15 @@ def run_graph(
         width: float64, or float32 for a graph in half precision.
         short: round the numbers in the graph to float32, as ONNX's attributes are.
         through: what the value of every call that is read goes through.
+        beside: see `Beside`.
+        seed: of the random numbers that the graph draws: the same ones in every run with the same seed.
 
     Returns:
         The flat outputs.
     """
-    how = _How(wide, width, short, through)
+    how = _How(wide, width, short, through, beside, torch.get_default_dtype())
     with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else torch.get_default_dtype()):
-        torch.manual_seed(0)  # a model that draws random numbers draws the same ones in every run
+        torch.manual_seed(seed)
         return list(_values(graph, lambda node: widened(fetch(node), width) if wide else fetch(node), how))
 
 
@@ -100,6 +113,8 @@ class _How:
     width: torch.dtype
     short: bool
     through: Callable[[Node, Any], Any] | None
+    beside: Beside | None
+    default: torch.dtype
 
 
 def _values(graph: Graph, fetch: Callable[[Node], Any], how: _How) -> Any:
@@ -118,12 +133,73 @@ def _values(graph: Graph, fetch: Callable[[Node], Any], how: _How) -> Any:
         if node.op == "get_attr":
             values[node] = _attribute(graph, node, how)
         elif node.op == "call_function" and (node in last_reader or draws(node)):  # assertions have no reader
-            value = call(node, values, wide=how.wide, width=how.width, short=how.short)
+            value, own = _called(node, values, how)
+            if how.beside is not None:
+                value = how.beside(node, [values[each] for each in node.all_input_nodes], value, own)
             values[node] = value if how.through is None or _is_batched(value) else how.through(node, value)
         for operand in node.all_input_nodes:
             if last_reader[operand] is node:
                 values.pop(operand, None)
     raise AssertionError("a graph without an output")
+
+
+_NUMBERS = re.compile(r"(rand|normal|bernoulli|multinomial|poisson|uniform|exponential|cauchy|geometric|log_normal|binomial)")
+"""Operators whose random numbers depend on the dtype; a dropout's mask does not."""
+_BITS = {aten.view.dtype, aten.nextafter.default, aten.frexp.Tensor}
+"""Operators that read the bits of a number, which are others in float64."""
+_LACKS = re.compile(r"not implemented for '(Half|BFloat16)'")
+
+
+def _called(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, bool]:
+    """The result of a call, and whether it ran in another dtype than the run, for want of a kernel."""
+    if not how.wide:
+        return _with_kernel(node, values, how)
+    if node.target in _BITS or (draws(node) and _NUMBERS.match(operator_name(node))):
+        return _in_own_dtype(node, values, how), node.target in _BITS
+    try:
+        value = call(node, values, wide=True, width=how.width, short=how.short)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # kernels and custom operators refuse a dtype with whatever they like
+        try:
+            return _in_own_dtype(node, values, how), True
+        except Exception:
+            raise error from None  # it was not the dtype
+    narrow = any(isinstance(each, Tensor) and each.dtype in _NARROW for each in pytree.tree_leaves(value))
+    if not narrow or how.width != torch.float64:
+        return value, False
+    return pytree.tree_map(lambda each: widened(each, how.width), value), True
+
+
+def _with_kernel(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, bool]:
+    """The result in the stored dtype; where this machine has no kernel for half precision, of float32 and rounded."""
+    try:
+        return call(node, values, wide=False, short=how.short), False
+    except (RuntimeError, NotImplementedError) as error:
+        if not _LACKS.search(str(error)):
+            raise
+    operands = {each: pytree.tree_map(lambda x: widened(x, torch.float32), values[each]) for each in node.all_input_nodes}
+    return _as_traced(call(node, operands, wide=True, width=torch.float32, short=how.short), node), True
+
+
+def _in_own_dtype(node: Node, values: Mapping[Node, Any], how: _How) -> Any:
+    operands = {each: _as_traced(values[each], each) for each in node.all_input_nodes}
+    with default_dtype(how.default):
+        value = call(node, operands, wide=False, short=how.short)
+    return pytree.tree_map(lambda each: widened(each, how.width), value)
+
+
+def _as_traced(value: Any, node: Node) -> Any:
+    """A value in the dtype that it had when the model was traced."""
+    traced = node.meta.get("val")
+    if isinstance(value, (tuple, list)) and isinstance(traced, (tuple, list)):
+        return type(value)(_rounded_to(x, like) for x, like in zip(value, traced, strict=True))
+    return _rounded_to(value, traced)
+
+
+def _rounded_to(value: Any, like: Any) -> Any:
+    floats = isinstance(value, Tensor) and isinstance(like, Tensor) and value.dtype in (*_NARROW, torch.float64)
+    return value.to(like.dtype) if floats and like.dtype in (*_NARROW, torch.float64) else value
 
 
 def _is_batched(value: Any) -> bool:
@@ -201,6 +277,8 @@ def run(
     weights: Weights | None = None,
     short: bool = False,
     through: Callable[[Node, Any], Any] | None = None,
+    beside: Beside | None = None,
+    seed: int = 0,
 ) -> list[Tensor]:
     """The flat tensor outputs of a program, its formulas included, and behind them the state that it updates.
 
@@ -213,6 +291,8 @@ def run(
             programs that are one function stay one function under the same change.
         short: round the numbers in the graph to float32, as ONNX's attributes are.
         through: what the value of every call that is read goes through.
+        beside: see `Beside`.
+        seed: of the random numbers that the program draws.
     """
     users = iter(flat)
     given = {
@@ -237,7 +317,7 @@ def run(
             return value.to(width) if value.is_floating_point() else value
         return value.to(program.tensor(name).dtype)
 
-    outputs = run_graph(program.graph, fetch, wide=wide, width=width, short=short, through=through)
+    outputs = run_graph(program.graph, fetch, wide=wide, width=width, short=short, through=through, beside=beside, seed=seed)
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
     pairs = [pair for pair in zip(outputs, kinds, strict=True) if isinstance(pair[0], Tensor)]
     # what the caller gets, then what the program updates

@@ -35,6 +35,7 @@ from normfuse.program import Program
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage, Missing, counts
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
+from normfuse.proof.steps import Steps, told_of_own
 from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
 from normfuse.views import dtype, is_tensor, shape
@@ -155,23 +156,26 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
     algebra: list[Agreement] = []
     rounding: list[Rounding] = []
     notes: list[str] = []
+    own: set[str] = set()
     baked, coverage = b.baked(), Coverage()
     usual = trial_run(a, trials[0].case.flat)
     for done, trial in enumerate(trials):
         name, flat, weights = trial.name, trial.case.flat, trial.weights
         if progress:
             progress(name, done, len(trials))
+        steps = Steps()
         try:
-            truth = run(a, flat, wide=True, weights=weights)
+            truth = run(a, flat, wide=True, weights=weights, beside=steps.written())
         except Exception as error:
             if done == 0:  # the user's own inputs must run
                 hint = "verify='structure' (--verify structure) proves its form only"
                 raise NormfuseError(f"the model does not run in float64: {first_line(error)}", hint=hint) from error
             notes.append(f"the original does not run on '{name}': {first_line(error)}")
             continue
-        shaken = run(a, _nudged_inputs(flat), wide=True, weights=nudged(NUDGE, weights))
+        shaken = run(a, _nudged_inputs(flat), wide=True, weights=nudged(NUDGE, weights), beside=steps.measured())
         noise = [max(each, FLOOR) for each in distances(truth, shaken)]
-        errors = distances(truth, run(b, flat, wide=True, weights=weights))
+        errors = distances(truth, run(b, flat, wide=True, weights=weights, beside=steps.followed()))
+        own |= steps.own.keys()
         coverage.add(truth, shaken, given=trial.case.given and weights is None)
         algebra.append(agreement(name, truth, errors, noise))
         if weights is None:
@@ -181,7 +185,7 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
             except RuntimeError as error:  # an operator that this machine does not have in half precision
                 rounding.append(Rounding(name, math.nan, math.nan, Verdict.NOT_COMPARED))
                 notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
-    notes += told_of(algebra)
+    notes += [*told_of(algebra), *told_of_own(own)]
     missing = coverage.missing() or _not_rounded(rounding)
     return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
 
