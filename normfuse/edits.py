@@ -7,7 +7,7 @@ along an axis; every value that does must be named by one, so nothing changes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,11 +15,13 @@ import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from normfuse import formula
-from normfuse.errors import InvalidPlan
+from normfuse import formula, limits, strict_json
+from normfuse.arithmetic import operator_named
+from normfuse.errors import InvalidPlan, first_line
 from normfuse.formula import Formula
+from normfuse.limits import OverLimit
 from normfuse.program import Program
-from normfuse.shapes import Shapes, fake_mode
+from normfuse.shapes import Shapes, bounded, fake_mode
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Call:
     def target(self) -> torch._ops.OpOverload:
         """The operator; a name reaches nothing else."""
         try:
-            return formula.aten_operator(self.op)
+            return operator_named(self.op, in_graph=True)
         except ValueError as error:
             raise InvalidPlan(str(error)) from error
 
@@ -151,22 +153,33 @@ def apply(program: Program, edits: Iterable[Edit], *, by: Mapping[Edit, tuple[st
         InvalidPlan: an edit names a node, a reader or a tensor that the program does not have, or a value would change its
             shape or dtype otherwise than the edits say.
     """
-    edits = tuple(edits)
+    try:
+        with bounded(program.graph):
+            return _applied(program, tuple(edits), by or {})
+    except InvalidPlan:
+        raise
+    except OverLimit as error:
+        raise InvalidPlan(f"the plan asks for too much: {error}", hint=error.hint) from error
+    except Exception as error:  # torch's own, where an operator does not take what it is given
+        raise InvalidPlan(f"the plan does not fit this program: {first_line(error)}") from error
+
+
+def _applied(program: Program, edits: Sequence[Edit], by: Mapping[Edit, tuple[str, str]]) -> Program:
     draft, twin = copied(program)
     shapes = Shapes(program.nodes, twin, [(edit.node, edit.axis, edit.size) for edit in edits if isinstance(edit, Resize)])
     formulas, state = dict(program.formulas), dict(program.exported.state_dict)
     for edit in edits:
         match edit:
             case SetTensor(name, new):
-                _check_tensors(program, new)
-                formulas[name] = formula.substitute(new, program.formulas)
+                _check_tensors(program, new, name)
+                formulas[name] = _composed(new, program)
                 shapes.store(program.reader_of(name).name, _sizes(program, new))
-            case NewTensor(name, new):
-                _check_tensors(program, new)
-                formulas[name] = formula.substitute(new, program.formulas)
+            case NewTensor(name, new, like):
+                _check_tensors(program, new, like)
+                formulas[name] = _composed(new, program)
                 state[name] = _add_tensor(program, draft.graph, twin, edit)
             case Reroute():
-                _reroute(draft, twin, shapes, edit, (by or {}).get(edit))
+                _reroute(draft, twin, shapes, edit, by.get(edit))
     graph = draft.graph
     _drop_unread(graph)
     shapes.propagate(graph)
@@ -218,11 +231,19 @@ def copied(program: Program) -> tuple[GraphModule, dict[str, Node]]:
     return module, {old.name: new for old, new in mapping.items()}
 
 
-def _check_tensors(program: Program, new: Formula) -> None:
-    known = set(program.tensor_names())
-    for name in formula.reads(new):
+def _check_tensors(program: Program, new: Formula, *others: str) -> None:
+    known = set(program.stored.values())
+    for name in (*formula.reads(new), *others):
         if name not in known:
             raise InvalidPlan(f"the plan reads the tensor '{name}', which this model does not have")
+
+
+def _composed(new: Formula, program: Program) -> Formula:
+    """The formula over the original tensors."""
+    composed = formula.substitute(new, program.formulas)
+    if formula.size(composed) > limits.OCCURRENCES:
+        raise OverLimit("a formula has too many parts", "OCCURRENCES")
+    return composed
 
 
 def _reroute(draft: GraphModule, nodes: dict[str, Node], shapes: Shapes, edit: Reroute, origin: tuple[str, str] | None) -> None:
@@ -318,16 +339,24 @@ def to_json(edit: Edit) -> dict[str, Any]:
             return {"resize": node, "axis": axis, "size": size}
 
 
-def from_json(data: Mapping[str, Any]) -> Edit:
-    """The edit that `to_json` wrote."""
-    if "new" in data:
-        return NewTensor(str(data["new"]), formula.from_json(data["to"]), str(data["like"]))
-    if "set" in data:
-        return SetTensor(str(data["set"]), formula.from_json(data["to"]))
-    if "resize" in data:
-        return Resize(str(data["resize"]), int(data["axis"]), int(data["size"]))
-    readers = None if data["readers"] is None else tuple(data["readers"])
-    return Reroute(str(data["reroute"]), _expression_from_json(data["by"]), readers, data["name"])
+def from_json(data: Any) -> Edit:
+    """The edit that `to_json` wrote.
+
+    Raises:
+        ValueError: it is none, or names operators that do more than compute.
+    """
+    match strict_json.record(data):
+        case {"new": name, "to": new, "like": like}:
+            return NewTensor(strict_json.name(name), formula.from_json(new), strict_json.text(like))
+        case {"set": name, "to": new}:
+            return SetTensor(strict_json.text(name), formula.from_json(new))
+        case {"resize": node, "axis": axis, "size": size}:
+            return Resize(strict_json.text(node), strict_json.whole(axis), strict_json.whole(size))
+        case {"reroute": node, "by": by, "readers": readers, "name": name}:
+            some = None if readers is None else strict_json.texts(readers)
+            called = None if name is None else strict_json.name(name)
+            return Reroute(strict_json.text(node), _expression_from_json(by), some, called)
+    raise ValueError(f"an edit of {', '.join(data) or 'nothing'} is not known")
 
 
 def _expression_to_json(by: Any) -> Any:
@@ -340,19 +369,22 @@ def _expression_to_json(by: Any) -> Any:
         case tuple():
             return [_expression_to_json(each) for each in by]
         case _:
-            return by
+            return strict_json.literal_to_json(by)
 
 
 def _expression_from_json(data: Any) -> Any:
     match data:
         case {"ref": node}:
-            return Ref(node)
+            return Ref(strict_json.text(node))
         case {"call": op, "args": args}:
-            return Call(op, tuple(_expression_from_json(each) for each in args), data.get("dtype"))
+            operands = tuple(map(_expression_from_json, strict_json.items(args)))
+            call = Call(strict_json.text(op), operands, data.get("dtype"))
+            call.target(), call.keywords()  # raise where it names what it may not
+            return call
         case list():
             return tuple(map(_expression_from_json, data))
         case _:
-            return data
+            return strict_json.literal(data)
 
 
 def _brief(value: Any) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from normfuse import strict_json
+from normfuse.arithmetic import operator_named
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,8 @@ def formed(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype) 
             return value + _along(formed(by, read, dtype), value, dim)
         case Apply(op, args, kwargs, output):
             values = (_within(each, lambda inner: formed(inner, read, dtype)) for each in args)
-            result = aten_operator(op)(*values, **dict(kwargs))
-            chosen: Tensor = result[output] if isinstance(result, (tuple, list)) else result
+            result = operator_named(op)(*values, **dict(kwargs))
+            chosen: Tensor = (result if isinstance(result, (tuple, list)) else (result,))[output]
             return chosen
 
 
@@ -156,24 +158,6 @@ def _within(argument: Any, to: Callable[[Formula], Any]) -> Any:
     if isinstance(argument, tuple):
         return tuple(_within(each, to) for each in argument)
     return to(argument) if is_formula(argument) else argument
-
-
-@cache
-def aten_operator(name: str) -> torch._ops.OpOverload:
-    """The aten operator of a name such as ``rsqrt.default``: one that computes, and touches neither operands nor files.
-
-    A plan is data that may come from anywhere, so a name reaches nothing but operators.
-
-    Raises:
-        ValueError: there is no such operator, or it does more than compute.
-    """
-    packet, _, overload = name.partition(".")
-    found = None
-    if packet.isidentifier() and overload.isidentifier() and not name.startswith("__"):
-        found = getattr(getattr(torch.ops.aten, packet, None), overload, None)
-    if not isinstance(found, torch._ops.OpOverload) or found._schema.is_mutable or "file" in packet:
-        raise ValueError(f"aten has no operator '{name}' that only computes")
-    return found
 
 
 def substitute(formula: Formula, pending: Mapping[str, Formula]) -> Formula:
@@ -217,13 +201,30 @@ def reads(formula: Formula) -> Iterator[str]:
             yield from found
 
 
+def size(formula: Formula, known: dict[int, int] | None = None) -> int:
+    """How many parts a formula has, one that occurs twice counted twice."""
+    known = {} if known is None else known
+    if id(formula) not in known:
+        inner: list[Formula] = []
+        match formula:
+            case Centered(of, _):
+                inner = [of]
+            case Scaled(of, by, _) | Added(of, by, _):
+                inner = [of, by]
+            case Apply(args=args):
+                for each in args:
+                    _within(each, inner.append)
+        known[id(formula)] = 1 + sum(size(each, known) for each in inner)
+    return known[id(formula)]
+
+
 def to_json(formula: Formula) -> dict[str, Any]:
     """The formula as JSON types."""
     match formula:
         case Read(name):
             return {"read": name}
         case Number(value):
-            return {"number": value}
+            return {"number": strict_json.number_to_json(value)}
         case Centered(of, dim):
             return {"center": to_json(of), "dim": dim}
         case Scaled(of, by, dim):
@@ -231,31 +232,45 @@ def to_json(formula: Formula) -> dict[str, Any]:
         case Added(of, by, dim):
             return {"shift": to_json(of), "by": to_json(by), "dim": dim}
         case Apply(op, args, kwargs, output):
-            return {"apply": op, "args": list(map(_to_json, args)), "kwargs": dict(kwargs), "output": output}
+            keywords = {name: _to_json(value) for name, value in kwargs}
+            return {"apply": op, "args": list(map(_to_json, args)), "kwargs": keywords, "output": output}
 
 
-def from_json(data: Mapping[str, Any]) -> Formula:
-    """The formula that `to_json` wrote."""
-    if "read" in data:
-        return Read(str(data["read"]))
-    if "number" in data:
-        return Number(float(data["number"]))
-    if "center" in data:
-        return Centered(from_json(data["center"]), int(data["dim"]))
-    if "apply" in data:
-        args, kwargs = tuple(map(_argument_from_json, data["args"])), tuple(data.get("kwargs", {}).items())
-        return Apply(str(data["apply"]), args, kwargs, int(data.get("output", 0)))
-    kind, of = (Scaled, data["scale"]) if "scale" in data else (Added, data["shift"])
-    return kind(from_json(of), from_json(data["by"]), int(data["dim"]))
+def from_json(data: Any) -> Formula:
+    """The formula that `to_json` wrote.
+
+    Raises:
+        ValueError: it is none, or has operators that do more than compute.
+        KeyError: a part of it is missing.
+    """
+    match strict_json.record(data):
+        case {"read": name}:
+            return Read(strict_json.text(name))
+        case {"number": value}:
+            return Number(strict_json.number(value))
+        case {"center": of, "dim": dim}:
+            return Centered(from_json(of), strict_json.whole(dim))
+        case {"apply": op, "args": args}:
+            operator_named(strict_json.text(op))
+            keywords = strict_json.record(data.get("kwargs", {})).items()
+            given = tuple((strict_json.name(key), _argument_from_json(value)) for key, value in keywords)
+            operands = tuple(map(_argument_from_json, strict_json.items(args)))
+            return Apply(op, operands, given, strict_json.whole(data.get("output", 0)))
+        case {"scale": of, "by": by, "dim": dim}:
+            return Scaled(from_json(of), from_json(by), strict_json.whole(dim))
+        case {"shift": of, "by": by, "dim": dim}:
+            return Added(from_json(of), from_json(by), strict_json.whole(dim))
+    raise ValueError(f"a formula of {', '.join(data) or 'nothing'} is not known")
 
 
 def _to_json(argument: Any) -> Any:
     if isinstance(argument, tuple):
         return [_to_json(each) for each in argument]
-    return to_json(argument) if is_formula(argument) else argument
+    return to_json(argument) if is_formula(argument) else strict_json.literal_to_json(argument)
 
 
 def _argument_from_json(data: Any) -> Any:
     if isinstance(data, list):
         return tuple(map(_argument_from_json, data))
-    return from_json(data) if isinstance(data, Mapping) else data
+    is_literal = not isinstance(data, dict) or set(data) == {"float"}
+    return strict_json.literal(data) if is_literal else from_json(data)

@@ -38,6 +38,12 @@ PICKLE_BYTES = _limit("PICKLE_BYTES", 256 * MIB)
 PROGRAM_BYTES = _limit("PROGRAM_BYTES", 1024 * MIB)
 """Bytes of one JSON text in a .pt2."""
 
+PLAN_BYTES = _limit("PLAN_BYTES", 256 * MIB)
+"""Bytes of a plan, a lock file or a calibration."""
+
+FORMULA_ENTRIES = _limit("FORMULA_ENTRIES", 1 << 28)
+"""Entries of any value in a plan's formulas and expressions, beyond sixteen times those of the model's largest value."""
+
 NESTING = _limit("NESTING", 200)
 """How deep containers, modules and their states may lie in each other."""
 

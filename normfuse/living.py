@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
+from normfuse.arithmetic import operator_named
 from normfuse.edits import copied
-from normfuse.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, aten_operator, is_formula, reads
+from normfuse.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, is_formula, reads
 from normfuse.inputs import Inputs
 from normfuse.program import Program
 from normfuse.shapes import fake_mode
@@ -111,7 +112,7 @@ class _Emitted:
                 whole = self._emit(of)
                 return self._call(aten.add.Tensor, whole, self._along(by, whole, dim))
             case Apply(op, args, kwargs, output):
-                result = self._call(aten_operator(op), *map(self._argument, args), **dict(kwargs))
+                result = self._call(operator_named(op), *map(self._argument, args), **dict(kwargs))
                 several = isinstance(result.meta["val"], (tuple, list))
                 return self._call(operator.getitem, result, output) if several else result
 

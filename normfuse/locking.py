@@ -14,8 +14,10 @@ from typing import TypeAlias
 from normfuse.edits import NewTensor, SetTensor
 from normfuse.errors import InputError, InvalidPlan, first_line
 from normfuse.findings import Finding, Refusal, Rewrite
+from normfuse.limits import OverLimit
 from normfuse.planner import Plan
 from normfuse.program import Site
+from normfuse.strict_json import read_file
 
 Where: TypeAlias = tuple[str, str]
 
@@ -27,9 +29,10 @@ def read_lock(path: str | Path) -> Plan:
         InputError: there is no such file, or it is no plan.
     """
     try:
-        return Plan.from_json(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, InvalidPlan) as error:
-        raise InputError(f"{path} is no lock file: {first_line(error)}", hint="--plan FILE writes one") from error
+        return Plan.from_json(read_file(path))
+    except (OSError, ValueError, OverLimit, InvalidPlan) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise InputError(f"{path} is no lock file: {reason}", hint="--plan FILE writes one") from error
 
 
 def drift(locked: Plan, now: Plan) -> list[str]:

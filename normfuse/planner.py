@@ -33,9 +33,11 @@ from normfuse.errors import InvalidPlan
 from normfuse.facts import Facts, analyze
 from normfuse.findings import NO_NORM, Claim, Refusal, Rewrite
 from normfuse.formula import Centered, Formula, Read
+from normfuse.limits import OverLimit
 from normfuse.program import Program, Site
 from normfuse.registry import Pass, find
 from normfuse.rules import METADATA
+from normfuse.strict_json import items, parsed, record, text, texts
 
 _VERSION = 1
 _ROUNDS = 32  # every round removes work, so this is never reached; it bounds a faulty pass
@@ -93,23 +95,28 @@ class Plan:
         """The plan as JSON text."""
         rounds = [[_rewrite_to_dict(each) for each in rewrites] for rewrites in self.rounds]
         refusals = [each.to_dict() for each in self.refusals]
-        return json.dumps({"normfuse_plan": _VERSION, "passes": self.passes, "rounds": rounds, "refusals": refusals}, indent=1)
+        data = {"normfuse_plan": _VERSION, "passes": self.passes, "rounds": rounds, "refusals": refusals}
+        return json.dumps(data, indent=1, allow_nan=False)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
+    def from_json(cls, document: str) -> Plan:
         """The plan that `to_json` wrote.
 
         Raises:
-            InvalidPlan: the text is not a plan of this version.
+            InvalidPlan: the document is not a plan of this version, or names what no plan may.
         """
         try:
-            data = json.loads(text)
+            data = record(parsed(document))
             if data["normfuse_plan"] != _VERSION:
                 raise InvalidPlan(f"this plan has version {data['normfuse_plan']}; this normfuse reads version {_VERSION}")
-            rounds = tuple(tuple(_rewrite_from_dict(each) for each in rewrites) for rewrites in data["rounds"])
-            return cls(tuple(data["passes"]), rounds, tuple(_refusal_from_dict(each) for each in data["refusals"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise InvalidPlan(f"this is not a plan that normfuse wrote ({type(error).__name__}: {error})") from error
+            rounds = tuple(tuple(map(_rewrite_from_dict, items(rewrites))) for rewrites in items(data["rounds"]))
+            return cls(texts(data["passes"]), rounds, tuple(map(_refusal_from_dict, items(data["refusals"]))))
+        except OverLimit as error:
+            raise InvalidPlan(f"this is not a plan that normfuse wrote: {error}", hint=error.hint) from error
+        except KeyError as error:
+            raise InvalidPlan(f"this is not a plan that normfuse wrote: it has no {error}") from error
+        except ValueError as error:
+            raise InvalidPlan(f"this is not a plan that normfuse wrote: {error}") from error
 
 
 def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim.ROUNDING) -> Plan:
@@ -291,23 +298,29 @@ def _rewrite_to_dict(rewrite: Rewrite) -> dict[str, Any]:
     }
 
 
-def _rewrite_from_dict(data: Mapping[str, Any]) -> Rewrite:
+def _rewrite_from_dict(data: Any) -> Rewrite:
+    claims = {each.name.lower(): each for each in Claim}
+    if text(record(data)["claim"]) not in claims:
+        raise ValueError(f"'{data['claim']}' is no claim")
+    sites = tuple(map(_site_from_dict, items(data["sites"])))
+    if not sites:
+        raise ValueError("a rewrite has no site")
     return Rewrite(
-        data["pass"],
-        tuple(_site_from_dict(each) for each in data["sites"]),
-        tuple(data["was"]),
-        data["becomes"],
-        tuple(editing.from_json(each) for each in data["edits"]),
-        frozenset(data["region"]),
-        Claim[data["claim"].upper()],
-        data["because"],
+        text(data["pass"]),
+        sites,
+        texts(data["was"]),
+        text(data["becomes"]),
+        tuple(map(editing.from_json, items(data["edits"]))),
+        frozenset(texts(data["region"])),
+        claims[data["claim"]],
+        text(data["because"]),
     )
 
 
-def _site_from_dict(data: Mapping[str, Any]) -> Site:
-    return Site(data["node"], data["module"], data["source"])
+def _site_from_dict(data: Any) -> Site:
+    return Site(text(record(data)["node"]), text(data["module"]), text(data["source"]))
 
 
-def _refusal_from_dict(data: Mapping[str, Any]) -> Refusal:
-    at = _site_from_dict(data["at"]) if data["at"] else None
-    return Refusal(data["pass"], _site_from_dict(data), data["code"], data["reason"], at, data["hint"])
+def _refusal_from_dict(data: Any) -> Refusal:
+    at = _site_from_dict(record(data)["at"]) if data["at"] is not None else None
+    return Refusal(text(data["pass"]), _site_from_dict(data), text(data["code"]), text(data["reason"]), at, text(data["hint"]))

@@ -8,6 +8,7 @@ through by broadcasting, or into a size that a view infers.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
@@ -16,8 +17,11 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfuse import limits
 from normfuse.errors import InvalidPlan, first_line
+from normfuse.limits import OverLimit
 from normfuse.streams.widths import with_size
 
 Form: TypeAlias = Any
@@ -130,6 +134,29 @@ def _resized(form: Form, sizes: Mapping[int, int]) -> Form:
     if isinstance(form, list):
         return [_resized(each, sizes) for each in form]
     return tuple(str(sizes.get(axis, size)) for axis, size in enumerate(form[0])), form[1]
+
+
+class _Bounded(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses values that no machine can hold: shapes cost nothing, so a few bytes of a plan could ask for exabytes."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.entries = entries
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for each in result if isinstance(result, (list, tuple)) else (result,):
+            sizes = each.shape if isinstance(each, torch.Tensor) else ()
+            if all(isinstance(size, int) for size in sizes) and math.prod(sizes) > self.entries:
+                raise OverLimit(f"a value of {math.prod(sizes):,} entries", "FORMULA_ENTRIES")
+        return result
+
+
+def bounded(graph: Graph) -> _Bounded:
+    """Values are computed, or only sized, up to a bound inside: `limits.FORMULA_ENTRIES`, or what the program itself needs."""
+    known = (getattr(node.meta.get("val"), "shape", ()) for node in graph.nodes)
+    own = [math.prod(sizes) for sizes in known if all(isinstance(size, int) for size in sizes)]
+    return _Bounded(max(limits.FORMULA_ENTRIES, 16 * max(own, default=0)))
 
 
 @contextlib.contextmanager

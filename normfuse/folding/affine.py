@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
+from normfuse.arithmetic import only_computes
 from normfuse.edits import Call, Expression, Ref, literal
 from normfuse.facts import Facts
 from normfuse.formula import Apply, Formula, Number, Read, is_formula
@@ -295,7 +296,7 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
     if node.target is operator.getitem:
         source = constant_formula(facts, node.args[0])
         return replace(source, output=node.args[1]) if isinstance(source, Apply) else None
-    if not isinstance(node.target, torch._ops.OpOverload) or not _stays_float(node):
+    if not only_computes(node.target) or not _stays_float(node):
         return None
     if node.target in (aten._to_copy.default, aten.detach.default, aten.clone.default):
         return constant_formula(facts, node.args[0])

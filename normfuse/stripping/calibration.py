@@ -7,10 +7,9 @@ and what the first token does to it, which in large language models has a deviat
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,15 +21,17 @@ from torch.fx import Graph, Node
 
 from normfuse.api import to_program
 from normfuse.atomic import write_atomically
-from normfuse.errors import InputError, LoadError, NormfuseError
+from normfuse.errors import InputError, LoadError, NormfuseError, first_line
 from normfuse.escaping import escaped, json_text
 from normfuse.facts import analyze
 from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run_graph, user_inputs
+from normfuse.limits import OverLimit
 from normfuse.program import Program
 from normfuse.proof.proving import Progress
 from normfuse.report import plain_table
 from normfuse.rules import rank
+from normfuse.strict_json import items, number, parsed, read_file, record, text, whole
 from normfuse.views import Norm, aten, dtype
 
 TARGETS = "targets"
@@ -109,10 +110,10 @@ class Calibration:
 
     def save(self, path: str | Path) -> Path:
         """Write JSON, atomically."""
-        text = json_text(self.to_dict(), indent=1) + "\n"
+        content = json_text(self.to_dict(), indent=1) + "\n"
 
         def write(file: Path) -> None:
-            file.write_text(text)
+            file.write_text(content, encoding="utf-8")
 
         write_atomically(Path(path), write)
         return Path(path)
@@ -125,14 +126,15 @@ class Calibration:
             LoadError: the file is not there, or is no calibration of this version.
         """
         try:
-            data = json.loads(Path(path).read_text())
+            data = record(parsed(read_file(path)))
             if data["normfuse_calibration"] != _VERSION:
                 raise LoadError(f"{path} is a calibration of version {data['normfuse_calibration']}, not {_VERSION}")
-            norms = tuple(Deviation(**{**each, "outliers": tuple(each["outliers"])}) for each in data["norms"])
-            return cls(str(data["model"]), int(data["batches"]), norms)
-        except (OSError, KeyError, TypeError, ValueError) as error:
+            norms = tuple(map(_deviation_of, items(data["norms"])))
+            return cls(text(data["model"]), whole(data["batches"]), norms)
+        except (OSError, KeyError, ValueError, OverLimit) as error:
             hint = "normfuse calibrate MODEL --data FILE -o cal.json writes one"
-            raise LoadError(f"{path} is no calibration: {error}", hint=hint) from error
+            reason = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+            raise LoadError(f"{path} is no calibration: {reason}", hint=hint) from error
 
     def render(self) -> Iterator[RenderableType]:
         """A row per norm, and how many are near-constant."""
@@ -150,6 +152,15 @@ class Calibration:
         tokens = max((each.tokens for each in self.norms), default=0)
         said = f"{near} of {len(self.norms)} norms are near-constant (within {CONSTANT:.0%}) on {tokens} tokens"
         yield Text(said, "bold")
+
+
+def _deviation_of(data: Any) -> Deviation:
+    """A norm of a calibration file, every figure of which is one that can have been measured."""
+    figures = {each.name: number(record(data)[each.name]) for each in fields(Deviation) if each.type == "float"}
+    if not all(map(math.isfinite, figures.values())) or min(figures["mean"], figures["sigma"], figures["least"]) < 0:
+        raise ValueError(f"'{text(data['site'])}' has a deviation that no norm has")
+    places = tuple(map(whole, items(data["outliers"])))
+    return Deviation(site=text(data["site"]), node=text(data["node"]), tokens=whole(data["tokens"]), outliers=places, **figures)
 
 
 def _positions(places: Sequence[int]) -> str:
