@@ -115,7 +115,7 @@ def compared(
         evidence = compare(program_side("the program", program), program_side("as it is stored", stored), tried)
         if not evidence.ok:
             return evidence
-    reference = program_side("the program", stored, state=False)
+    reference = program_side("the program", stored, state=False, short=True)
     return compare(reference, artifact_side(artifact, ports_of(program)), tried, same_weights=True, progress=progress)
 
 

@@ -25,16 +25,18 @@ from torch.utils import _pytree as pytree
 from normfuse.bodies import draws, operator_name
 from normfuse.errors import InputError
 from normfuse.formula import evaluate
+from normfuse.literals import counts_short, short_arguments
 from normfuse.program import Program
 from normfuse.views import arguments, aten, default_rms_eps, dtype
 
-_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+NARROW = (torch.float16, torch.bfloat16, torch.float32)
+"""Dtypes in which torch's kernels compute with numbers of float32."""
 
 
 def widened(value: Any, width: torch.dtype = torch.float64) -> Any:
     """A tensor or dtype with every narrower floating type replaced by ``width``; anything else as it is."""
     if isinstance(value, torch.dtype):
-        wider = {**dict.fromkeys(_NARROW, width), torch.complex64: width.to_complex()}
+        wider = {**dict.fromkeys(NARROW, width), torch.complex64: width.to_complex()}
         return wider.get(value, value)
     return value.to(widened(value.dtype, width)) if isinstance(value, Tensor) else value
 
@@ -50,16 +52,18 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def shortened(literal: float) -> float:
-    """A number of the model's code as a file format with float32 attributes holds it."""
-    return torch.tensor(literal, dtype=torch.float32).item()
-
-
-def call(node: Node, values: Mapping[Node, Any], *, wide: bool, width: torch.dtype = torch.float64, short: bool = False) -> Any:
-    """The result of one call; with ``wide``, dtypes named in the call are widened too; with ``short``, see `shortened`."""
+def call(
+    node: Node,
+    values: Mapping[Node, Any],
+    *,
+    wide: bool,
+    width: torch.dtype = torch.float64,
+    short: Sequence[torch.dtype] = (),
+) -> Any:
+    """The result of one call; ``wide`` widens dtypes named in it too; in a dtype of ``short``, its numbers are short."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda each: values[each])
-    if short:
-        args, kwargs = map_aggregate((args, kwargs), lambda each: shortened(each) if isinstance(each, float) else each)
+    if counts_short(node, short):
+        args, kwargs = short_arguments(node, args, kwargs)
     if wide:
         args, kwargs = map_aggregate(
             (args, kwargs), lambda each: widened(each, width) if isinstance(each, torch.dtype) else each
@@ -81,7 +85,7 @@ def run_graph(
     *,
     wide: bool = False,
     width: torch.dtype = torch.float64,
-    short: bool = False,
+    short: Sequence[torch.dtype] = (),
     through: Callable[[Node, Any], Any] | None = None,
     beside: Beside | None = None,
     seed: int = 0,
@@ -93,7 +97,7 @@ def run_graph(
         fetch: gives the value of a placeholder.
         wide: run in ``width``: casts to narrower floating types inside the graph become casts to it.
         width: float64, or float32 for a graph in half precision.
-        short: round the numbers in the graph to float32, as ONNX's attributes are.
+        short: round the numbers of calls in these dtypes to float32.
         through: what the value of every call that is read goes through.
         beside: see `Beside`.
         seed: of the random numbers that the graph draws: the same ones in every run with the same seed.
@@ -111,7 +115,7 @@ def run_graph(
 class _How:
     wide: bool
     width: torch.dtype
-    short: bool
+    short: Sequence[torch.dtype]
     through: Callable[[Node, Any], Any] | None
     beside: Beside | None
     default: torch.dtype
@@ -165,7 +169,7 @@ def _called(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, boo
             return _in_own_dtype(node, values, how), True
         except Exception:
             raise error from None  # it was not the dtype
-    narrow = any(isinstance(each, Tensor) and each.dtype in _NARROW for each in pytree.tree_leaves(value))
+    narrow = any(isinstance(each, Tensor) and each.dtype in NARROW for each in pytree.tree_leaves(value))
     if not narrow or how.width != torch.float64:
         return value, False
     return pytree.tree_map(lambda each: widened(each, how.width), value), True
@@ -198,8 +202,8 @@ def _as_traced(value: Any, node: Node) -> Any:
 
 
 def _rounded_to(value: Any, like: Any) -> Any:
-    floats = isinstance(value, Tensor) and isinstance(like, Tensor) and value.dtype in (*_NARROW, torch.float64)
-    return value.to(like.dtype) if floats and like.dtype in (*_NARROW, torch.float64) else value
+    floats = isinstance(value, Tensor) and isinstance(like, Tensor) and value.dtype in (*NARROW, torch.float64)
+    return value.to(like.dtype) if floats and like.dtype in (*NARROW, torch.float64) else value
 
 
 def _is_batched(value: Any) -> bool:
@@ -275,7 +279,7 @@ def run(
     wide: bool = False,
     width: torch.dtype = torch.float64,
     weights: Weights | None = None,
-    short: bool = False,
+    short: Sequence[torch.dtype] = (),
     through: Callable[[Node, Any], Any] | None = None,
     beside: Beside | None = None,
     seed: int = 0,
@@ -289,7 +293,7 @@ def run(
         width: float64, or float32 for a program in half precision.
         weights: changes every floating stored tensor before formulas read it. A formula holds for any weights, so two
             programs that are one function stay one function under the same change.
-        short: round the numbers in the graph to float32, as ONNX's attributes are.
+        short: round the numbers of calls in these dtypes to float32.
         through: what the value of every call that is read goes through.
         beside: see `Beside`.
         seed: of the random numbers that the program draws.

@@ -70,7 +70,7 @@ def verify(
     _, program, given = to_program(left, inputs, kwargs, None, trust_pickle)
     tried = cases_for(program, given)
     if isinstance(right, Artifact):
-        reference = program_side(_name(a), program, state=False)
+        reference = program_side(_name(a), program, state=False, short=True)
         return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
     _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
     for each in (program, other):

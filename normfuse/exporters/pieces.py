@@ -14,8 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from normfuse.errors import ExportError
 from normfuse.exporters.extras import package
+from normfuse.literals import shortened
 from normfuse.proof.artifacts import Run
+
+EPSILON, SLOPE, GATE = (shortened(each) for each in (1e-5, 0.01, 0.2))
+"""Attributes that a file leaves to ONNX: of InstanceNormalization, LeakyRelu and HardSigmoid."""
+SELU = (shortened(1.6732632423543772), shortened(1.0507009873554805))
+"""Those of Selu, by which torch's own numbers are meant."""
 
 
 def _conv(
@@ -69,25 +76,41 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **at
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def _hard_sigmoid(x: Tensor, alpha: float = GATE, beta: float = 0.5) -> Tensor:
+    """max(0, min(1, αx + β)); a sixth is what is meant by a sixth that is rounded to float32."""
+    if alpha == shortened(1 / 6):
+        return torch.clamp((x + 6 * beta) / 6, 0.0, 1.0)
+    return torch.clamp(alpha * x + beta, 0.0, 1.0)
+
+
+def _selu(x: Tensor, alpha: float = SELU[0], gamma: float = SELU[1]) -> Tensor:
+    return F.selu(x) if (alpha, gamma) == SELU else F.elu(x, alpha) * gamma
+
+
 KERNELS: dict[str, Callable[..., Tensor]] = {
     "Atan": torch.atan,
     "Attention": _attention,
     "AveragePool": _average_pool,
     "Conv": lambda *values, **attributes: _conv(*values, transposed=False, **attributes),
     "ConvTranspose": lambda *values, **attributes: _conv(*values, transposed=True, **attributes),
+    "Celu": lambda x, alpha=1.0: F.celu(x, alpha),
     "Elu": lambda x, alpha=1.0: F.elu(x, alpha),
     "Erf": torch.erf,
     "Gelu": lambda x, approximate="none": F.gelu(x, approximate=approximate),
     "GlobalAveragePool": lambda x: x.mean(tuple(range(2, x.dim())), keepdim=True),
+    "HardSigmoid": _hard_sigmoid,
     "HardSwish": F.hardswish,
-    "InstanceNormalization": lambda x, scale, shift, epsilon=1e-5: F.instance_norm(x, None, None, scale, shift, eps=epsilon),
-    "LeakyRelu": lambda x, alpha=0.01: F.leaky_relu(x, alpha),
+    "InstanceNormalization": lambda x, scale, shift, epsilon=EPSILON: F.instance_norm(x, None, None, scale, shift, eps=epsilon),
+    "LeakyRelu": lambda x, alpha=SLOPE: F.leaky_relu(x, alpha),
     "Mish": F.mish,
     "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x),
-    "Softplus": F.softplus,
+    "Selu": _selu,
+    "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "Softsign": F.softsign,
 }
 """Operators that ONNX Runtime has not in float64, by torch: of the inputs in order, and the attributes by name."""
+SINGLE = {"linear", "cubic"}
+"""Modes of Resize that ONNX Runtime computes with weights of float32, whatever the dtype."""
 
 
 def assembled(model: Any, opened: Callable[[Any], Run]) -> Run:
@@ -101,9 +124,11 @@ def assembled(model: Any, opened: Callable[[Any], Run]) -> Run:
         opened: gives the way to run a piece, which is a model too.
 
     Raises:
-        ExportError: what is left after `KERNELS` cannot be opened either.
+        ExportError: what is left after `KERNELS` cannot be opened either, or is computed in float32 all the same.
     """
     graph = model.graph
+    if any(node.op_type == "Resize" and _attributes(node).get("mode") in SINGLE for node in graph.all_nodes()):
+        raise ExportError("ONNX Runtime resizes in float32")
     if any(value.dtype is None for node in graph for value in node.outputs):  # the inputs of a piece have types
         package("onnx_ir.passes.common", "onnx").ShapeInferencePass()(model)
     stage: dict[Any, int] = defaultdict(int)  # graph inputs, stored tensors and what a subgraph defines: 0

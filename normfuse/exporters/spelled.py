@@ -21,7 +21,12 @@ RMS_OPSET = 23
 def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
     """For ``torch.onnx.export``: operator -> what writes it."""
     table: dict[Callable[..., Any], Callable[..., Any]] = {
-        torch.ops.aten.rms_norm.default: _native_rms_norm if opset >= RMS_OPSET else _spelled_rms_norm
+        torch.ops.aten.rms_norm.default: _native_rms_norm if opset >= RMS_OPSET else _spelled_rms_norm,
+        torch.ops.aten.log_sigmoid.default: _spelled_log_sigmoid,
+        torch.ops.aten.log_sigmoid_forward.default: lambda self: (_spelled_log_sigmoid(self), self),
+        torch.ops.aten.logit.default: _spelled_logit,
+        torch.ops.aten.celu.default: _spelled_celu,
+        torch.ops.aten.linalg_vector_norm.default: _spelled_vector_norm,
     }
     return table if opset >= GELU_OPSET else {**table, torch.ops.aten.gelu.default: _spelled_gelu}
 
@@ -44,6 +49,46 @@ def _spelled_gelu(self: Any, approximate: str = "none") -> Any:
         cube = op.Mul(op.Mul(self, self), self)
         gate = op.Tanh(op.Mul(root, op.Add(self, op.Mul(share, cube))))
     return op.Mul(op.Mul(self, op.Add(gate, number(1.0))), number(0.5))
+
+
+def _spelled_log_sigmoid(self: Any) -> Any:
+    """``aten.log_sigmoid`` as −softplus(−x): the logarithm of a sigmoid is −∞ where the sigmoid is 0 in float32."""
+    op = package("onnxscript", "onnx").opset18
+    return op.Neg(op.Softplus(op.Neg(self)))
+
+
+def _spelled_logit(self: Any, eps: float | None = None) -> Any:
+    """``aten.logit`` with 1 − eps computed from eps."""
+    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
+    one = op.Constant(value=ir.tensor(1.0, dtype=self.dtype))
+    if eps is not None:
+        least = op.Constant(value=ir.tensor(eps, dtype=self.dtype))
+        self = op.Min(op.Max(self, least), op.Sub(one, least))
+    return op.Log(op.Div(self, op.Sub(one, self)))
+
+
+def _spelled_celu(self: Any, alpha: float = 1.0) -> Any:
+    """``aten.celu`` as Celu, which is of float32 alone, in casts if need be; float64 is max(0, x) + min(0, α(eˣᐟᵅ − 1))."""
+    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
+    if self.dtype != ir.DataType.DOUBLE:
+        single = self.dtype == ir.DataType.FLOAT
+        return op.Celu(self, alpha=alpha) if single else op.Cast(op.Celu(op.Cast(self, to=1), alpha=alpha), to=self.dtype)
+    zero, one, scale = (op.Constant(value=ir.tensor(each, dtype=self.dtype)) for each in (0.0, 1.0, alpha))
+    return op.Add(op.Max(self, zero), op.Min(op.Mul(scale, op.Sub(op.Exp(op.Div(self, scale)), one)), zero))
+
+
+def _spelled_vector_norm(self: Any, ord: float = 2.0, dim: Any = None, keepdim: bool = False, dtype: int = -1) -> Any:
+    """``aten.linalg_vector_norm``; a root of another degree is a power, whose exponent is computed from the degree."""
+    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
+    if ord in (0.0, 1.0, 2.0, float("inf"), -float("inf")):
+        theirs = package("onnxscript.function_libs.torch_lib.ops.linalg", "onnx").aten_linalg_vector_norm
+        return theirs(self, ord, dim, keepdim, dtype)
+    if dtype != -1:
+        self = op.Cast(self, to=dtype)
+    degree, one = (op.Constant(value=ir.tensor(each, dtype=self.dtype)) for each in (ord, 1.0))
+    axes = [] if dim is None else [op.Constant(value_ints=list(dim))]
+    total = op.ReduceSum(op.Pow(op.Abs(self), degree), *axes, keepdims=keepdim)
+    return op.Pow(total, op.Div(one, degree))
 
 
 def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:

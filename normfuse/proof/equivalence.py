@@ -20,7 +20,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, NormfuseError, first_line
-from normfuse.interpret import flat_inputs, run
+from normfuse.interpret import NARROW, flat_inputs, run
+from normfuse.literals import numbers_cut
 from normfuse.program import Program
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.cases import Case
@@ -72,7 +73,7 @@ class Side:
     notes: tuple[str, ...] = ()
 
 
-def program_side(name: str, program: Program, *, calls: Program | None = None, state: bool = True) -> Side:
+def program_side(name: str, program: Program, *, calls: Program | None = None, state: bool = True, short: bool = False) -> Side:
     """A program.
 
     Args:
@@ -80,7 +81,10 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
         program: what runs.
         calls: the program whose inputs the cases are made of, where it is another.
         state: compare the tensors that it updates too, which a runtime does not give.
+        short: the numbers of its code, such as a slope of 0.01, count as float32, which files hold. Torch's kernels outside
+            float64 have them so too, and there the truth is computed with them; in float64 they are a part of the noise.
     """
+    held = (*NARROW, torch.float64) if short else ()
     outputs = None if state else sum(s.kind.name == "USER_OUTPUT" for s in program.exported.graph_signature.output_specs)
 
     def flat(case: Case) -> Sequence[Any]:
@@ -96,11 +100,19 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
         name,
         f"PyTorch {torch.__version__}",
         {"": on},
-        lambda case: on(case, wide=True),
-        lambda case, size: on(case, wide=True, weights=nudged(rounding_of(program) if size is None else size)),
-        lambda case, width: on(case, wide=True, width=width, short=True),
+        lambda case: on(case, wide=True, short=NARROW if short else ()),
+        lambda case, size: on(case, wide=True, short=held, weights=nudged(rounding_of(program) if size is None else size)),
+        lambda case, width: on(case, wide=True, width=width, short=held),
         lambda case, truth: noise_of_rounding(program, flat(case), truth),
+        notes=_rounded_numbers(program) if short else (),
     )
+
+
+def _rounded_numbers(program: Program) -> tuple[str, ...]:
+    """What to say of a program in float64 whose code has numbers that float32 does not hold."""
+    found = [f"{number:g} of {node.name}" for node in program.graph.nodes for number in numbers_cut(node)]
+    told = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return (f"files hold the numbers of a model's code as float32, so they were compared so: {told}",) if found else ()
 
 
 def live_side(name: str, call: Runner) -> Side:
