@@ -55,7 +55,7 @@ OPERATORS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "group_norm": lambda x, v: F.group_norm(x, 2, eps=v),
     "instance_norm": lambda x, v: F.instance_norm(x[None], eps=v),
     "batch_norm": lambda x, v: F.batch_norm(x, torch.ones(SIZE), torch.ones(SIZE), eps=v),
-    "attention": lambda x, v: F.scaled_dot_product_attention(*[x[None, None]] * 3, scale=v),
+    "attention": lambda x, v: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], scale=v),
 }
 WITHOUT_A_NUMBER: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,  # 0.01 by default
@@ -69,7 +69,7 @@ WITHOUT_A_NUMBER: dict[str, Callable[[Tensor], Tensor]] = {
     "mish": F.mish,
     "silu": F.silu,
     "relu6": F.relu6,
-    "attention": lambda x: F.scaled_dot_product_attention(*[x[None, None]] * 3),
+    "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]),
 }
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from normfuse.exporters import onnxruntime as runtime
 from normfuse.exporters import pieces
-from normfuse.interpret import run
+from normfuse.interpret import NARROW, run
 from normfuse.program import Program
 from tests.exporters.agreement import distance
 
@@ -83,7 +83,7 @@ def exported(module: nn.Module, inputs: tuple[Tensor, ...], path: Path) -> list[
 
     program = Program.trace(module.eval(), inputs)
     exporter.export(program, path, opset=23)  # the first with Attention
-    return run(program, list(inputs), wide=True, short=True)
+    return run(program, list(inputs), wide=True, short=NARROW)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -96,13 +96,16 @@ def test_an_operator_in_double(tmp_path: Path, name: str) -> None:
 
 ALONE: dict[str, tuple[str, Any]] = {
     "Atan": ("", torch.atan),
+    "Celu": ("<alpha = 0.5>", lambda x: F.celu(x, 0.5)),
     "Erf": ("", torch.erf),
     "Gelu": ('<approximate = "tanh">', lambda x: F.gelu(x, approximate="tanh")),
     "Elu": ("<alpha = 0.5>", lambda x: F.elu(x, 0.5)),
     "GlobalAveragePool": ("", lambda x: x.mean((2, 3), keepdim=True)),
+    "HardSigmoid": ("<alpha = 0.25, beta = 0.75>", lambda x: torch.clamp(0.25 * x + 0.75, 0.0, 1.0)),
     "HardSwish": ("", F.hardswish),
     "LeakyRelu": ("<alpha = 0.25>", lambda x: F.leaky_relu(x, 0.25)),
     "Mish": ("", F.mish),
+    "Selu": ("<alpha = 1.5, gamma = 2.0>", lambda x: 2.0 * F.elu(x, 1.5)),
     "Softplus": ("", F.softplus),
     "Softsign": ("", F.softsign),
 }
