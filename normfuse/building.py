@@ -278,7 +278,7 @@ class Builder:
         self.done[id(value)] = instance
         state = self._state(cls, value)
         _check_attributes(cls, state.items())
-        instance.__dict__.update(state)
+        _attributes(instance).update(state)
         return instance
 
     def _module(self, cls: type[nn.Module], value: Made) -> nn.Module:
@@ -296,7 +296,7 @@ class Builder:
         inside = {name for name in vars(nn.Module()) if name not in vars(nn.Module)}
         attributes = [(name, item) for name, item in state.items() if name not in inside]
         _check_attributes(cls, [*attributes, *((name, item) for home in _HOMES for name, item in state[home].items())])
-        instance.__dict__.update(state)
+        _attributes(instance).update(state)
         _set_state(cls, instance, state)
         return instance
 
@@ -305,7 +305,7 @@ class Builder:
         (state,) = self.build(value.states) or ((),)
         if value.arguments or not isinstance(state, tuple) or not is_data(state):
             raise NotAllowed(f"to make a {name_of(type(instance))} otherwise than from its attributes")
-        instance.__dict__.update(vars(nn.Module()))
+        _attributes(instance).update(vars(nn.Module()))
         _setter(type(instance)).__setstate__(instance, state)  # type: ignore[attr-defined]
         return instance
 
@@ -325,6 +325,12 @@ class Builder:
 def _setter(cls: type) -> type:
     """The class whose ``__setstate__`` would fill an instance of `cls`."""
     return next(base for base in cls.__mro__ if "__setstate__" in vars(base))
+
+
+def _attributes(instance: Any) -> dict[str, Any]:
+    """An instance's own ``__dict__``; asked of `object`, because configs answer with code of their own."""
+    found: dict[str, Any] = object.__getattribute__(instance, "__dict__")
+    return found
 
 
 def _member(cls: type[enum.Enum], arguments: tuple[Any, ...]) -> enum.Enum:

@@ -13,6 +13,7 @@ Floats are drawn from N(0, 1) and integers below a limit, with a generator of ou
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import runpy
@@ -31,11 +32,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfuse.errors import InputError, LoadError
-from normfuse.loading import load_data
+from normfuse import limits
+from normfuse.errors import InputError, LoadError, first_line
+from normfuse.limits import OverLimit, check_inflation
+from normfuse.loading import first_bytes, load_data, shown
 
 EXAMPLES = 16  # of a loader: a proof on a whole data set would take days
 DEFAULT_SIZE = 2
+DRAWN_BYTES = 8  # of an entry while it is drawn, whatever it becomes
 DEFAULT_LIMIT = 2  # integers are 0 or 1 where nothing is known of the table that they index
 GRAMMAR = "write [name:]dtype[dim,...], such as float32[batch,3,224,224] or ids:int64[batch,seq=16:1-512]"
 
@@ -153,13 +157,14 @@ def from_specs(specs: Iterable[str | Spec], *, seed: int = 0, index_limits: Mapp
     keyed |= {spec.name: spec for spec in parsed if spec.name is not None}
     if len(keyed) != len(parsed):
         raise InputError("two input specs have the same name", hint="each keyword input takes one spec")
-    limits = dict(index_limits or {})
-    if unknown := [key for key in limits if key not in keyed]:
+    tables = dict(index_limits or {})
+    if unknown := [key for key in tables if key not in keyed]:
         raise InputError(f"a limit is given for {unknown[0]!r}, which is no input", hint=f"inputs: {list(keyed)}")
     dims = _sized(dim for spec in parsed for dim in spec.dims if isinstance(dim, DynamicDim))
+    _check_memory(sum(math.prod(_sizes(spec, dims)) * DRAWN_BYTES for spec in parsed))
     generator = torch.Generator().manual_seed(seed)
     try:
-        drawn = {key: _draw(spec, dims, limits.get(key, DEFAULT_LIMIT), generator) for key, spec in keyed.items()}
+        drawn = {key: _draw(spec, dims, tables.get(key, DEFAULT_LIMIT), generator) for key, spec in keyed.items()}
     except (RuntimeError, MemoryError) as error:
         raise InputError("the inputs of these specs do not fit into memory", hint="give smaller sizes") from error
     return Inputs(
@@ -167,6 +172,12 @@ def from_specs(specs: Iterable[str | Spec], *, seed: int = 0, index_limits: Mapp
         {name: tensor for name, tensor in drawn.items() if isinstance(name, str)},
         _dynamic_shapes(keyed, drawn, dims),
     )
+
+
+def _check_memory(size: int) -> None:
+    if size > limits.INPUT_BYTES:
+        over = OverLimit(f"these inputs would take {size:,} bytes", "INPUT_BYTES")
+        raise InputError(str(over), hint=f"give smaller sizes, or raise the limit: {over.setting}")
 
 
 def _unreadable(text: str, at: int, expected: str) -> InputError:
@@ -208,8 +219,12 @@ def _sized(dims: Iterable[DynamicDim]) -> dict[str, DynamicDim]:
     return {name: DynamicDim(name, **known) for name, known in said.items()}
 
 
+def _sizes(spec: Spec, dims: Mapping[str, DynamicDim]) -> list[int]:
+    return [dims[dim.name].size or 0 if isinstance(dim, DynamicDim) else dim for dim in spec.dims]
+
+
 def _draw(spec: Spec, dims: Mapping[str, DynamicDim], limit: int, generator: torch.Generator) -> Tensor:
-    sizes = [dims[dim.name].size or 0 if isinstance(dim, DynamicDim) else dim for dim in spec.dims]
+    sizes = _sizes(spec, dims)
     if spec.dtype == torch.bool:
         return torch.randint(0, 2, sizes, generator=generator).bool()
     if spec.dtype in _INTEGERS:
@@ -327,12 +342,15 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
         leaves = pytree.tree_leaves((args, kwargs))
     except LoadError as error:
         raise InputError(str(error), hint=error.hint) from error
+    except OverLimit as over:
+        raise InputError(f"{shown(path)} is not read: {over}", hint=over.hint) from None
     except Exception as error:  # each of the readers has its own ways to fail
-        raise InputError(f"cannot read inputs from {path}: {error}", hint="save them with torch.save") from error
+        reason = shown(first_line(error))[:200]
+        raise InputError(f"cannot read inputs from {shown(path)}: {reason}", hint="save them with torch.save") from error
     strangers = [leaf for leaf in leaves if not isinstance(leaf, Tensor | bool | int | float | str | None)]
     if strangers or not any(isinstance(leaf, Tensor) for leaf in leaves):
         held = type(strangers[0]).__name__ if strangers else "no tensor"
-        raise InputError(f"{path} holds {held}, not inputs", hint="save a tensor, or a tuple or dict of tensors")
+        raise InputError(f"{shown(path)} holds {held}, not inputs", hint="save a tensor, or a tuple or dict of tensors")
     return Inputs(args, kwargs)
 
 
@@ -377,19 +395,29 @@ def from_script(path: str | os.PathLike[str], name: str = "inputs") -> Inputs:
 
 
 def _content(path: Path) -> Any:
-    with path.open("rb") as file:
-        head = file.read(16)
+    head = first_bytes(path)
     if head.startswith(b"\x93NUMPY"):
-        return torch.from_numpy(np.load(path, allow_pickle=False))
+        return torch.from_numpy(_array(path))
     if head.startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
             numpy = all(name.endswith(".npy") for name in archive.namelist())
+            unpacked = sum(member.file_size for member in archive.infolist())
         if numpy:
+            check_inflation(unpacked, path.stat().st_size)
+            if unpacked > limits.INPUT_BYTES:
+                raise OverLimit(f"its arrays would take {unpacked:,} bytes", "INPUT_BYTES")
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: torch.from_numpy(arrays[name]) for name in arrays}
     if head[8:9] == b"{":
         return load_file(path)
     return load_data(path)
+
+
+def _array(path: Path) -> Any:
+    mapped = np.load(path, allow_pickle=False, mmap_mode="c")  # so that its sizes are compared with the file's
+    if mapped.nbytes > limits.INPUT_BYTES:
+        raise OverLimit(f"its array would take {mapped.nbytes:,} bytes", "INPUT_BYTES")
+    return np.array(mapped)
 
 
 def _as_call(content: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,9 +22,14 @@ class OverLimit(Exception):
         self.limit = limit
 
     @property
+    def setting(self) -> str:
+        """What raises the bound."""
+        return f"NORMFUSE_LIMIT_{self.limit}=…"
+
+    @property
     def hint(self) -> str:
-        """How to raise the bound."""
-        return f"if you know where the file is from, raise it: NORMFUSE_LIMIT_{self.limit}=…"
+        """What to do about a file."""
+        return f"if you know where the file is from, raise the limit: {self.setting}"
 
 
 def _limit(name: str, default: int) -> int:
@@ -67,3 +72,13 @@ EXPRESSION_DEPTH = _limit("EXPRESSION_DEPTH", 60)
 
 EXPRESSION_BITS = _limit("EXPRESSION_BITS", 1024)
 """Bits of the largest number that a size or guard could come to, when each symbol in it has 32."""
+
+
+def check_inflation(unpacked: int, size: int) -> None:
+    """Refuse an archive of `size` bytes that becomes much larger when it is unpacked.
+
+    Raises:
+        OverLimit: it does.
+    """
+    if unpacked > INFLATION * size + 64 * MIB:
+        raise OverLimit(f"an archive of {size:,} bytes that unpacks to {unpacked:,}", "INFLATION")

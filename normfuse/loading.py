@@ -31,9 +31,9 @@ from normfuse import allowlist, archive, limits
 from normfuse.building import Builder, check_modules, names_in
 from normfuse.constructors import Stored
 from normfuse.errors import LoadError, NormfuseWarning
-from normfuse.limits import OverLimit
+from normfuse.limits import OverLimit, check_inflation
 from normfuse.pickles import Unreadable, picture
-from normfuse.storages import ArchiveStorages, LegacyStorages, check_inflation, pickles_in
+from normfuse.storages import ArchiveStorages, LegacyStorages, pickles_in, unpacked_size
 
 TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
 RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
@@ -66,7 +66,7 @@ def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Modu
         LoadError: the file is not a model, or asks for more than `allowlist` allows.
     """
     path = Path(path)
-    head = _first_bytes(path)
+    head = first_bytes(path)
     if head.startswith(LEGACY):
         return _as_module(path, _load_legacy(path, trust_pickle=trust_pickle))
     if not head.startswith(b"PK\x03\x04"):
@@ -76,9 +76,9 @@ def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Modu
     if "archive_format" in records:
         return _load_exported(path, reader, trust_pickle=trust_pickle)
     if "constants.pkl" in records:
-        raise LoadError(f"{_shown(path)} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
+        raise LoadError(f"{shown(path)} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
     if "data.pkl" not in records:
-        raise LoadError(f"{_shown(path)} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
+        raise LoadError(f"{shown(path)} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
     return _as_module(path, _load_pickled(path, reader, trust_pickle=trust_pickle))
 
 
@@ -89,14 +89,14 @@ def load_data(path: str | os.PathLike[str]) -> Any:
         LoadError: it is not, or the file is no file of `torch.save`.
     """
     path = Path(path)
-    head = _first_bytes(path)
+    head = first_bytes(path)
     if head.startswith(LEGACY):
         return _load_legacy(path, trust_pickle=False, resolve=_nothing)
     if not head.startswith(b"PK\x03\x04"):
         raise _foreign(path, head)
     reader = _archive_reader(path)
     if "data.pkl" not in reader.get_all_records():
-        raise LoadError(f"{_shown(path)} is a zip file, but not one of torch.save", hint="save the inputs with torch.save")
+        raise LoadError(f"{shown(path)} is a zip file, but not one of torch.save", hint="save the inputs with torch.save")
     return _load_pickled(path, reader, trust_pickle=False, resolve=_nothing)
 
 
@@ -109,41 +109,46 @@ def _nothing(names: set[str]) -> Mapping[str, Any]:
     return {}
 
 
-def _shown(text: object) -> str:
+def shown(text: object) -> str:
     """A text of a stranger's choice, on its way to a terminal: nothing in it is a control character."""
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text))
 
 
-def _first_bytes(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
+    """What a file begins with.
+
+    Raises:
+        LoadError: it is empty, no regular file, or cannot be read.
+    """
     try:
         if path.is_dir():
             raise _folder(path)
         if path.exists() and not path.is_file():
-            raise LoadError(f"{_shown(path)} is not a regular file", hint="copy the model to a file first")
+            raise LoadError(f"{shown(path)} is not a regular file", hint="copy the model to a file first")
         with path.open("rb") as file:
             head = file.read(512)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise LoadError(f"cannot read {_shown(path)}: {reason}", hint="check the path and its permissions") from error
+        raise LoadError(f"cannot read {shown(path)}: {reason}", hint="check the path and its permissions") from error
     if not head:
-        raise LoadError(f"{_shown(path)} is empty", hint="fetch or save the file again")
+        raise LoadError(f"{shown(path)} is empty", hint="fetch or save the file again")
     return head
 
 
 def _folder(path: Path) -> LoadError:
     if (path / "saved_model.pb").exists():
-        return LoadError(f"{_shown(path)} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
+        return LoadError(f"{shown(path)} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
     if (path / "config.json").exists():
         hint = "load it with transformers' from_pretrained, then pass the module or torch.save(model, path)"
-        return LoadError(f"{_shown(path)} is a folder of transformers' save_pretrained", hint=hint)
-    return LoadError(f"{_shown(path)} is a folder, not a model file", hint=RESAVE)
+        return LoadError(f"{shown(path)} is a folder of transformers' save_pretrained", hint=hint)
+    return LoadError(f"{shown(path)} is a folder, not a model file", hint=RESAVE)
 
 
 def _foreign(path: Path, head: bytes) -> LoadError:
     for pattern, what, hint in FOREIGN:
         if re.match(pattern, head):
-            return LoadError(f"{_shown(path)} {what}", hint=hint)
-    return LoadError(f"{_shown(path)} is not a file of torch.save or torch.export.save", hint=RESAVE)
+            return LoadError(f"{shown(path)} {what}", hint=hint)
+    return LoadError(f"{shown(path)} is not a file of torch.save or torch.export.save", hint=RESAVE)
 
 
 def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
@@ -156,10 +161,10 @@ def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
             if "serialized_exported_program.json" in names:
                 hint = "export it again with this torch, or load it with the old one and save it again"
                 what = "an exported program in torch's format from before 2.8"
-                raise LoadError(f"{_shown(path)} is {what}", hint=hint) from error
+                raise LoadError(f"{shown(path)} is {what}", hint=hint) from error
             what = "a NumPy .npz file" if names[:1] and names[0].endswith(".npy") else "a zip file"
-            raise LoadError(f"{_shown(path)} is {what}, not a model", hint=RESAVE) from error
-        raise LoadError(f"{_shown(path)} is damaged or cut short", hint="fetch or save the file again") from error
+            raise LoadError(f"{shown(path)} is {what}, not a model", hint=RESAVE) from error
+        raise LoadError(f"{shown(path)} is damaged or cut short", hint="fetch or save the file again") from error
 
 
 def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool) -> torch.export.ExportedProgram:
@@ -177,7 +182,7 @@ def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pick
             for name in programs:
                 programs[name]._example_inputs = examples.get(f"data/sample_inputs/{name}.pt")
     if set(programs) != {"model"}:
-        raise LoadError(f"{_shown(path)} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
+        raise LoadError(f"{shown(path)} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
     program: torch.export.ExportedProgram = programs["model"]
     return program
 
@@ -195,7 +200,7 @@ def _without_examples(path: Path) -> Any:
 
 def _checked_archive(path: Path, reader: torch._C.PyTorchFileReader) -> dict[str, Any]:
     """The example inputs of a .pt2, by their records; refuses the archive if anything in it would execute."""
-    check_inflation(reader, path.stat().st_size)
+    check_inflation(unpacked_size(reader), path.stat().st_size)
     archive.check_version(reader)
     if strangers := dict.fromkeys(archive.archive_strangers(reader)):
         raise allowlist.NotAllowed(*strangers)
@@ -204,7 +209,7 @@ def _checked_archive(path: Path, reader: torch._C.PyTorchFileReader) -> dict[str
         content = reader.get_record(record) if record.startswith("data/sample_inputs/") else b""
         if content:
             inside = torch._C.PyTorchFileReader(BytesIO(content))  # type: ignore[arg-type]
-            check_inflation(inside, len(content))
+            check_inflation(unpacked_size(inside), len(content))
             examples[record] = _built(picture(inside.get_record("data.pkl")), ArchiveStorages(inside, None), allowlist.resolve)
     return examples
 
@@ -228,7 +233,7 @@ def _load_pickled(
     with _told_as_load_error(path):
         if trust_pickle:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        check_inflation(reader, path.stat().st_size)
+        check_inflation(unpacked_size(reader), path.stat().st_size)
         if reader.get_record_size("data.pkl") > limits.PICKLE_BYTES:
             raise OverLimit(f"a pickle of {reader.get_record_size('data.pkl'):,} bytes", "PICKLE_BYTES")
         return _built(picture(reader.get_record("data.pkl")), ArchiveStorages(reader, path), resolve)
@@ -252,18 +257,18 @@ def _told_as_load_error(path: Path) -> Iterator[None]:
     except LoadError:
         raise
     except allowlist.NotAllowed as refused:
-        raise LoadError(f"{_shown(path)} wants {refused}; refused", hint=_hint(refused.names)) from None
+        raise LoadError(f"{shown(path)} wants {refused}; refused", hint=_hint(refused.names)) from None
     except allowlist.Broken as broken:
         hint = "repair that installation; the file itself may be fine"
-        raise LoadError(f"{_shown(path)} needs {_shown(broken)}", hint=hint) from broken
+        raise LoadError(f"{shown(path)} needs {shown(broken)}", hint=hint) from broken
     except OverLimit as over:
-        raise LoadError(f"{_shown(path)} is not read: {over}", hint=over.hint) from None
+        raise LoadError(f"{shown(path)} is not read: {over}", hint=over.hint) from None
     except RecursionError as error:
-        raise LoadError(f"{_shown(path)} cannot be read: it is nested too deeply", hint=RESAVE) from error
+        raise LoadError(f"{shown(path)} cannot be read: it is nested too deeply", hint=RESAVE) from error
     except Unreadable as error:
-        raise LoadError(f"{_shown(path)} cannot be read: {_shown(error)}", hint=RESAVE) from error
+        raise LoadError(f"{shown(path)} cannot be read: {shown(error)}", hint=RESAVE) from error
     except Exception as error:
-        raise LoadError(f"{_shown(path)} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
+        raise LoadError(f"{shown(path)} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
 
 
 def _hint(names: Sequence[str]) -> str:
@@ -276,7 +281,7 @@ def _hint(names: Sequence[str]) -> str:
 
 def _reason(error: Exception) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return _shown(line)[:200]
+    return shown(line)[:200]
 
 
 def _as_module(path: Path, content: Any) -> nn.Module:
@@ -284,13 +289,13 @@ def _as_module(path: Path, content: Any) -> nn.Module:
     if isinstance(content, nn.Module):
         return content
     if not isinstance(content, Mapping):
-        raise LoadError(f"{_shown(path)} holds a {type(content).__name__}, not a model", hint=RESAVE)
-    modules = [_shown(key) for key, value in content.items() if isinstance(value, nn.Module)]
+        raise LoadError(f"{shown(path)} holds a {type(content).__name__}, not a model", hint=RESAVE)
+    modules = [shown(key) for key, value in content.items() if isinstance(value, nn.Module)]
     if modules:
         entry = f"torch.load(path, weights_only=False)[{modules[0]!r}]"
-        message = f"{_shown(path)} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
+        message = f"{shown(path)} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
         raise LoadError(message, hint=f"save that entry alone: torch.save({entry}, 'model.pt')")
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise LoadError(f"{_shown(path)} is a state dict: weights without a model", hint=BUILD)
-    held = _shown(", ".join(map(str, list(content)[:6])) or "nothing")
-    raise LoadError(f"{_shown(path)} is a checkpoint dictionary ({held}), without a model", hint=BUILD)
+        raise LoadError(f"{shown(path)} is a state dict: weights without a model", hint=BUILD)
+    held = shown(", ".join(map(str, list(content)[:6])) or "nothing")
+    raise LoadError(f"{shown(path)} is a checkpoint dictionary ({held}), without a model", hint=BUILD)

@@ -11,9 +11,7 @@ from typing import Any
 
 import torch
 
-from normfuse import limits
 from normfuse.constructors import Stored
-from normfuse.limits import MIB, OverLimit
 from normfuse.pickles import Name, Unreadable
 
 # The names of storages in pickles, such as torch.FloatStorage, and what they hold.
@@ -81,15 +79,9 @@ def _is_uncompressed(path: Path) -> bool:
         return False
 
 
-def check_inflation(reader: Any, size: int) -> None:
-    """Refuse an archive of `size` bytes that becomes much larger when it is unpacked.
-
-    Raises:
-        OverLimit: it does.
-    """
-    unpacked = sum(map(reader.get_record_size, reader.get_all_records()))
-    if unpacked > limits.INFLATION * size + 64 * MIB:
-        raise OverLimit(f"an archive of {size:,} bytes that unpacks to {unpacked:,}", "INFLATION")
+def unpacked_size(reader: Any) -> int:
+    """The bytes of an archive's records when they are unpacked."""
+    return sum(map(reader.get_record_size, reader.get_all_records()))
 
 
 class LegacyStorages:

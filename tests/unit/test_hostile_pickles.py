@@ -43,9 +43,9 @@ def renamed(**attributes: Any) -> Any:
     return config(attribute_map={"softmax": "to_json_file"}, **attributes)
 
 
-def filled(cls: type, **attributes: Any) -> Any:
+def filled(cls: Any, **attributes: Any) -> Any:
     """An instance as a forger makes it."""
-    made: Any = cls.__new__(cls)
+    made = cls.__new__(cls)
     if issubclass(cls, nn.Module):
         nn.Module.__init__(made)
     made.__dict__.update(attributes)
