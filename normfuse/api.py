@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -31,6 +32,7 @@ from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
 from normfuse.report import Report, norms_table, plain_table, refusals_lines
+from normfuse.stored import only_read, own_state
 from normfuse.views import Norm
 
 Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | Iterable[Any] | None
@@ -42,13 +44,15 @@ class Result:
     """A rewritten model.
 
     Attributes:
-        program: the rewritten program; its new weights are evaluated, or (live mode) computed at every call.
+        program: the rewritten program; its new weights are evaluated, or (live mode) computed at every call. It shares tensors
+            that nothing changed with the original, and has its own copies of those that it updates.
         report: what was done, refused and proven.
         inputs: the example inputs that it was proven on.
         planned: the same program with its new weights as formulas of the old ones; a further rewrite starts there, so that
             weights are rounded once and what the formulas tell of them is known.
         sources: files that `save` must not overwrite.
         mode: ``deploy`` or ``live``.
+        training: the model was traced in training mode, as a live one may be.
     """
 
     program: Program
@@ -57,15 +61,19 @@ class Result:
     planned: Program
     sources: tuple[Path, ...] = ()
     mode: str = "deploy"
+    training: bool = False
 
     def module(self) -> nn.Module:
         """A module that is called with the same arguments as the original.
 
-        It shares stored tensors with the result, as `torch.export.ExportedProgram.module` does: where it updates a buffer, that
-        is the result's. In live mode its parameters are the original's own, under the same names: train either, and both are.
+        Tensors that nothing changed are the original's own memory, and those that it updates at every call are its own copies.
+        In live mode it is the original in another form: its parameters and buffers are the original's own, under the same
+        names; train either, and both are. ``eval()`` leaves it as it is, and ``train()`` says what it cannot do.
         On a CPU the norms are spelled as torch runs them fastest operator by operator; see `normfuse.spelling`.
         """
-        return self.program.module() if self.mode == "live" else spelling.for_cpu(self.planned, self.program).module()
+        if self.mode == "live":
+            return _in_its_mode(self.program.module(), self.training)
+        return _in_its_mode(own_state(spelling.for_cpu(self.planned, self.program)).module(), False)
 
     def apply_to(self, model: nn.Module, *, keep: bool = False) -> nn.Module:
         """Make the same plan on the live module that was rewritten, in place; see `deploy`.
@@ -96,6 +104,25 @@ class Result:
         return Path(path)
 
 
+def _in_its_mode(module: nn.Module, training: bool) -> nn.Module:
+    """A traced module, which `train` and `eval` leave in the one mode that it is."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        if mode is not training:
+            traced, wanted = ("training", "evaluation") if training else ("evaluation", "training")
+            raise NormfuseError(
+                f"this is the model as it was traced, in {traced} mode; it cannot be set to {wanted} mode",
+                hint="rewrite the model again" if training else 'rewrite(model.train(), ..., mode="live") makes one to train',
+            )
+        return self
+
+    for each in module.modules():
+        each.training = training
+    module.train = MethodType(train, module)  # type: ignore[method-assign]
+    module.eval = MethodType(lambda self: self.train(False), module)  # type: ignore[method-assign]
+    return module
+
+
 Model: TypeAlias = nn.Module | ExportedProgram | Program | Result | str | Path
 """Anything that normfuse takes for a model; a path is loaded without executing a stranger's code."""
 
@@ -111,6 +138,7 @@ def rewrite(
     verify: str = "full",
     allow: str = "rounding",
     trust_pickle: bool = False,
+    keep_unread: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Rewrite the norms of a trained model, and prove that its outputs stay the same.
@@ -128,6 +156,7 @@ def rewrite(
         verify: ``full`` (structure, float64 algebra, rounding), ``structure`` (nothing is run), or ``none``.
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
         trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
+        keep_unread: keep tensors that the rewritten program does not read, such as a folded norm's; in live mode all are kept.
         progress: told (what, done, total) while the proof runs.
 
     Returns:
@@ -160,9 +189,13 @@ def rewrite(
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
     report = Report(name, chosen, evidence, before, after, clock.laps, (*original.notes, *spelling.notes(original, planned)))
     checked(evidence, report)
-    baked = rewritten.baked()
+    written = rewritten.baked()
+    if mode != "live":  # which is the original's own tensors, all of them
+        written = own_state(written if keep_unread or not chosen.rounds else only_read(written))
     clock.lap("write")
-    return Result(baked, report, given, planned, _sources(model), mode)
+    return Result(
+        written, report, given, planned, _sources(model), mode, training=mode == "live" and getattr(model, "training", False)
+    )
 
 
 Module = TypeVar("Module", bound=nn.Module)

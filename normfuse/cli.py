@@ -264,6 +264,8 @@ def main() -> None:
               help="What to prove: full runs both models in float64 and in their own dtype, structure runs nothing, or none.")
 @click.option("--allow", type=click.Choice(["exact", "rounding", "approximate"]), default="rounding", show_default=True,
               metavar="CLAIM", help="The weakest claim that a rewrite may make: exact, rounding or approximate.")
+@click.option("--keep-unread", is_flag=True,
+              help="Keep tensors that the result does not read, such as those of a folded norm.")
 @click.option("--report", metavar="FILE", help="Write the report as JSON: what was rewritten, refused and proven.")
 @click.option("--plan", metavar="FILE", help="Write the plan as JSON: the edits, with the formula of every new weight.")
 @click.option("--locked", metavar="FILE",
@@ -271,7 +273,7 @@ def main() -> None:
 @_with_source
 @_with_answer
 def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: bool, strict: bool, verify: str, allow: str,
-            report: str | None, plan: str | None, locked: str | None, source: Source, as_json: bool) -> int:
+            keep_unread: bool, report: str | None, plan: str | None, locked: str | None, source: Source, as_json: bool) -> int:
     # fmt: on
     """Rewrite the norms of MODEL, prove that its outputs stay the same, and write the result.
 
@@ -288,8 +290,10 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
         lock = read_lock(locked) if locked else None
 
         try:
-            result = api.rewrite(model, passes, source.inputs(model), mode=mode, verify="none" if dry_run else verify,
-                                 allow=allow, trust_pickle=source.trust_pickle, progress=progress)  # fmt: skip
+            result = api.rewrite(
+                model, passes, source.inputs(model), mode=mode, verify="none" if dry_run else verify, allow=allow,
+                trust_pickle=source.trust_pickle, keep_unread=keep_unread, progress=progress,
+            )  # fmt: skip
         except VerificationFailed as failure:
             _write_file(report, failure.report.to_json())
             raise

@@ -121,9 +121,15 @@ class Program:
         or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
         """
         with quiet():
-            functional = exported.run_decompositions(composites(exported))
-            while further := composites(functional):  # composites are made of composites
-                functional = functional.run_decompositions(further)
+            try:
+                functional = exported.run_decompositions(composites(exported))
+                while further := composites(functional):  # composites are made of composites
+                    functional = functional.run_decompositions(further)
+            except Exception as error:  # as torch raises it, where an updated buffer has two names for one
+                raise TraceError(
+                    f"torch.export could not make this program functional: {first_line(error)}",
+                    hint="run exported.run_decompositions({}) by itself for the whole story",
+                ) from error
         # guards of a loaded file are known by their text alone, which torch does not hand on
         functional._guards_code = list(dict.fromkeys((*exported._guards_code, *functional._guards_code)))
         program = cls(functional, notes=notes)
@@ -131,7 +137,7 @@ class Program:
         for node in program.graph.find_nodes(op="placeholder"):
             name = program.stored.get(node.name)
             if name is not None and program.tensor(name).numel() > 0:
-                kept = first.setdefault(_identity(program.tensor(name)), node)
+                kept = first.setdefault(identity(program.tensor(name)), node)
                 if kept is not node:
                     node.replace_all_uses_with(kept)
         return program
@@ -191,14 +197,14 @@ class Program:
 
     def twins(self, name: str) -> list[str]:
         """Other names of exactly the same tensor (tied weights keep one placeholder but several names)."""
-        key = _identity(self.tensor(name))
+        key = identity(self.tensor(name))
         return [other for other in self._names_by_identity.get(key, []) if other != name]
 
     @cached_property
     def _names_by_identity(self) -> dict[tuple[Any, ...], list[str]]:
         table: dict[tuple[Any, ...], list[str]] = {}
         for name in self.tensor_names():
-            table.setdefault(_identity(self.tensor(name)), []).append(name)
+            table.setdefault(identity(self.tensor(name)), []).append(name)
         return table
 
     def site(self, node: Node) -> Site:
@@ -288,7 +294,8 @@ def module_path(traced: str) -> str:
     return re.sub(r"@\d+$", "", re.sub(r"^(L\['self'\]|_export_root\b)\.?", "", traced))
 
 
-def _identity(tensor: Tensor) -> tuple[Any, ...]:
+def identity(tensor: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are the same entries of the same memory."""
     return (
         tensor.untyped_storage()._cdata,
         tensor.storage_offset(),

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch.fx import Node
 
-from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, apply
+from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, apply
 from normfuse.facts import analyze
 from normfuse.formula import Apply, evaluate
 from normfuse.program import Program
@@ -51,17 +51,20 @@ def notes(original: Program, rewritten: Program) -> tuple[str, ...]:
 
 
 def _respelled(program: Program, centred: dict[str, frozenset[int]]) -> Iterator[Edit]:
-    ones: dict[int, str] = {}
+    ones: dict[int, Expression] = {}
+    like = _like(program)
     for node in program.graph.nodes:
         norm = _norm(node)
         if norm is None or not norm.is_slow(centred):
             continue
         if norm.gain is None and norm.width not in ones:
-            ones[norm.width] = f"normfuse.ones_{norm.width}"
-            yield NewTensor(ones[norm.width], Apply("ones.default", ((norm.width,),)), like=_like(program))
+            name = f"normfuse.ones_{norm.width}"
+            ones[norm.width] = Ref(name) if like else Call("ones.default", ((norm.width,),), "float32")
+            if like:
+                yield NewTensor(name, Apply("ones.default", ((norm.width,),)), like)
         out, shift = (node, norm.shift) if norm.shift is not None else _shifted(program, node, norm.width)
-        gain = ones[norm.width] if norm.gain is None else norm.gain.name
-        by = Call("layer_norm.default", (Ref(norm.x.name), (norm.width,), Ref(gain), shift and Ref(shift.name), norm.eps))
+        gain = ones[norm.width] if norm.gain is None else Ref(norm.gain.name)
+        by = Call("layer_norm.default", (Ref(norm.x.name), (norm.width,), gain, shift and Ref(shift.name), norm.eps))
         yield Reroute(out.name, by)
 
 
@@ -101,8 +104,10 @@ def _shifted(program: Program, node: Node, width: int) -> tuple[Node, Node | Non
     return node, None
 
 
-def _like(program: Program) -> str:
-    return next(name for name in program.stored.values() if program.tensor(name).dtype is torch.float32)
+def _like(program: Program) -> str | None:
+    """A stored tensor of the kind that a norm's gain is; None in a program that only computes in float32."""
+    tensors = ((name, program.tensor(name)) for name in program.stored.values())
+    return next((name for name, each in tensors if each.dtype is torch.float32 and each.device.type == "cpu"), None)
 
 
 def _measured(planned: Program, node: Node) -> set[int]:
