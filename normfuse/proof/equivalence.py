@@ -27,16 +27,17 @@ from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage
 from normfuse.proof.differences import Difference, difference
-from normfuse.proof.evidence import Agreement, Evidence, Rounding
+from normfuse.proof.evidence import Agreement, Evidence, Rounding, Verdict
 from normfuse.proof.proving import (
-    FLOOR,
+    DRAWS,
     Progress,
     Runner,
+    Samples,
     agreement,
     distances,
-    noise_of_rounding,
     nudged,
     rounding_of,
+    samples_of_rounding,
     told_of,
 )
 
@@ -55,11 +56,11 @@ class Side:
         runtime: what runs it.
         runs: how it is run -> its outputs; the first is the way a user would run it.
         wide: the same weights with less rounding; None where the first of `runs` is all that can be had.
-        nudged: the same after one rounding of every weight, of the size given or of the weights' dtype; None if it
-            cannot be had, and then this side is no reference.
+        nudged: the same after one rounding of every weight, of the size given or of the weights' dtype, another one for each
+            draw; None if it cannot be had, and then this side is no reference.
         own: the outputs in arithmetic of a given width, with numbers as short as file formats have them; None if only `runs`
             can be had.
-        rounding: given the true outputs, how far arithmetic in the stored dtype may be from them; None if it cannot be had.
+        rounding: samples of what arithmetic in the stored dtype does to the outputs; None if they cannot be had.
         notes: for the reader of the evidence.
     """
 
@@ -67,9 +68,9 @@ class Side:
     runtime: str
     runs: Mapping[str, Runner]
     wide: Runner | None = None
-    nudged: Callable[[Case, float | None], Sequence[Tensor]] | None = None
+    nudged: Callable[[Case, float | None, int], Sequence[Tensor]] | None = None
     own: Callable[[Case, torch.dtype], Sequence[Tensor]] | None = None
-    rounding: Callable[[Case, Sequence[Tensor]], list[float]] | None = None
+    rounding: Callable[[Case], Samples] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -101,9 +102,11 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
         f"PyTorch {torch.__version__}",
         {"": on},
         lambda case: on(case, wide=True, short=NARROW if short else ()),
-        lambda case, size: on(case, wide=True, short=held, weights=nudged(rounding_of(program) if size is None else size)),
+        lambda case, size, draw: on(
+            case, wide=True, short=held, weights=nudged(rounding_of(program) if size is None else size, draw=draw)
+        ),
         lambda case, width: on(case, wide=True, width=width, short=held),
-        lambda case, truth: noise_of_rounding(program, flat(case), truth),
+        lambda case: [each[:outputs] for each in samples_of_rounding(program, flat(case))],
         notes=_rounded_numbers(program) if short else (),
     )
 
@@ -139,7 +142,7 @@ def artifact_side(artifact: Artifact, ports: Sequence[Port | None]) -> Side:
         artifact.runtime,
         runs,
         wide,
-        (lambda case, _: shaken(case)) if shaken else None,
+        (lambda case, size, draw: shaken(case)) if shaken else None,
         notes=artifact.notes,
     )
 
@@ -213,37 +216,18 @@ def compare(
         if progress:
             progress(case.name, done, len(everything))
         try:
-            usual = next(iter(a.runs.values()))(case)
-            truth = a.wide(case) if a.wide else usual
-            own = distances(truth, usual)
-            shaken = a.nudged(case, None)
-            noise = _noise(truth, own, shaken)
-            got = {how: each(case) for how, each in b.runs.items()}
-            wide = b.wide(case) if b.wide else next(iter(got.values()))
-            tight = _noise(truth, *_of_width(a, case, truth, wide)) if same_weights else noise
+            runs = _runs(a, b, case, same_weights)
         except Exception as error:
             if done == 0:
                 raise NormfuseError(f"the models do not run: {first_line(error)}") from error
             notes.append(f"not run on '{case.name}': {first_line(error)}")
             continue
-        more: Callable[[], list[float]] = partial(a.rounding, case, truth) if a.rounding else list
-        sampled = cache(more)  # dear: taken once, and only if it is asked for
-        coverage.add(truth, shaken, given=case.given or done == 0)
-        agreed = agreement(case.name, truth, distances(truth, wide), tight)
-        if not agreed.ok and b.wide is None:  # nothing but arithmetic in the stored dtype is to be had of it
-            agreed = agreement(case.name, truth, distances(truth, wide), _larger(tight, sampled()))
+        coverage.add(runs.truth, runs.shaken[0], given=case.given or done == 0)
+        agreed, rows = _judged(a, b, case, runs)
         algebra.append(agreed)
-        for how, outputs in got.items():
-            errors = distances(truth, outputs)
-            name = f"{case.name}, {how}" if how else case.name
-            judged = agreement(name, truth, errors, noise)
-            if not judged.ok and agreed.ok:
-                judged = agreement(name, truth, errors, _larger(noise, sampled()))
-            rounding.append(Rounding(name, max(own, default=0.0), judged.error, judged.verdict))
-            if done == 0:
-                triples = enumerate(zip(truth, outputs, own, strict=False))
-                told = (difference(case.name, how, place, x, y, before) for place, (x, y, before) in triples)
-                figures += [each for each in told if each]
+        rounding += rows
+        if done == 0:
+            figures += _figures(case, runs)
     return Evidence(
         algebra=tuple(algebra),
         rounding=tuple(rounding),
@@ -254,18 +238,61 @@ def compare(
     )
 
 
-def _noise(truth: Sequence[Tensor], own: Sequence[float], shaken: Sequence[Tensor]) -> list[float]:
-    return [max(x, y, FLOOR) for x, y in zip(own, distances(truth, shaken), strict=True)]
+@dataclass(frozen=True)
+class _Runs:
+    """The outputs of both sides on one case.
+
+    Attributes:
+        usual: of the reference as a user runs it.
+        truth: of the reference with as little rounding as can be had.
+        shaken: of the reference after its weights were nudged, once for each draw.
+        noise: what explains a difference of the other in little rounding.
+        wide: of the other with as little rounding as can be had.
+        got: how the other was run -> its outputs.
+    """
+
+    usual: Sequence[Tensor]
+    truth: Sequence[Tensor]
+    shaken: Samples
+    noise: Samples
+    wide: Sequence[Tensor]
+    got: Mapping[str, Sequence[Tensor]]
 
 
-def _larger(noise: list[float], sampled: list[float]) -> list[float]:
-    """The noise of each output with more samples of it; as it is where there are none."""
-    return [max(pair) for pair in zip(noise, sampled, strict=True)] if sampled else noise
-
-
-def _of_width(a: Side, case: Case, truth: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[list[float], Sequence[Tensor]]:
-    """What arithmetic in the width of ``got`` does to the reference: its error there, and one rounding of its weights."""
-    width = next((each.dtype for each in got if each.is_floating_point()), torch.float64)
+def _runs(a: Side, b: Side, case: Case, same_weights: bool) -> _Runs:
     assert a.nudged is not None
-    assert a.own is not None, "only a program is known to have the same weights"
-    return distances(truth, a.own(case, width)), a.nudged(case, torch.finfo(width).eps)
+    usual = next(iter(a.runs.values()))(case)
+    truth = a.wide(case) if a.wide else usual
+    shaken = [a.nudged(case, None, draw) for draw in range(DRAWS)]
+    got = {how: each(case) for how, each in b.runs.items()}
+    wide = b.wide(case) if b.wide else next(iter(got.values()))
+    width = next((each.dtype for each in wide if each.is_floating_point()), torch.float64)
+    noise = shaken if width is torch.float64 and b.wide else [usual, *shaken]
+    if same_weights:  # only arithmetic in the width of the other may differ
+        assert a.own is not None, "only a program is known to have the same weights"
+        noise = [a.own(case, width), *(a.nudged(case, torch.finfo(width).eps, draw) for draw in range(DRAWS))]
+    return _Runs(usual, truth, shaken, noise, wide, got)
+
+
+def _judged(a: Side, b: Side, case: Case, runs: _Runs) -> tuple[Agreement, list[Rounding]]:
+    """Whether the two agree where little is rounded, and in each way in which the other is run."""
+    sampled = cache(partial(a.rounding, case)) if a.rounding else None  # dear: taken once, and only if it is asked for
+    excused = sampled if b.wide is None else None  # nothing but arithmetic in the stored dtype is to be had of it
+    agreed = agreement(case.name, runs.truth, runs.wide, runs.noise, excused)
+    excused = sampled if agreed.verdict is not Verdict.DISPROVEN else None
+    before, rows = max(distances(runs.truth, runs.usual), default=0.0), []
+    for how, outputs in runs.got.items():
+        name = f"{case.name}, {how}" if how else case.name
+        row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused)
+        rows.append(Rounding(name, before, max(distances(runs.truth, outputs), default=0.0), row.verdict))
+    return agreed, rows
+
+
+def _figures(case: Case, runs: _Runs) -> list[Difference]:
+    own = distances(runs.truth, runs.usual)
+    told = [
+        difference(case.name, how, place, truth, got, before)
+        for how, outputs in runs.got.items()
+        for place, (truth, got, before) in enumerate(zip(runs.truth, outputs, own, strict=False))
+    ]
+    return [each for each in told if each]

@@ -48,15 +48,16 @@ class Structure:
 
 @dataclass(frozen=True)
 class Agreement:
-    """One case of level 2 or 3; all figures are relative to the largest entry of the output.
+    """One case of level 2 or 3; all figures are relative to the size of the entries around the one that is worst.
 
     Attributes:
         case: the inputs' name.
-        error: the largest difference.
-        allowed: the largest difference that noise explains.
+        error: the difference that is largest for what is allowed.
+        allowed: what noise explains there.
         verdict: whether every output agrees.
         compared: how many entries of the outputs are finite.
         entries: how many there are.
+        noise: the model's own there.
     """
 
     case: str
@@ -65,6 +66,7 @@ class Agreement:
     verdict: Verdict
     compared: int
     entries: int
+    noise: float = math.nan
 
     @property
     def ok(self) -> bool:
@@ -149,7 +151,7 @@ class Evidence:
     @property
     def noise(self) -> float:
         """The model's own float64 noise on the case where it is largest."""
-        return max((each.allowed / MARGIN for each in self.algebra), default=math.nan)
+        return max((each.noise for each in self.algebra), default=math.nan)
 
     @property
     def ratio(self) -> float:

@@ -20,6 +20,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,19 +35,23 @@ from normfuse.planner import Plan
 from normfuse.program import Program
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage, Missing, counts
-from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
+from normfuse.proof.evidence import Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
+from normfuse.proof.judging import Judged, judged
 from normfuse.proof.steps import Steps, told_of_own
 from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
 from normfuse.views import dtype, is_tensor, shape
 
 NUDGE = 1e-15
-DRAWS = 3
-FLOOR = 2.0**-50
-"""Four roundings of a float64: the least that two orders of the same sums may differ by."""
+DRAWS = 2
+FLOOR = 2.0**-46
+"""64 roundings of a float64: what other orders of a sum may differ by where no weight and no input has a part in it."""
 
 Progress = Callable[[str, int, int], None]
 """Told (what, done, total)."""
+
+Samples = Sequence[Sequence[Tensor]]
+"""The outputs of a model under noise, once for each draw."""
 
 Runner = Callable[[Case], Sequence[Tensor]]
 """The outputs of a model on a case."""
@@ -172,12 +177,12 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
                 raise NormfuseError(f"the model does not run in float64: {first_line(error)}", hint=hint) from error
             notes.append(f"the original does not run on '{name}': {first_line(error)}")
             continue
-        shaken = run(a, _nudged_inputs(flat), wide=True, weights=nudged(NUDGE, weights), beside=steps.measured())
-        noise = [max(each, FLOOR) for each in distances(truth, shaken)]
-        errors = distances(truth, run(b, flat, wide=True, weights=weights, beside=steps.followed()))
+        samples = [_shaken(a, flat, weights, draw, steps) for draw in range(DRAWS)]
+        got = run(b, flat, wide=True, weights=weights, beside=steps.followed())
         own |= steps.own.keys()
-        coverage.add(truth, shaken, given=trial.case.given and weights is None)
-        algebra.append(agreement(name, truth, errors, noise))
+        coverage.add(truth, samples[0], given=trial.case.given and weights is None)
+        more = partial(samples_of_rounding, a, flat, size=NUDGE, weights=weights, steps=steps)
+        algebra.append(agreement(name, truth, got, samples, more))
         if weights is None:
             try:
                 before = usual if done == 0 and usual is not None else run(a, flat)
@@ -195,10 +200,14 @@ def _rounded_alike(
 ) -> Rounding:
     """Level 3 on one case."""
     before, after = (max(distances(truth, each), default=0.0) for each in (usual, rewritten))
-    explained = after <= MARGIN * max(before, FLOOR)
-    if not explained:  # `before` may be small by luck, and rounding a changed weight may do more than the arithmetic does
-        explained = after <= MARGIN * max(noise_of_rounding(a, flat, truth), default=0.0)
-    return Rounding(name, before, after, verdict_of(explained, counts(truth)[0]))
+    judgement = agreement(name, truth, rewritten, [usual], partial(samples_of_rounding, a, flat))
+    return Rounding(name, before, after, judgement.verdict)
+
+
+def _shaken(program: Program, flat: Sequence[Any], weights: Weights | None, draw: int, steps: Steps) -> list[Tensor]:
+    """The outputs in float64 after the inputs and the weights were nudged."""
+    changed = nudged(NUDGE, weights, draw)
+    return run(program, _nudged_inputs(flat, draw), wide=True, weights=changed, beside=steps.measured())
 
 
 def _not_rounded(rows: Sequence[Rounding]) -> Missing | None:
@@ -208,12 +217,36 @@ def _not_rounded(rows: Sequence[Rounding]) -> Missing | None:
     return None
 
 
-def agreement(case: str, truth: Sequence[Tensor], errors: Sequence[float], noise: Sequence[float]) -> Agreement:
-    """The row of one case, on as many entries as are finite."""
-    agrees = len(errors) == len(noise) and all(x <= MARGIN * y for x, y in zip(errors, noise, strict=False))
+def agreement(
+    case: str,
+    truth: Sequence[Tensor],
+    got: Sequence[Tensor],
+    samples: Samples,
+    more: Callable[[], Samples] | None = None,
+) -> Agreement:
+    """The row of one case.
+
+    Args:
+        case: its name.
+        truth: the outputs of the reference.
+        got: those of the other.
+        samples: those of the reference under noise, several times.
+        more: further samples, which are dear: taken only where the others, which may be small by luck, do not explain ``got``.
+    """
     compared, entries = counts(truth)
-    verdict = verdict_of(agrees, compared)
-    return Agreement(case, max(errors, default=0.0), MARGIN * max(noise, default=FLOOR), verdict, compared, entries)
+    if len(truth) != len(got):
+        return Agreement(case, math.inf, FLOOR, Verdict.DISPROVEN, compared, entries)
+
+    def judge(samples: Samples) -> list[Judged]:
+        every = list(zip(*samples, strict=False)) or [()] * len(truth)
+        return [judged(t, g, drawn, FLOOR) for t, g, drawn in zip(truth, got, every, strict=True)]
+
+    found = judge(samples)
+    if more is not None and not all(each.agrees for each in found):
+        found = [min(pair, key=lambda each: each.excess) for pair in zip(found, judge(more()), strict=True)]
+    worst = max(found, key=lambda each: (not each.agrees, each.excess), default=Judged(0.0, FLOOR))
+    verdict = verdict_of(all(each.agrees for each in found), compared)
+    return Agreement(case, worst.error, worst.allowed, verdict, compared, entries, worst.noise)
 
 
 def told_of(rows: Sequence[Agreement]) -> list[str]:
@@ -244,52 +277,67 @@ def nudged(size: float, weights: Weights | None = None, draw: int = 0) -> Weight
 
     def nudge(name: str, value: Tensor) -> Tensor:
         value = value if weights is None else weights(name, value)
-        return value * (1.0 + size * _noise(f"nudge {draw or ''}{name}", value))
+        return value * (1.0 + size * _kick(f"nudge {draw or ''}{name}", value))
 
     return nudge
 
 
-def noise_of_rounding(program: Program, flat: Sequence[Any], truth: Sequence[Tensor]) -> list[float]:
-    """What arithmetic in the stored dtype may do to each output: the largest of several samples.
+def samples_of_rounding(
+    program: Program,
+    flat: Sequence[Any],
+    *,
+    size: float | None = None,
+    weights: Weights | None = None,
+    steps: Steps | None = None,
+) -> Samples:
+    """The outputs in float64 after each weight and each value on the way was rounded once at random, several times.
 
     The error of one run is one sample, which can be small by luck. In Whisper's encoder one entry in half a million decides it,
-    and programs that are one function were seen to differ in it by a factor of 24. Each sample rounds every weight and every
-    value on the way once, at random. Whole numbers are left alone: every arithmetic has them exactly, and masks are compared
-    with them.
+    and programs that are one function were seen to differ in it by a factor of 24. Whole numbers are left alone: every
+    arithmetic has them exactly, and masks are compared with them.
 
     Args:
-        program: what is run, in float64.
+        program: what is run.
         flat: its inputs, as `normfuse.interpret.flat_inputs` orders them.
-        truth: its outputs, or the first of them.
+        size: of a rounding, relative; None for that of the dtype in which a weight or a value is stored.
+        weights: changes the weights first.
+        steps: of the run that is the truth.
     """
-    samples = []
-    for draw in range(1, DRAWS + 1):
 
-        def through(node: Node, value: Any, draw: int = draw) -> Any:
-            return _rounded(value, dtype(node), f"{draw} {node.name}") if is_tensor(node) else value
+    def through(node: Node, value: Any, draw: int) -> Any:
+        return _rounded(value, dtype(node), f"{draw} {node.name}", size) if is_tensor(node) else value
 
-        weights = nudged(rounding_of(program), draw=draw)
-        outputs = run(program, flat, wide=True, weights=weights, through=through)
-        samples.append(distances(truth, outputs[: len(truth)]))
-    return [max(each) for each in zip(*samples, strict=True)]
+    unit = rounding_of(program) if size is None else size
+    return [
+        run(program, _nudged_inputs(flat, draw, unit), wide=True, weights=nudged(unit, weights, draw),
+            through=partial(through, draw=draw), beside=steps.measured() if steps else None)
+        for draw in range(DRAWS, 2 * DRAWS + 1)
+    ]  # fmt: skip
 
 
-def _rounded(value: Tensor, stored: torch.dtype | None, name: str) -> Tensor:
-    """A float64 value after one rounding to the dtype that it is stored in."""
+def _rounded(value: Tensor, stored: torch.dtype | None, name: str, size: float | None) -> Tensor:
+    """A float64 value after one rounding, by default to the dtype that it is stored in."""
     if stored is None or not stored.is_floating_point:
         return value
-    rounded = value * (1.0 + torch.finfo(stored).eps * _noise(name, value))
+    rounded = value * (1.0 + (torch.finfo(stored).eps if size is None else size) * _kick(name, value))
     return torch.where(value == value.round(), value, rounded)
 
 
-def _nudged_inputs(flat: Sequence[Any]) -> list[Any]:
+def _nudged_inputs(flat: Sequence[Any], draw: int, size: float = NUDGE) -> list[Any]:
     """A large mean in an input costs digits that no change of weights shows."""
     return [
-        value.double() * (1.0 + NUDGE * _noise(f"input {place}", value))
+        _rounded(value.double(), value.dtype, f"input {draw or ''}{place}", size)
         if isinstance(value, Tensor) and value.is_floating_point()
         else value
         for place, value in enumerate(flat)
     ]
+
+
+def _kick(name: str, like: Tensor) -> Tensor:
+    """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name."""
+    generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device) * 2.0 - 1.0
+    return drawn + torch.where(drawn < 0.0, -0.5, 0.5)
 
 
 def _noise(name: str, like: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ class Steps:
     def _measure(self, key: Key, node: Node, read: list[Any], value: Any) -> Any:
         if not self._comparable(key, read, value):
             return value
-        self._noise[key] = [_noise(a, b) for a, b in zip(self._read[key], read, strict=True)]
+        noise = [_noise(a, b) for a, b in zip(self._read[key], read, strict=True)]
+        self._noise[key] = [max(pair) for pair in zip(noise, self._noise.get(key, noise), strict=True)]
         return self._gave[key]
 
     def _follow(self, key: Key, node: Node, read: list[Any], value: Any) -> Any:
