@@ -40,6 +40,7 @@ from normfuse.proof.proving import (
     samples_of_rounding,
     told_of,
 )
+from normfuse.proof.steps import jumping
 
 WITHOUT_TRUTH = (
     "neither model is a program or an ONNX file, so there is nothing to compute the truth from; "
@@ -61,6 +62,7 @@ class Side:
         own: the outputs in arithmetic of a given width, with numbers as short as file formats have them; None if only `runs`
             can be had.
         rounding: samples of what arithmetic in the stored dtype does to the outputs; None if they cannot be had.
+        jumps: it rounds or compares, so that a rounding may make a whole step.
         notes: for the reader of the evidence.
     """
 
@@ -71,6 +73,7 @@ class Side:
     nudged: Callable[[Case, float | None, int], Sequence[Tensor]] | None = None
     own: Callable[[Case, torch.dtype], Sequence[Tensor]] | None = None
     rounding: Callable[[Case], Samples] | None = None
+    jumps: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -107,7 +110,8 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
         ),
         lambda case, width: on(case, wide=True, width=width, short=held),
         lambda case: [each[:outputs] for each in samples_of_rounding(program, flat(case))],
-        notes=_rounded_numbers(program) if short else (),
+        jumping(program),
+        _rounded_numbers(program) if short else (),
     )
 
 
@@ -278,12 +282,12 @@ def _judged(a: Side, b: Side, case: Case, runs: _Runs) -> tuple[Agreement, list[
     """Whether the two agree where little is rounded, and in each way in which the other is run."""
     sampled = cache(partial(a.rounding, case)) if a.rounding else None  # dear: taken once, and only if it is asked for
     excused = sampled if b.wide is None else None  # nothing but arithmetic in the stored dtype is to be had of it
-    agreed = agreement(case.name, runs.truth, runs.wide, runs.noise, excused)
+    agreed = agreement(case.name, runs.truth, runs.wide, runs.noise, excused, jumps=a.jumps)
     excused = sampled if agreed.verdict is not Verdict.DISPROVEN else None
     before, rows = max(distances(runs.truth, runs.usual), default=0.0), []
     for how, outputs in runs.got.items():
         name = f"{case.name}, {how}" if how else case.name
-        row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused)
+        row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused, jumps=a.jumps)
         rows.append(Rounding(name, before, max(distances(runs.truth, outputs), default=0.0), row.verdict))
     return agreed, rows
 

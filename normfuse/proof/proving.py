@@ -35,15 +35,17 @@ from normfuse.planner import Plan
 from normfuse.program import Program
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage, Missing, counts
-from normfuse.proof.evidence import Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
+from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
 from normfuse.proof.judging import Judged, judged
-from normfuse.proof.steps import Steps, told_of_own
+from normfuse.proof.steps import Steps, jumping, told_of_own
 from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
 from normfuse.views import dtype, is_tensor, shape
 
 NUDGE = 1e-15
 DRAWS = 2
+LUCK = 1e3
+"""No noise is measured so many times too small by chance."""
 FLOOR = 2.0**-46
 """64 roundings of a float64: what other orders of a sum may differ by where no weight and no input has a part in it."""
 
@@ -185,11 +187,12 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
         algebra.append(agreement(name, truth, got, samples, more))
         if weights is None:
             try:
-                before = usual if done == 0 and usual is not None else run(a, flat)
-                rounding.append(_rounded_alike(name, a, flat, truth, before, run(baked, flat)))
+                before, after = usual if done == 0 and usual is not None else run(a, flat), run(baked, flat)
             except RuntimeError as error:  # an operator that this machine does not have in half precision
                 rounding.append(Rounding(name, math.nan, math.nan, Verdict.NOT_COMPARED))
                 notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
+            else:
+                rounding.append(_rounded_alike(name, a, flat, truth, before, after))
     notes += [*told_of(algebra), *told_of_own(own)]
     missing = coverage.missing() or _not_rounded(rounding)
     return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
@@ -200,7 +203,7 @@ def _rounded_alike(
 ) -> Rounding:
     """Level 3 on one case."""
     before, after = (max(distances(truth, each), default=0.0) for each in (usual, rewritten))
-    judgement = agreement(name, truth, rewritten, [usual], partial(samples_of_rounding, a, flat))
+    judgement = agreement(name, truth, rewritten, [usual], partial(samples_of_rounding, a, flat), jumps=jumping(a))
     return Rounding(name, before, after, judgement.verdict)
 
 
@@ -223,6 +226,8 @@ def agreement(
     got: Sequence[Tensor],
     samples: Samples,
     more: Callable[[], Samples] | None = None,
+    *,
+    jumps: bool = False,
 ) -> Agreement:
     """The row of one case.
 
@@ -232,6 +237,7 @@ def agreement(
         got: those of the other.
         samples: those of the reference under noise, several times.
         more: further samples, which are dear: taken only where the others, which may be small by luck, do not explain ``got``.
+        jumps: a rounding may make a whole step of some entry, so that the largest step anywhere explains one here.
     """
     compared, entries = counts(truth)
     if len(truth) != len(got):
@@ -242,8 +248,13 @@ def agreement(
         return [judged(t, g, drawn, FLOOR) for t, g, drawn in zip(truth, got, every, strict=True)]
 
     found = judge(samples)
-    if more is not None and not all(each.agrees for each in found):
-        found = [min(pair, key=lambda each: each.excess) for pair in zip(found, judge(more()), strict=True)]
+    if more is not None and 1.0 < max((each.excess for each in found), default=0.0) < (math.inf if jumps else LUCK):
+        drawn = more()
+        found = [min(pair, key=lambda each: each.excess) for pair in zip(found, judge(drawn), strict=True)]
+        if jumps:
+            steps = [max(each) for each in zip(*(distances(truth, outputs) for outputs in drawn), strict=True)]
+            errors = zip(found, distances(truth, got), steps, strict=True)
+            found = [Judged(x, MARGIN * y, y) if not each.agrees and x <= MARGIN * y else each for each, x, y in errors]
     worst = max(found, key=lambda each: (not each.agrees, each.excess), default=Judged(0.0, FLOOR))
     verdict = verdict_of(all(each.agrees for each in found), compared)
     return Agreement(case, worst.error, worst.allowed, verdict, compared, entries, worst.noise)
@@ -317,7 +328,7 @@ def samples_of_rounding(
 
 def _rounded(value: Tensor, stored: torch.dtype | None, name: str, size: float | None) -> Tensor:
     """A float64 value after one rounding, by default to the dtype that it is stored in."""
-    if stored is None or not stored.is_floating_point:
+    if stored is None or not stored.is_floating_point or not value.is_floating_point():
         return value
     rounded = value * (1.0 + (torch.finfo(stored).eps if size is None else size) * _kick(name, value))
     return torch.where(value == value.round(), value, rounded)

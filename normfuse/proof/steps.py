@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.bodies import operator_name
+from normfuse.program import Program
 from normfuse.proof.evidence import MARGIN
 from normfuse.views import aten, dtype
 
@@ -121,6 +122,11 @@ def jumps(node: Node) -> bool:
     name = operator_name(node).partition(".")[0]
     rounds = node.target is aten.div.Tensor_mode and node.kwargs.get("rounding_mode") is not None
     return name in _JUMPS or "quantize" in name or rounds
+
+
+def jumping(program: Program) -> bool:
+    """Whether a program has such a call."""
+    return any(jumps(node) for node in program.graph.nodes)
 
 
 def is_float(node: Node) -> bool:
