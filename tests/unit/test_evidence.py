@@ -200,7 +200,7 @@ def test_the_noise_of_rounding_is_of_the_size_of_a_rounding() -> None:
         assert 1e-8 < distance(truth, sample) < 1e-6, "the mask is compared with whole numbers, which no rounding changes"
 
 
-@pytest.mark.parametrize(("error", "ok"), [(4e-7, True), (1e-4, False)])
+@pytest.mark.parametrize(("error", "ok"), [(4e-7, True), (3e-6, False)])
 def test_a_lucky_run_of_the_reference_is_no_alarm(error: float, ok: bool) -> None:
     x, calls = torch.linspace(0.5, 1.0, 7), []
     truth = [x.double()]
