@@ -28,6 +28,7 @@ from normfuse.planner import Plan, plan, site_in
 from normfuse.program import Program, Site
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.fidelity import traced
 from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
@@ -170,7 +171,7 @@ def rewrite(
         VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
     """
     checked_level(verify)
-    trace = _tracer(mode)
+    trace = _tracer(mode, verify)
     clock = _Clock()
     start = _deployed(model).planned if isinstance(model, Result) else model
     inputs = model.inputs if isinstance(model, Result) and inputs is None else inputs
@@ -410,12 +411,18 @@ def _short(fate: str) -> str:
 Tracer: TypeAlias = Callable[[nn.Module, Inputs], Program]
 
 
-def _traced(module: nn.Module, given: Inputs) -> Program:
-    return Program.trace(module, given.args, given.kwargs, given.dynamic_shapes)
+def _unchecked(module: nn.Module, given: Inputs) -> Program:
+    return traced(module, given, check=False)
 
 
-def _tracer(mode: str) -> Tracer:
-    return living.traced_as_set if one_of(mode, ("deploy", "live"), "mode") == "live" else _traced
+def _tracer(mode: str, level: str) -> Tracer:
+    return (
+        living.traced_as_set
+        if one_of(mode, ("deploy", "live"), "mode") == "live"
+        else traced
+        if level == "full"
+        else _unchecked
+    )
 
 
 def _deployed(result: Result) -> Result:
@@ -436,7 +443,7 @@ def _sources(model: Model) -> tuple[Path, ...]:
 
 
 def to_program(
-    model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool, trace: Tracer = _traced
+    model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool, trace: Tracer = traced
 ) -> tuple[str, Program, Inputs]:
     """What the user has, as a program: its name for messages, the program, and the inputs that it is called with.
 

@@ -27,6 +27,7 @@ from normfuse.program import Program, Trains, at_inference
 from normfuse.proof.cases import Case, cases_for
 from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import checked
+from normfuse.proof.fidelity import traced
 from normfuse.proof.proving import Progress, prove
 from normfuse.registry import Pass, find
 
@@ -202,7 +203,7 @@ def tuned(
 ) -> None:
     """Rewrite a model in place, in live mode, and prove it; see `normfuse.tune`."""
     restored(model)
-    program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes, trains=_nowhere)
+    program = traced(model, given, trains=_nowhere, check=level == "full")
     chosen, adaptation = plan_for_modules(program, passes, allow, model)
     _require_rewrites(chosen)
     guarded = guards(program, chosen, adaptation, model)
@@ -220,7 +221,7 @@ def deployed(
 ) -> None:
     """Rewrite a model in place, its weights evaluated, and prove it; see `normfuse.deploy`."""
     restored(model)
-    program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes)
+    program = traced(model, given, check=level == "full")
     chosen, adaptation = plan_for_modules(program, passes, allow, model)
     _require_rewrites(chosen)
     attach(program, adaptation, model, {})

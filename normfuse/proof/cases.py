@@ -125,6 +125,40 @@ _INDICES: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def other_values(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
+    """The user's inputs with another sign, order and size of every number; the shapes stay."""
+    if any(isinstance(value, Tensor) and value.dim() > 0 for value in flat):
+        yield Case("other values", tuple(_opposite(value) for value in flat))
+
+
+def _opposite(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.dim() == 0 or value.is_complex():
+        return value
+    if value.dtype == torch.bool:
+        return ~value
+    return value.flip(-1) if not value.is_floating_point() else -3.0 * value.flip(-1)
+
+
+def other_sizes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
+    """The user's inputs with every dynamic dim one longer, or shorter where it can be no longer; and as short as it may be."""
+    nodes = user_inputs(program)
+    given = {
+        dim.node.expr: size
+        for node, value in zip(nodes, flat, strict=True)
+        if isinstance(value, Tensor) and node is not None
+        for dim, size in zip(node.meta["val"].shape, value.shape, strict=True)
+        if isinstance(dim, torch.SymInt)
+    }
+    ranges = dict(_ranges(program, nodes, flat))
+    if not ranges or any(not expr.free_symbols <= ranges.keys() for expr in given):
+        return
+    longer = {symbol: given[symbol] + (1 if given[symbol] < most else -1) for symbol, (_, most) in ranges.items()}
+    shortest = {symbol: least for symbol, (least, _) in ranges.items()}
+    for name, sizes in (("other sizes", longer), ("smallest sizes", shortest)):
+        if all(least <= sizes[symbol] for symbol, (least, _) in ranges.items()):
+            yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
+
+
 def _extremes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     nodes = user_inputs(program)
     ranges = dict(_ranges(program, nodes, flat))
