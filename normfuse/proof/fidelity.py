@@ -28,6 +28,7 @@ from normfuse.proof.cases import Case, other_sizes, other_values
 from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.proving import distances
+from normfuse.proof.trial_run import trial_run
 from normfuse.undisturbed import seeded, undisturbed
 
 RANDOM = "two calls of the model differ: its outputs are random, and were compared on the same random numbers"
@@ -92,6 +93,7 @@ class _Comparison:
                     continue
                 if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
                     return self._noted(f"the trace was not compared with the model: {first_line(error)}")
+                trial_run(self.program, flat)  # which knows what to write instead
                 hint = "give inputs on which the model itself runs"
                 raise InputError(f"the model does not run on these inputs: {first_line(error)}", hint=hint) from error
             notes += self._judged(case, seed, theirs)
