@@ -14,7 +14,9 @@ import contextlib
 import functools
 import os
 import re
+import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -59,8 +61,9 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
     as_json, debug = "--json" in words, "--debug" in words or os.environ.get("NORMFUSE_DEBUG", "0") not in ("", "0")
     for stream in (sys.stdout, sys.stderr):  # no reason to fail: a character that the terminal cannot show
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
+    interrupts: list[int] = []
     try:
-        with _warnings_as_lines(debug):
+        with _warnings_as_lines(debug), _noting(interrupts):
             return ask() or YES
     except (KeyboardInterrupt, click.Abort):
         return _complain(INTERRUPTED, "interrupted", None, as_json)
@@ -69,9 +72,30 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
     except Exception as error:
         if debug:
             _trace(error)
+        if interrupts:  # libraries make other errors of it, where it comes while they are imported
+            return _complain(INTERRUPTED, "interrupted", None, as_json)
         if isinstance(error, NormfuseError):
             return _complain(error.exit_code, str(error), error.hint, as_json, getattr(error, "report", None))
         return _complain(CANNOT, *_foreign(error), as_json)
+
+
+@contextlib.contextmanager
+def _noting(interrupts: list[int]) -> Iterator[None]:
+    """An interrupt is raised as ever, and noted."""
+
+    def note(number: int, frame: Any) -> None:
+        interrupts.append(number)
+        signal.default_int_handler(number, frame)
+
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _trace(error: Exception) -> None:
@@ -537,7 +561,7 @@ def _say(kind: str, text: str, style: str) -> None:
     line = Text.assemble((f"{kind}:", style), f" {escaped(text)}")
     try:
         Console(stderr=True, soft_wrap=True, highlight=False, emoji=False).print(line)
-    except OSError:  # nobody reads what goes wrong either
+    except (OSError, SystemExit):  # nobody reads what goes wrong either; rich would leave with a code of its own
         _give_up(sys.stderr)
 
 

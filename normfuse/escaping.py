@@ -40,6 +40,11 @@ def _escape(character: str) -> str:
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
+def is_text(value: object) -> bool:
+    """Whether every encoding takes it: a path may hold bytes that are no UTF-8, which Python keeps as half surrogate pairs."""
+    return not any("\ud800" <= character <= "\udfff" for character in str(value))
+
+
 def json_text(data: Any, indent: int = 2) -> str:
     """One document that every parser of JSON takes: a number that JSON does not have (inf, nan) is null in it."""
     return json.dumps(_strict(data), indent=indent, allow_nan=False, default=str)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from normfuse.api import Given, Model, _sources, to_program
 from normfuse.atomic import proven_first
-from normfuse.errors import ExportError, one_of
+from normfuse.errors import ExportError, InputError, one_of
+from normfuse.escaping import is_text
 from normfuse.exporters.deployed import deployed
 from normfuse.program import Program
 from normfuse.proof.cases import Case, cases_for
@@ -65,6 +66,7 @@ def export(
         VerificationFailed: the runtime computes something else; nothing is written.
     """
     target = target_of(to, path)
+    _check_name(target, Path(path))
     _, program, given = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     program = program.baked()
     tried = cases_for(program, given)
@@ -146,6 +148,16 @@ def supported(
 
     _, program, _ = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     return tensorrt.dry_run(program.baked(), opset=opset)
+
+
+def _check_name(target: str, path: Path) -> None:
+    """Refuse now what could not be opened to be compared."""
+    endings = (".engine", ".plan") if target == "tensorrt" else (TARGETS[target],)
+    if path.suffix not in endings:
+        hint = f"write {path.stem}{endings[0]}, or say with --to (to=...) what the file is for"
+        raise InputError(f"what is written for {target} is a {endings[0]} file, not {path.name}", hint=hint)
+    if not is_text(path):
+        raise InputError(f"{path} is not UTF-8, and no runtime opens such a name", hint="give another name")
 
 
 def target_of(to: str | None, path: str | Path) -> str:

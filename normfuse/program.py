@@ -14,7 +14,7 @@ import contextlib
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -102,6 +102,7 @@ class Program:
         Raises:
             TraceError: torch.export could not trace the model.
         """
+        _check_names(module, kwargs or {})
         with at_inference(module, trains) as notes, quiet():
             try:
                 exported = _exported(module, args, kwargs or {}, dynamic_shapes)
@@ -120,6 +121,7 @@ class Program:
         Placeholders of exactly the same tensor become one: torch.export merges names of one Parameter object, not a buffer
         or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
         """
+        _check_written((*exported.state_dict, *exported.constants))
         with quiet():
             try:
                 functional = exported.run_decompositions(composites(exported))
@@ -287,6 +289,26 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
         for node in graph.find_nodes(op="placeholder")
     ]
     return ExportGraphSignature(made, specs)
+
+
+def _check_names(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Refuse names that would end the literal that torch writes them into, and go on as code: torch.fx quotes none."""
+    for path, child in module.named_modules(remove_duplicate=False):
+        _check_written((path, *child._parameters, *child._buffers, *vars(child)))
+    if strange := next((name for name in kwargs if not str(name).isidentifier()), None):
+        raise TraceError(
+            f"'{strange}' is no name of an argument", hint="give keyword inputs by the names of forward's arguments"
+        )
+
+
+def _check_written(names: Iterable[Any]) -> None:
+    for name in names:
+        if _ENDS_LITERAL.search(str(name)):
+            hint = "rename it: torch writes names into the code of a program"
+            raise TraceError(f"'{name}' cannot be the name of a module or a tensor", hint=hint)
+
+
+_ENDS_LITERAL = re.compile(r'["\\\r\n\0]')
 
 
 def module_path(traced: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from normfuse.api import Given, Model, to_program
 from normfuse.errors import InputError
+from normfuse.escaping import is_text
 from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs
 from normfuse.interpret import flat_inputs
 from normfuse.proof import bisection
@@ -146,7 +147,9 @@ def opened(model: str | Path, *, trust: bool = False) -> Artifact:
     """
     path = Path(model)
     if not path.is_file():
-        raise InputError(f"there is no file {path}")
+        raise InputError(f"there is no file {path}", hint="check the path")
+    if not is_text(path):
+        raise InputError(f"{path} is not UTF-8, and no runtime opens such a name", hint="rename the file")
     if path.suffix == ".pt2":
         from normfuse.exporters import aoti
 
