@@ -99,9 +99,10 @@ def test_a_name_that_goes_on_as_code_is_refused(name: str, where: str, tmp_path:
     mark = tmp_path / "executed"
     name = name.replace("RUN", f"open('{mark}', 'w')").replace(".", "")
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    holder: dict[str, Any] = {"module": model._modules, "parameter": model[0]._parameters, "buffer": model[0]._buffers,
-                              "attribute": vars(model[0])}[where]  # fmt: skip
-    holder[name] = nn.Identity() if where == "module" else nn.Parameter(torch.ones(4))
+    holders: dict[str, Any] = {
+        "module": model._modules, "parameter": model[0]._parameters, "buffer": model[0]._buffers, "attribute": vars(model[0]),
+    }  # fmt: skip
+    holders[where][name] = nn.Identity() if where == "module" else nn.Parameter(torch.ones(4))
     with pytest.raises(TraceError, match="cannot be the name") as caught:
         normfuse.rewrite(model.eval(), "all", (torch.randn(2, 4),))
     assert str(caught.value).isprintable()
@@ -311,7 +312,7 @@ def killed(model: Path, folder: Path, words: tuple[object, ...], moments: int) -
 
     def check() -> None:
         assert out.read_bytes() == b"old" or torch.export.load(out)
-        normfuse.atomic.write_atomically(out, lambda path: path.write_bytes(b"next"))
+        normfuse.atomic.write_atomically(out, lambda path: (path.write_bytes(b"next"), None)[1])
         assert [path.name for path in folder.iterdir()] == ["out.pt2"]
 
     return killed_at_moments((*words, "-o", out), moments, prepare=prepare, check=check)[0]
