@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.errors import ExportError, InputError, MissingExtra
+from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseError
 from normfuse.exporters import pieces, widening
 from normfuse.exporters.extras import package
 from normfuse.exporters.ports import ports
@@ -66,8 +66,16 @@ def open_artifact(path: str | Path, *, provider: str = "CPU") -> Artifact:
         MissingExtra: onnxscript or onnxruntime is not installed.
         ExportError: ONNX Runtime cannot load the file, or not with this provider.
     """
-    ort, path = package("onnxruntime", "cpu"), Path(path)
-    model = _read(path)
+    try:
+        return _artifact(Path(path), provider)
+    except NormfuseError:
+        raise
+    except Exception as error:  # what the file holds fits no schema, and onnx_ir says so with whatever it likes
+        raise ExportError(f"{Path(path).name} is no valid ONNX file: {first_line(error)}") from error
+
+
+def _artifact(path: Path, provider: str) -> Artifact:
+    ort, model = package("onnxruntime", "cpu"), _read(path)
     held = widening.dtypes_of(model)
     runtime = f"ONNX Runtime {ort.__version__} ({provider})"
     try:
