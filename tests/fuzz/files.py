@@ -48,7 +48,7 @@ class Kind:
     made: Callable[[Path, Path], Any]
 
 
-def good_model() -> nn.Module:
+def good_model() -> nn.Sequential:
     """A model with something for every pass."""
     torch.manual_seed(0)
     layers = (nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.BatchNorm1d(4), nn.RMSNorm(4), nn.Linear(4, 3))
