@@ -110,6 +110,9 @@ def _foreign(error: Exception) -> tuple[str, str]:
     """What to say of an error that is not normfuse's own."""
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "there is not enough memory", "nothing was written; a smaller model or smaller inputs need less"
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("normfuse"):
+        package = error.name.partition(".")[0]
+        return f"the package '{package}' is not installed", f"pip install {package}"
     if isinstance(error, OSError) and error.strerror:
         return (
             f"{error.strerror}{f': {error.filename}' if error.filename else ''}",

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normfuse import limits
 from normfuse.errors import InputError, LoadError, first_line
 from normfuse.limits import OverLimit, check_inflation
-from normfuse.loading import first_bytes, load_data, shown
+from normfuse.loading import first_bytes, load_data
 
 EXAMPLES = 16  # of a loader: a proof on a whole data set would take days
 DEFAULT_SIZE = 2
@@ -343,14 +343,14 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
     except LoadError as error:
         raise InputError(str(error), hint=error.hint) from error
     except OverLimit as over:
-        raise InputError(f"{shown(path)} is not read: {over}", hint=over.hint) from None
+        raise InputError(f"{path} is not read: {over}", hint=over.hint) from None
     except Exception as error:  # each of the readers has its own ways to fail
-        reason = shown(first_line(error))[:200]
-        raise InputError(f"cannot read inputs from {shown(path)}: {reason}", hint="save them with torch.save") from error
+        reason = first_line(error)[:200]
+        raise InputError(f"cannot read inputs from {path}: {reason}", hint="save them with torch.save") from error
     strangers = [leaf for leaf in leaves if not isinstance(leaf, Tensor | bool | int | float | str | None)]
     if strangers or not any(isinstance(leaf, Tensor) for leaf in leaves):
         held = type(strangers[0]).__name__ if strangers else "no tensor"
-        raise InputError(f"{shown(path)} holds {held}, not inputs", hint="save a tensor, or a tuple or dict of tensors")
+        raise InputError(f"{path} holds {held}, not inputs", hint="save a tensor, or a tuple or dict of tensors")
     return Inputs(args, kwargs)
 
 

@@ -67,7 +67,7 @@ INPUT_BYTES = _limit("INPUT_BYTES", 8192 * MIB)
 EXPRESSION_CHARS = _limit("EXPRESSION_CHARS", 10_000)
 """Characters of one size or guard in a .pt2."""
 
-EXPRESSION_DEPTH = _limit("EXPRESSION_DEPTH", 60)
+EXPRESSION_DEPTH = _limit("EXPRESSION_DEPTH", 150)
 """How deep one size or guard may be nested."""
 
 EXPRESSION_BITS = _limit("EXPRESSION_BITS", 1024)

@@ -76,9 +76,9 @@ def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Modu
     if "archive_format" in records:
         return _load_exported(path, reader, trust_pickle=trust_pickle)
     if "constants.pkl" in records:
-        raise LoadError(f"{shown(path)} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
+        raise LoadError(f"{path} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
     if "data.pkl" not in records:
-        raise LoadError(f"{shown(path)} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
+        raise LoadError(f"{path} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
     return _as_module(path, _load_pickled(path, reader, trust_pickle=trust_pickle))
 
 
@@ -96,7 +96,7 @@ def load_data(path: str | os.PathLike[str]) -> Any:
         raise _foreign(path, head)
     reader = _archive_reader(path)
     if "data.pkl" not in reader.get_all_records():
-        raise LoadError(f"{shown(path)} is a zip file, but not one of torch.save", hint="save the inputs with torch.save")
+        raise LoadError(f"{path} is a zip file, but not one of torch.save", hint="save the inputs with torch.save")
     return _load_pickled(path, reader, trust_pickle=False, resolve=_nothing)
 
 
@@ -109,11 +109,6 @@ def _nothing(names: set[str]) -> Mapping[str, Any]:
     return {}
 
 
-def shown(text: object) -> str:
-    """A text of a stranger's choice, on its way to a terminal: nothing in it is a control character."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in str(text))
-
-
 def first_bytes(path: Path) -> bytes:
     """What a file begins with.
 
@@ -124,47 +119,49 @@ def first_bytes(path: Path) -> bytes:
         if path.is_dir():
             raise _folder(path)
         if path.exists() and not path.is_file():
-            raise LoadError(f"{shown(path)} is not a regular file", hint="copy the model to a file first")
+            raise LoadError(f"{path} is not a regular file", hint="copy the model to a file first")
         with path.open("rb") as file:
             head = file.read(512)
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise LoadError(f"cannot read {shown(path)}: {reason}", hint="check the path and its permissions") from error
+        raise LoadError(f"cannot read {path}: {reason}", hint="check the path and its permissions") from error
     if not head:
-        raise LoadError(f"{shown(path)} is empty", hint="fetch or save the file again")
+        raise LoadError(f"{path} is empty", hint="fetch or save the file again")
     return head
 
 
 def _folder(path: Path) -> LoadError:
     if (path / "saved_model.pb").exists():
-        return LoadError(f"{shown(path)} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
+        return LoadError(f"{path} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
     if (path / "config.json").exists():
         hint = "load it with transformers' from_pretrained, then pass the module or torch.save(model, path)"
-        return LoadError(f"{shown(path)} is a folder of transformers' save_pretrained", hint=hint)
-    return LoadError(f"{shown(path)} is a folder, not a model file", hint=RESAVE)
+        return LoadError(f"{path} is a folder of transformers' save_pretrained", hint=hint)
+    return LoadError(f"{path} is a folder, not a model file", hint=RESAVE)
 
 
 def _foreign(path: Path, head: bytes) -> LoadError:
     for pattern, what, hint in FOREIGN:
         if re.match(pattern, head):
-            return LoadError(f"{shown(path)} {what}", hint=hint)
-    return LoadError(f"{shown(path)} is not a file of torch.save or torch.export.save", hint=RESAVE)
+            return LoadError(f"{path} {what}", hint=hint)
+    return LoadError(f"{path} is not a file of torch.save or torch.export.save", hint=RESAVE)
 
 
 def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
     # The same reader as torch.load's and torch.export.load's: two zip readers can see two contents in one hostile file.
     try:
-        return torch._C.PyTorchFileReader(os.fspath(path))
+        reader = torch._C.PyTorchFileReader(os.fspath(path))
+        reader.get_all_records()  # which can fail too
+        return reader
     except RuntimeError as error:
         with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             if "serialized_exported_program.json" in names:
                 hint = "export it again with this torch, or load it with the old one and save it again"
                 what = "an exported program in torch's format from before 2.8"
-                raise LoadError(f"{shown(path)} is {what}", hint=hint) from error
+                raise LoadError(f"{path} is {what}", hint=hint) from error
             what = "a NumPy .npz file" if names[:1] and names[0].endswith(".npy") else "a zip file"
-            raise LoadError(f"{shown(path)} is {what}, not a model", hint=RESAVE) from error
-        raise LoadError(f"{shown(path)} is damaged or cut short", hint="fetch or save the file again") from error
+            raise LoadError(f"{path} is {what}, not a model", hint=RESAVE) from error
+        raise LoadError(f"{path} is damaged or cut short", hint="fetch or save the file again") from error
 
 
 def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool) -> torch.export.ExportedProgram:
@@ -182,7 +179,7 @@ def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pick
             for name in programs:
                 programs[name]._example_inputs = examples.get(f"data/sample_inputs/{name}.pt")
     if set(programs) != {"model"}:
-        raise LoadError(f"{shown(path)} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
+        raise LoadError(f"{path} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
     program: torch.export.ExportedProgram = programs["model"]
     return program
 
@@ -257,18 +254,18 @@ def _told_as_load_error(path: Path) -> Iterator[None]:
     except LoadError:
         raise
     except allowlist.NotAllowed as refused:
-        raise LoadError(f"{shown(path)} wants {refused}; refused", hint=_hint(refused.names)) from None
+        raise LoadError(f"{path} wants {refused}; refused", hint=_hint(refused.names)) from None
     except allowlist.Broken as broken:
         hint = "repair that installation; the file itself may be fine"
-        raise LoadError(f"{shown(path)} needs {shown(broken)}", hint=hint) from broken
+        raise LoadError(f"{path} needs {broken}", hint=hint) from broken
     except OverLimit as over:
-        raise LoadError(f"{shown(path)} is not read: {over}", hint=over.hint) from None
+        raise LoadError(f"{path} is not read: {over}", hint=over.hint) from None
     except RecursionError as error:
-        raise LoadError(f"{shown(path)} cannot be read: it is nested too deeply", hint=RESAVE) from error
+        raise LoadError(f"{path} cannot be read: it is nested too deeply", hint=RESAVE) from error
     except Unreadable as error:
-        raise LoadError(f"{shown(path)} cannot be read: {shown(error)}", hint=RESAVE) from error
+        raise LoadError(f"{path} cannot be read: {error}", hint=RESAVE) from error
     except Exception as error:
-        raise LoadError(f"{shown(path)} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
+        raise LoadError(f"{path} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
 
 
 def _hint(names: Sequence[str]) -> str:
@@ -281,7 +278,7 @@ def _hint(names: Sequence[str]) -> str:
 
 def _reason(error: Exception) -> str:
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return shown(line)[:200]
+    return line[:200]
 
 
 def _as_module(path: Path, content: Any) -> nn.Module:
@@ -289,13 +286,13 @@ def _as_module(path: Path, content: Any) -> nn.Module:
     if isinstance(content, nn.Module):
         return content
     if not isinstance(content, Mapping):
-        raise LoadError(f"{shown(path)} holds a {type(content).__name__}, not a model", hint=RESAVE)
-    modules = [shown(key) for key, value in content.items() if isinstance(value, nn.Module)]
+        raise LoadError(f"{path} holds a {type(content).__name__}, not a model", hint=RESAVE)
+    modules = [str(key) for key, value in content.items() if isinstance(value, nn.Module)]
     if modules:
         entry = f"torch.load(path, weights_only=False)[{modules[0]!r}]"
-        message = f"{shown(path)} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
+        message = f"{path} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
         raise LoadError(message, hint=f"save that entry alone: torch.save({entry}, 'model.pt')")
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise LoadError(f"{shown(path)} is a state dict: weights without a model", hint=BUILD)
-    held = shown(", ".join(map(str, list(content)[:6])) or "nothing")
-    raise LoadError(f"{shown(path)} is a checkpoint dictionary ({held}), without a model", hint=BUILD)
+        raise LoadError(f"{path} is a state dict: weights without a model", hint=BUILD)
+    held = ", ".join(map(str, list(content)[:6])) or "nothing"
+    raise LoadError(f"{path} is a checkpoint dictionary ({held}), without a model", hint=BUILD)

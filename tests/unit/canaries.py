@@ -34,6 +34,7 @@ from normfuse.building import REVIEWED, Builder, _shadows
 from normfuse.pickles import Made, Name, Unreadable
 from tests.zoo import torchvision_shim
 
+partial: Any = functools.partial  # with arguments of all kinds
 ACTS = ("os.", "subprocess.", "socket.", "shutil.", "pty.", "ftplib.", "urllib.", "webbrowser.", "ctypes.")
 HARMLESS = ("os.listdir", "os.scandir", "os.fspath", "os.getxattr", "os.walk", "ctypes.dlsym")
 
@@ -197,7 +198,7 @@ def things(target: str) -> dict[str, Any]:
         "module": module,
         "parameters": nn.ParameterDict({"softmax": torch.ones(2)}),
         "namespace": argparse.Namespace(**bent),
-        "partial": functools.partial(F.softmax, target),
+        "partial": partial(F.softmax, target),
         "function": F.softmax,
         "class": nn.Linear,
         "inert": Inert("os.system"),
@@ -254,7 +255,7 @@ def control(watch: Watch, target: str) -> list[str]:
     """What the watch sees of an attack that the rules refuse; without it, that nothing is seen would show nothing."""
     config = things(target)["config"]
     config.__dict__["attribute_map"] = {"softmax": "to_json_file"}
-    return watch.during(functools.partial(F.softmax, config, f"{target}.control"))
+    return watch.during(partial(F.softmax, config, f"{target}.control"))
 
 
 def main() -> None:

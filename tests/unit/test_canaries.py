@@ -31,7 +31,7 @@ def test_no_code_of_a_class_runs_when_a_file_makes_one(packages: list[str], leas
         pytest.importorskip(package)
     result = watched("classes", *packages)
     assert result["tried"] >= least
-    assert result["built"] >= 0.9 * result["tried"]
+    assert result["built"] >= 0.85 * result["tried"]  # the others are abstract, or have a state of their own
     assert result["acted"] == {}
 
 
