@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from normfuse.api import Given, Model, _sources, to_program
-from normfuse.atomic import proven_first
+from normfuse.atomic import proven_first, scratch
 from normfuse.errors import ExportError, InputError, one_of
 from normfuse.escaping import is_text
 from normfuse.exporters.deployed import deployed
@@ -107,8 +106,8 @@ def compared(
             raise
         from normfuse.exporters import onnx
 
-        with tempfile.TemporaryDirectory() as folder:
-            stand_in = Path(folder) / f"{file.stem}.onnx"
+        with scratch() as folder:
+            stand_in = folder / f"{file.stem}.onnx"
             onnx.export(program, stand_in, opset=opset)
             evidence = compared(program, stand_in, "onnx", tried, opset=opset, progress=progress)
         return replace(evidence, notes=(f"{error}; the ONNX file that it was built from was compared", *evidence.notes))

@@ -22,12 +22,10 @@ import contextlib
 import math
 import os
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +33,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from normfuse.atomic import write_atomically
+from normfuse.atomic import scratch, write_atomically
 from normfuse.errors import ExportError, InputError, NormfuseWarning
 from normfuse.exporters import spelled
 from normfuse.exporters.deployed import deployed, in_float32, with_operators
@@ -298,14 +296,14 @@ def _type(value: Any) -> str:
 
 
 def _save(model: Any, path: Path) -> Path | None:
-    """Write the file, checked, with its data file first if it needs one; gives the data file."""
+    """Write the file, checked, together with its data file if it needs one; gives the data file."""
     onnx, ir = package("onnx", "onnx"), package("onnx_ir", "onnx")
     large = sum(value.const_value.nbytes for value in model.graph.initializers.values()) > LARGEST_FILE
     data = path.with_name(path.name + ".data") if large else None
 
     def write(temporary: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=temporary.parent, prefix=".normfuse-") as folder:
-            staged = Path(folder) / path.name  # the data file's name goes into this one
+        with scratch(temporary.parent) as folder:
+            staged = folder / path.name  # the data file's name goes into this one
             ir.save(model, staged, external_data=data and data.name)
             try:
                 onnx.checker.check_model(str(staged), full_check=True)
@@ -313,7 +311,7 @@ def _save(model: Any, path: Path) -> Path | None:
                 hint = "another opset may have it: bfloat16 mostly wants 22 or later"
                 raise ExportError(f"torch.onnx made an invalid file: {first_line(error)}", hint=hint) from error
             if data is not None:
-                write_atomically(data, partial(os.replace, staged.with_name(data.name)))
+                os.replace(staged.with_name(data.name), temporary.with_name(data.name))
             staged.replace(temporary)
 
     write_atomically(path, write)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from normfuse.atomic import scratch
 from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseError
 from normfuse.exporters import pieces, widening
 from normfuse.exporters.extras import package
@@ -47,9 +47,9 @@ def fused_ops(path: str | Path) -> dict[str, int]:
         ExportError: ONNX Runtime cannot load the file.
     """
     ir = package("onnx_ir", "onnx")
-    with tempfile.TemporaryDirectory() as folder:
-        _session(path, True, save_as=Path(folder) / "optimized.onnx")
-        graph = ir.load(Path(folder) / "optimized.onnx").graph
+    with scratch() as folder:
+        _session(path, True, save_as=folder / "optimized.onnx")
+        graph = ir.load(folder / "optimized.onnx").graph
         return dict(sorted(Counter(node.op_type for node in graph.all_nodes()).items()))
 
 
@@ -131,9 +131,9 @@ def _changed(path: Path, provider: str, *, optimized: bool = False, wide: Any = 
 
 
 def _opened(model: Any, *, name: str, optimized: bool, provider: str) -> Run:
-    with tempfile.TemporaryDirectory() as folder:
-        package("onnx_ir", "onnx").save(model, Path(folder) / name, external_data="weights")
-        session = _session(Path(folder) / name, optimized, provider=provider)
+    with scratch() as folder:
+        package("onnx_ir", "onnx").save(model, folder / name, external_data="weights")
+        session = _session(folder / name, optimized, provider=provider)
     return partial(_tensors, session)
 
 

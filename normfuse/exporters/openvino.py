@@ -6,7 +6,6 @@ reader of exported programs loses fixed sizes. Weights keep their dtype; OpenVIN
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfuse.atomic import write_atomically
+from normfuse.atomic import scratch, write_atomically
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx
 from normfuse.exporters.extras import package
@@ -65,8 +64,8 @@ def export(program: Program, path: str | Path, *, opset: int = 20) -> OpenVinoIn
         raise ExportError("OpenVINO computes float64 in float32", hint="convert the model to float32 first")
     if path.suffix != ".xml":
         raise InputError(f"OpenVINO's file is an .xml file, not {path.name}", hint=f"write {path.stem}.xml")
-    with tempfile.TemporaryDirectory() as folder:
-        info = onnx.export(program, Path(folder) / "model.onnx", opset=opset)
+    with scratch() as folder:
+        info = onnx.export(program, folder / "model.onnx", opset=opset)
         try:
             model = ov.convert_model(str(info.path))
             counts = _norms(_compiled(ov, model))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.atomic import write_atomically
+from normfuse.atomic import scratch, write_atomically
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import kernels, onnx
 from normfuse.exporters.extras import package
@@ -115,8 +114,8 @@ def export(
     wanted = [_capability(trt, each) for each in capabilities]
     program, path = onnx.prepared(program, opset), Path(path)
     log = _log(trt)
-    with tempfile.TemporaryDirectory() as folder:
-        info = onnx.export(program, Path(folder) / "model.onnx", opset=opset)
+    with scratch() as folder:
+        info = onnx.export(program, folder / "model.onnx", opset=opset)
         profiles = _profiles(program, info, sizes or {})
         builder = trt.Builder(log)
         network, parser = _parsed(trt, builder, log, info)  # the parser owns the weights
@@ -141,8 +140,8 @@ def dry_run(program: Program, *, opset: int = 20) -> list[Support]:
     """
     trt, ir = _builder(()), package("onnx_ir", "onnx")
     log = _log(trt)
-    with tempfile.TemporaryDirectory() as folder:
-        info = onnx.export(program, Path(folder) / "model.onnx", opset=opset)
+    with scratch() as folder:
+        info = onnx.export(program, folder / "model.onnx", opset=opset)
         builder = trt.Builder(log)
         network = _network(trt, builder)  # the parser does not keep it alive
         parser = trt.OnnxParser(network, log)
