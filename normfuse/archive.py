@@ -179,9 +179,9 @@ def _is_operator(target: str) -> bool:
             return name in _CONTROL_FLOW
         case ["torch", "ops", ("aten" | "prims" | "torchvision") as namespace, name, overload]:
             operator = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-            # aten.from_file and aten.save reach the disk.
-            return isinstance(operator, torch._ops.OpOverload) and all(
-                argument.name != "filename" for argument in operator._schema.arguments
+            # aten.from_file and aten.save reach the disk, aten._print the terminal.
+            return isinstance(operator, torch._ops.OpOverload) and not any(
+                name == "_print" or argument.name == "filename" for argument in operator._schema.arguments
             )
     return False
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from normfuse.archive import _is_operator
 from normfuse.arithmetic import only_computes, operator_named
 from normfuse.errors import InputError, InvalidPlan, LoadError, NormfuseError
 from normfuse.locking import drift, read_lock
@@ -236,3 +237,9 @@ def test_a_traced_operator_with_effects_is_no_constant() -> None:
     program = Program.trace(spread(Draws()).eval(), (torch.randn(2, 4),))
     for edit in (edit for each in plan(program, ["fold_affine"]).rewrites for edit in each.edits):
         assert "empty" not in str(edit)
+
+
+def test_an_operator_that_prints_is_in_no_program() -> None:
+    assert not _is_operator("torch.ops.aten._print.default")
+    assert not _is_operator("torch.ops.aten.from_file.default")
+    assert _is_operator("torch.ops.aten.add.Tensor")
