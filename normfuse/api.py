@@ -486,7 +486,7 @@ def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
 
 def _names(passes: Any) -> list[str]:
     """The requested passes, each once; ``"all"`` stands for all of them."""
-    asked = [passes] if isinstance(passes, str) else list(passes or ())
+    asked = [passes] if isinstance(passes, str) else list(passes) if isinstance(passes, Iterable) else []
     if not asked or not all(isinstance(each, str) for each in asked):
         raise NormfuseError(
             "name the passes to run, such as passes=['pre_rmsnorm']", hint=f"there are {', '.join(all_passes())}"
