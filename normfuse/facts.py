@@ -23,6 +23,8 @@ from normfuse.rules import carries, hides, is_mean_of, rank
 from normfuse.views import Norm, arguments, aten, dtype, tensors_in
 
 NOTHING: frozenset[int] = frozenset()
+CENTRING = ("layer_norm", "std_norm")
+"""Kinds of norms that take the mean away."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its changed self
 
 
@@ -56,7 +58,7 @@ class Facts:
         """Axes of ``value`` along which ``reader`` itself cannot see a shift."""
         norm = self.norm_at.get(reader)
         if norm is not None and norm.x is value and norm.by_hand:
-            return frozenset(norm.axes) if norm.kind == "layer_norm" else NOTHING
+            return frozenset(norm.axes) if norm.kind in CENTRING else NOTHING
         return hides(reader, value) | _less_its_mean(reader, value)
 
     @cached_property
@@ -126,7 +128,7 @@ class Facts:
                 if carried is not None and all(own in centered[operand] for operand, own in carried):
                     axes.add(axis)
             norm = self.norm_at.get(node)
-            if norm is not None and norm.out is node and norm.kind == "layer_norm" and norm.gain is norm.shift is None:
+            if norm is not None and norm.out is node and norm.kind in CENTRING and norm.gain is norm.shift is None:
                 axes |= set(norm.axes) if len(norm.axes) == 1 else set()  # over several, only their joint mean is zero
             centered[node] = frozenset(axes)
         return centered

@@ -2,7 +2,7 @@
 
 A hand-written norm is not matched by its shape, of which there are too many, but proven: around every root (``rsqrt``,
 ``sqrt``, ``pow``) the few nodes between a value x and a candidate result are run on numbers, in float64, and compared
-with LayerNorm and RMSNorm of x, times the gain that may stand among them, for the eps that occurs there. Agreement on
+with LayerNorm and RMSNorm of x and their kin, times the gain that may stand among them, for the eps that occurs there. Agreement on
 ordinary, tiny-variance and large-mean inputs is the recognition; anything else is not a norm that we know. All ops that
 may take part are rational functions and roots: two such functions that agree on generic numbers agree everywhere, which
 is not so for clamps and other bounds.
@@ -11,7 +11,7 @@ is not so for clamps and other bounds.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
 
 import torch
@@ -21,7 +21,7 @@ from torch.fx import Node
 from normfuse.bodies import Body
 from normfuse.interpret import call, default_dtype
 from normfuse.program import Program
-from normfuse.rules import rank, same, same_sizes, varies_along
+from normfuse.rules import METADATA, rank, same, same_sizes, varies_along
 from normfuse.views import Norm, arguments, aten, dtype, operator_norm, shape, tensors_in
 
 ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
@@ -131,11 +131,19 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
             dims = arguments(node).get("dim")
             if isinstance(reduced, Node) and isinstance(dims, (list, tuple)) and len(dims) == 1:
                 axis = dims[0] % max(rank(reduced), 1)
-                sources = (reduced, *reduced.all_input_nodes)
+                sources = [reduced, *reduced.all_input_nodes]
+                sources += [_uncast(source) for source in sources]
                 candidates += [(s, axis) for s in sources if same_sizes(s, out) and dtype(s) == dtype(out)]
         if node.target in _ARITHMETIC | MEANS:
             frontier.extend(node.all_input_nodes)
     yield from dict.fromkeys(candidates)
+
+
+def _uncast(node: Node) -> Node:
+    """What was cast for the statistics alone: T5 takes the variance in float32 and scales the value as it is."""
+    while node.target is aten._to_copy.default and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
 
 
 Span: TypeAlias = tuple[frozenset[Node], frozenset[Node]]
@@ -175,7 +183,8 @@ def _varies_along(node: Node, x: Node, axis: int) -> bool:
 
 def _closed(inner: frozenset[Node], out: Node) -> bool:
     """Whether nobody outside reads a value from inside, the result apart."""
-    return all(user in inner for node in inner if node is not out for user in node.users)
+    readers = (user for node in inner if node is not out for user in node.users)
+    return all(user in inner or user.target in METADATA for user in readers)
 
 
 def _prove(
@@ -197,9 +206,9 @@ def _prove(
         results = [_replay({**given, x: sample}, out, inner) for sample in samples]
     except (RuntimeError, TypeError, KeyError, ValueError):
         return None  # literal sizes inside: not a norm that works on any batch
-    for kind in ("layer_norm", "rms_norm", "crms_norm"):
+    for kind, norm in _KINDS:
         for eps in constants:
-            references = (gain * _norm(kind, sample, axis, eps) for sample in samples)
+            references = (gain * norm(sample, axis, eps) for sample in samples)
             if all(_agree(result, reference) for result, reference in zip(results, references, strict=True)):
                 return kind, eps
     return None
@@ -226,12 +235,33 @@ def _samples(axes: int, axis: int, size: int, eps: list[float]) -> Iterator[Tens
         yield plain * (each or 1e-3) ** 0.5
 
 
-def _norm(kind: str, x: Tensor, axis: int, eps: float) -> Tensor:
-    if kind == "crms_norm":  # of a zero-mean vector whose last entry is not stored
-        total, squares = x.sum(axis, keepdim=True), x.square().sum(axis, keepdim=True)
-        return x / ((squares + total.square()) / (x.shape[axis] + 1) + eps).sqrt()
-    centred = x - x.mean(axis, keepdim=True) if kind == "layer_norm" else x
-    return centred / (centred.square().mean(axis, keepdim=True) + eps).sqrt()
+def _layer_norm(x: Tensor, axis: int, eps: float) -> Tensor:
+    return _rms_norm(x - x.mean(axis, keepdim=True), axis, eps)
+
+
+def _rms_norm(x: Tensor, axis: int, eps: float) -> Tensor:
+    return x / (x.square().mean(axis, keepdim=True) + eps).sqrt()
+
+
+def _crms_norm(x: Tensor, axis: int, eps: float) -> Tensor:
+    """Of a zero-mean vector whose last entry is not stored."""
+    total, squares = x.sum(axis, keepdim=True), x.square().sum(axis, keepdim=True)
+    return x / ((squares + total.square()) / (x.shape[axis] + 1) + eps).sqrt()
+
+
+def _std_norm(correction: int) -> Callable[[Tensor, int, float], Tensor]:
+    """The Annotated Transformer's: eps is added to the deviation, not under its root."""
+
+    def norm(x: Tensor, axis: int, eps: float) -> Tensor:
+        return (x - x.mean(axis, keepdim=True)) / (x.std(axis, correction=correction, keepdim=True) + eps)
+
+    return norm
+
+
+_KINDS = (
+    ("layer_norm", _layer_norm), ("rms_norm", _rms_norm), ("crms_norm", _crms_norm),
+    ("std_norm", _std_norm(1)), ("std_norm", _std_norm(0)),
+)  # fmt: skip
 
 
 def _agree(a: object, b: Tensor) -> bool:

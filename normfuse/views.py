@@ -62,8 +62,9 @@ class Norm:
 
     Attributes:
         out: the node that yields the normalized value.
-        kind: ``layer_norm``, ``rms_norm``, ``crms_norm``, ``batch_norm``, ``group_norm``, ``instance_norm``, or
-            ``offline_norm`` for one that the model spells with stored statistics.
+        kind: ``layer_norm``, ``rms_norm``, ``crms_norm``, ``batch_norm``, ``group_norm``, ``instance_norm``, ``std_norm``
+            for a LayerNorm that adds eps to the deviation, or ``offline_norm`` for one that the model spells with stored
+            statistics.
         x: the node that is normalized.
         axes: the axes of ``x`` that share statistics (for batch_norm: the channel axis, which does not).
         gain: the multiplier's node, or None.

@@ -4,7 +4,8 @@ What
     A BatchNorm in evaluation mode is y = a⊙x + c along its channel axis, with a and c computed from stored tensors. It is
     folded into the layers that write x, or else into all layers that read y, however far; what cannot be folded is left as
     one multiplication and one addition. Arithmetic around it that is affine along the same axis (a frozen scale, LayerScale)
-    goes with it. A BatchNorm that the model spells in arithmetic (FrozenBatchNorm2d) is one too.
+    goes with it. A BatchNorm that the model spells in arithmetic (FrozenBatchNorm2d) is one too, and so is an InstanceNorm
+    with running statistics.
 
 Formula
     a = γ/√(σ̂² + ε),  c = β - a⊙μ̂.  Writer: W ← diag(a)W, b ← a⊙b + c.  Reader: W ← W diag(a), b ← b + Wc.
@@ -54,7 +55,7 @@ def conv_bn(program: Program, facts: Facts) -> Iterator[Finding]:
 
 def _has_batch_norm(form: Affine, norms: list[Norm]) -> bool:
     """A norm with stored statistics that subtracts a mean has arithmetic in its shift; Unified Norm has the bias as it is."""
-    by_operator = any(norm.kind == "batch_norm" for norm in norms)
+    by_operator = any(norm.kind in ("batch_norm", "instance_norm") for norm in norms)  # both have running statistics here
     return by_operator or (any(norm.kind == "offline_norm" for norm in norms) and _is_computed(form.shift))
 
 

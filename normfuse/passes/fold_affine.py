@@ -75,7 +75,7 @@ def _functions(facts: Facts) -> Iterable[list[Norm]]:
     """The norms that are adaptive, those together that are one function of one value."""
     same: dict[tuple[object, ...], list[Norm]] = {}
     for norm in facts.norms:
-        if norm.kind in ("layer_norm", "rms_norm", "group_norm"):
+        if norm.kind in ("layer_norm", "rms_norm", "group_norm", "std_norm"):
             by_operator = norm.out.target, str(norm.out.args), str(norm.out.kwargs)
             proven = "by hand", norm.kind, norm.x, norm.axes, norm.eps, norm.gain, dtype(norm.out)
             same.setdefault(proven if norm.by_hand else by_operator, []).append(norm)

@@ -33,6 +33,8 @@ Refuses
            folded into the writers behind it first; that is not possible where the scale depends on the data (a gate, as in
            adaLN-Zero), changes from call to call, or where somebody else reads the unscaled value.
     NF209  A tensor that writes the input is updated by the program itself, so it cannot be replaced by a centred one.
+    NF210  The norm adds eps to the deviation, (x - mean x)/(σ + ε), as the Annotated Transformer does. RMSNorm has its eps
+           under the root, which is another function. Its gain and shift can be folded (fold_affine).
 
 Claim
     rounding: the same function of real numbers.
@@ -68,6 +70,9 @@ def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
             yield _refuse(program, norm, "NF203", f"it normalizes over {len(norm.axes)} axes together")
         elif not _fixed(norm):
             yield _refuse(program, norm, "NF203", "it normalizes over an axis of dynamic size")
+    for norm in facts.norms:
+        if norm.kind == "std_norm":
+            yield _refuse(program, norm, "NF210", "it adds eps to the deviation, which no RMSNorm does")
     centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1 and _fixed(norm)])
     for region in centering.regions:
         yield _rewrite(program, region)
