@@ -2,10 +2,10 @@
 
 A hand-written norm is not matched by its shape, of which there are too many, but proven: around every root (``rsqrt``,
 ``sqrt``, ``pow``) the few nodes between a value x and a candidate result are run on numbers, in float64, and compared
-with LayerNorm and RMSNorm of x and their kin, times the gain that may stand among them, for the eps that occurs there. Agreement on
-ordinary, tiny-variance and large-mean inputs is the recognition; anything else is not a norm that we know. All ops that
-may take part are rational functions and roots: two such functions that agree on generic numbers agree everywhere, which
-is not so for clamps and other bounds.
+with LayerNorm and RMSNorm of x and their kin, times the gain that may stand among them, for the eps that occurs there.
+Agreement on ordinary, tiny-variance and large-mean inputs is the recognition; anything else is not a norm that we know. All
+ops that may take part are rational functions and roots: two such functions that agree on generic numbers agree everywhere,
+which is not so for clamps and other bounds.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
 from normfuse.facts import Facts
 from normfuse.folding.affine import MOVES, Affine, constant_formula, moved
+from normfuse.folding.scales import computed_from, why_fixed
 from normfuse.formula import Apply, Formula, Read, reads
 from normfuse.rules import rank, times_read
 from normfuse.views import arguments, aten, dtype, shape
@@ -118,7 +119,7 @@ class Draft:
             return None
         formula = constant_formula(self.facts, node) if node.op == "call_function" else None
         if formula is None or next(reads(formula), None) is None:
-            return Obstacle(node, "is no stored tensor that may change")
+            return Obstacle(*(why_fixed(self.facts, node) or (node, "is no stored tensor that may change")))
         new, read = new_tensor(self.facts, f"normfuse_{node.name}", to(formula), node)
         self.edits += [new, Reroute(node.name, read)]
         return None
@@ -133,8 +134,8 @@ class Draft:
 
     def new_bias(self, layer: Node, value: Formula) -> Obstacle | None:
         """A bias for a layer that has none: beside its weight, as torch would call it where that name is free."""
-        formula = constant_formula(self.facts, arguments(layer)["weight"])
-        weight = None if formula is None else next(reads(formula), None)
+        behind = (self.facts.program.stored.get(each.name) for each in computed_from(arguments(layer)["weight"]))
+        weight = next((name for name in behind if name is not None), None)
         if weight is None:
             return Obstacle(layer, "has a weight that is not stored")
         folder, _, own = weight.rpartition(".")
@@ -159,7 +160,7 @@ class Draft:
 def new_tensor(facts: Facts, name: str, formula: Formula, at: Node) -> tuple[NewTensor, Expression]:
     """A new stored tensor, and what reads it in the dtype of the value ``at``, which under autocast no stored one may have."""
     program, kind = facts.program, dtype(at)
-    known = [*reads(formula), *program.stored.values()]
+    known = [each for each in (*reads(formula), *program.stored.values()) if program.tensor(each).is_floating_point()]
     alike = next((each for each in known if program.tensor(each).dtype == kind), None)
     if alike is not None:
         return NewTensor(name, formula, alike), Ref(name)

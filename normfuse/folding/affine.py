@@ -296,7 +296,7 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
     if node.target is operator.getitem:
         source = constant_formula(facts, node.args[0])
         return replace(source, output=node.args[1]) if isinstance(source, Apply) else None
-    if not only_computes(node.target) or not _stays_float(node):
+    if not only_computes(node.target) or not _stays_float(node) or rounds(node):
         return None
     if node.target in (aten._to_copy.default, aten.detach.default, aten.clone.default):
         return constant_formula(facts, node.args[0])
@@ -331,6 +331,12 @@ def _stays_float(node: Node) -> bool:
     values = (each.meta.get("val") for each in (node, *node.all_input_nodes))
     tensors = (each for value in values for each in (value if isinstance(value, (tuple, list)) else (value,)))
     return all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in tensors)
+
+
+def rounds(node: Node) -> bool:
+    """Whether a call puts values on a grid: a weight that is quantized so keeps its quantizer, and is never stored as it is."""
+    name = str(node.target).removeprefix("aten.").partition(".")[0]
+    return name in ("round", "floor", "ceil", "trunc", "sign") or "quantize" in name
 
 
 def maximal(found: dict[Node, Affine]) -> Iterator[tuple[Node, Affine]]:

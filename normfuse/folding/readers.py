@@ -34,6 +34,7 @@ from normfuse.folding.absorb import (
 )
 from normfuse.folding.affine import Affine, constant_formula, moved, product, total
 from normfuse.folding.averages import VALUES, why_no_mean
+from normfuse.folding.scales import why_fixed
 from normfuse.folding.writers import axis_of_base, fold
 from normfuse.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
 from normfuse.program import Program
@@ -290,7 +291,8 @@ class _Readers:
             return Obstacle(node, "mixes another axis than the channels")
         plain = constant_formula(self.facts, weight)
         if plain is None or times_read(weight) != 1:
-            return Obstacle(weight, "is no stored weight" if plain is None else "is read more than once")
+            no_weight = why_fixed(self.facts, weight) or (weight, "is no stored weight")
+            return Obstacle(*no_weight) if plain is None else Obstacle(weight, "is read more than once")
         scale, shift, sizes, transposed = debt.scale, debt.shift, sizes_of(weight), is_transposed(node)
         if scale is not None and groups > 1 and not transposed:
             every = full(scale, groups * sizes[1])

@@ -20,7 +20,8 @@ from normfuse.folding.absorb import (
     per_group,
     sizes_of,
 )
-from normfuse.folding.affine import MOVES, Affine
+from normfuse.folding.affine import MOVES, Affine, constant_formula
+from normfuse.folding.scales import computed_from, of_each, own_scale, scalable
 from normfuse.formula import Added, Apply, Formula, Scaled
 from normfuse.rules import METADATA, carries, rank, same, times_read
 from normfuse.views import arguments, aten, shape
@@ -96,7 +97,23 @@ def _constant(draft: Draft, node: Node, axis: int, scale: Formula | None, shift:
     if node.op != "placeholder" and _comes_from_stored(draft.facts, node, axis, shifted=shift is not None):
         stops = (_onward(draft, operand, own, scale, shift) for operand, own in carries(node, axis) or ())
         return next((stopped for stopped in stops if stopped), None)
+    if scale is not None and shift is None and node.op != "placeholder" and constant_formula(draft.facts, node) is None:
+        return _product(draft, node, axis, scale)
     return draft.change(node, lambda own: _affine(own, axis, scale, shift))
+
+
+def _product(draft: Draft, node: Node, axis: int, scale: Formula) -> Obstacle | None:
+    """A weight computed from integers, masks or a quantizer, which stay: one factor of it takes the scale."""
+    draft.nodes.update(computed_from(node))
+    found = scalable(draft.facts, node, axis)
+    if found is not None:
+        return draft.change(found[0], lambda own: Scaled(own, scale, found[1]))
+    again = f"normfuse_{node.name}_scale"
+    if times_read(node) != 1 or own_scale(draft.facts, node, axis) is None:
+        return draft.change(node, lambda own: own)  # which says why it cannot change
+    if not draft.change_again(again, lambda own: Scaled(own, scale, axis)):
+        draft.edits += of_each(draft.facts, node, axis, scale)
+    return None
 
 
 def _comes_from_stored(facts: Facts, node: Node, axis: int, *, shifted: bool) -> bool:

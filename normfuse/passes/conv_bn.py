@@ -13,7 +13,8 @@ Formula
 Needs
     Running statistics. For a writer: nobody else reads x, and every stored tensor on the way is read once. For readers: all
     of them are linear layers or convolutions. Where c is not zero and a convolution pads with zeros, what c adds is stored
-    as a map if that is no larger than the weight, and c stays as one addition before the convolution otherwise.
+    as a map if that is no larger than the weight, and c stays as one addition before the convolution otherwise. A weight that
+    is computed from integers or a mask keeps them: a factor of it takes the scale. What a quantizer writes is never replaced.
 
 Refuses
     NF301  The BatchNorm has no running statistics, or is in training mode, so its statistics come from each input; or the

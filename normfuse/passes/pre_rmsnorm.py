@@ -54,6 +54,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Expression, Ref, Reroute, SetTensor
 from normfuse.facts import Facts
 from normfuse.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.folding.scales import why_fixed
 from normfuse.program import Program
 from normfuse.rules import rank
 from normfuse.streams.establish import Obstacle, Region, center
@@ -78,7 +79,7 @@ def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
         yield _rewrite(program, region)
     norms = frozenset(norm.out for norm in facts.norms)
     for norm, obstacle in centering.blocked:
-        yield _explain(program, norm, obstacle, norms)
+        yield _explain(facts, norm, obstacle, norms)
 
 
 def _fixed(norm: Norm) -> bool:
@@ -129,14 +130,19 @@ def _refuse(program: Program, norm: Norm, code: str, reason: str, **more: Any) -
 _ALONE = "; an explicit mean-subtraction there would serve too few norms to pay"
 
 
-def _explain(program: Program, norm: Norm, obstacle: Obstacle, norms: frozenset[Node]) -> Refusal:
+def _explain(facts: Facts, norm: Norm, obstacle: Obstacle, norms: frozenset[Node]) -> Refusal:
+    program = facts.program
     at, witness = program.site(obstacle.at), obstacle.witness
     writer = _called(obstacle.at)
     tensor = program.stored.get(obstacle.at.name, "")
     returned = witness is not None and witness.op == "output"
     reader = "the caller (it is an output of the model)" if returned or witness is None else _named(program, witness)
     hint = ""
+    fixed = why_fixed(facts, obstacle.at) if obstacle.at in program.constant and obstacle.kind in ("gate", "op") else None
     match obstacle.kind:
+        case _ if fixed is not None:
+            name = program.stored.get(fixed[0].name) or program.site(fixed[0])
+            code, reason = "NF202", f"its input is written by the weight '{name}', which {fixed[1]}{_ALONE}"
         case "seen" if _source(obstacle.at) in norms and witness is not None and _reads(witness, obstacle.at):
             code = "NF205"
             reason = f"its input is made of another norm's output ({program.site(_source(obstacle.at))}), whose gain gives it"

@@ -90,7 +90,7 @@ def test_eps_beside_the_deviation(unbiased: bool, by_root: bool) -> None:
     alone = normfuse.rewrite(model, "pre_rmsnorm", inputs=(X,), verify="structure")
     assert [each.code for each in alone.report.plan.refusals] == ["NF210"]
     left = {name for name, _ in model.named_parameters()} - {"norm.gain", "norm.shift"}
-    read = {result.program.stored[node.name] for node in result.program.graph.nodes if node.name in result.program.stored}
+    read = {name for node, name in result.program.stored.items() if result.program.nodes[node].users}
     assert read == left, "gain and shift are in the head"
 
 
