@@ -141,9 +141,7 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
 
 def _uncast(node: Node) -> Node:
     """What was cast for the statistics alone: T5 takes the variance in float32 and scales the value as it is."""
-    while node.target is aten._to_copy.default and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
+    return node.args[0] if node.target is aten._to_copy.default and isinstance(node.args[0], Node) else node
 
 
 Span: TypeAlias = tuple[frozenset[Node], frozenset[Node]]
