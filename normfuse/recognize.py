@@ -141,7 +141,8 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
 
 def _uncast(node: Node) -> Node:
     """What was cast for the statistics alone: T5 takes the variance in float32 and scales the value as it is."""
-    return node.args[0] if node.target is aten._to_copy.default and isinstance(node.args[0], Node) else node
+    cast = node.target is aten._to_copy.default and not any(user.target is node.target for user in node.users)
+    return node.args[0] if cast and isinstance(node.args[0], Node) else node  # what is cast twice was rounded
 
 
 Span: TypeAlias = tuple[frozenset[Node], frozenset[Node]]
