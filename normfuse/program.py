@@ -109,7 +109,7 @@ class Program:
             except Exception as error:  # torch.export raises anything that the user's forward raises
                 raise TraceError(
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
-                    hint="run torch.export.export(model, inputs, strict=False) by itself for the whole story",
+                    hint=_trace_hint(str(error)),
                 ) from error
         return cls.from_exported(exported, tuple(notes))
 
@@ -289,6 +289,18 @@ def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignatu
         for node in graph.find_nodes(op="placeholder")
     ]
     return ExportGraphSignature(made, specs)
+
+
+_TRACE_HINTS = (
+    ("register a pytree", "tell torch of the output's class: torch.export.register_dataclass(TheClass)"),
+    ("uninitialized parameter", "call the model once on an input, so that its lazy layers get their sizes"),
+    ("cpu and meta", "its weights are on the meta device: model.to_empty(device='cpu'), then load_state_dict"),
+    ("", "run torch.export.export(model, inputs, strict=False) by itself for the whole story"),
+)
+
+
+def _trace_hint(said: str) -> str:
+    return next(hint for part, hint in _TRACE_HINTS if part in said)
 
 
 def _check_names(module: nn.Module, kwargs: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -325,3 +326,28 @@ def test_a_killed_run_leaves_old_or_new(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_killed_at_many_moments_leaves_old_or_new(model: Path, tmp_path: Path) -> None:
     assert killed(model, tmp_path, ("rewrite", model, "--pass", "all", *SPEC), 200) >= 100
+
+
+@dataclass
+class Unknown:
+    a: torch.Tensor
+
+
+class Wrapped(nn.LayerNorm):
+    def forward(self, input: torch.Tensor) -> Any:
+        return Unknown(super().forward(input))
+
+
+@pytest.mark.parametrize(
+    ("build", "hint"),
+    [
+        (lambda: Wrapped(4), "register_dataclass"),
+        (lambda: nn.Sequential(nn.LazyLinear(4), nn.LayerNorm(4)), "lazy layers"),
+        (lambda: nn.LayerNorm(4, device="meta"), "meta device"),
+    ],
+    ids=["dataclass", "lazy", "meta"],
+)
+def test_what_cannot_be_traced_says_what_to_do(build: Any, hint: str) -> None:
+    with pytest.raises(NormfuseError) as caught:
+        normfuse.rewrite(build(), "all", (torch.randn(2, 4),))
+    assert hint in f"{caught.value} {caught.value.hint}"
