@@ -6,8 +6,9 @@ A pass reasons about values; the planner does not take its word for the tensors.
            notice. The pass overlooked a tied or shared weight, or somebody who reads a stream; the rewrite is refused whole.
     NF102  The rewrite claims less than was allowed: rewrites are exact, equal up to rounding, or approximate, and approximate
            ones never run unasked.
-    NF103  The rewrite speaks of a node or a tensor that the program does not have, or reads a tensor that the program itself
-           updates.
+    NF103  The rewrite speaks of a node or a tensor that the program does not have, reads a tensor that the program itself
+           updates, or cannot be made: a formula cannot be computed on these tensors, or a call does not take what it would
+           read.
     NF105  The norm is inside a body: a branch of `torch.cond`, a step of `while_loop`, `scan` or `map`, a function of flex
            attention. Bodies are run and compared, but not rewritten. Take the norm out of the control flow, or rewrite the
            branches as models of their own.
@@ -149,13 +150,14 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
                     judged.extend(objection)
                 elif not any(_conflict(finding, other) for other in accepted):
                     accepted.append(finding)
+        accepted, program, failed = _made(program, accepted)
+        judged.extend(failed)
         if not accepted:
             done = {site.node for earlier in rounds for each in earlier for site in each.sites}
             open_still = (refusal for refusal in judged if refusal.site.node not in done)
             stands = (each for each in dict.fromkeys((*refusals, *open_still)) if not _overtaken(each, rounds))
             return Plan(names, tuple(rounds), (*stands, *inside))
         rounds.append(tuple(accepted))
-        program = _apply_round(program, tuple(accepted))
     raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
 
 
@@ -185,6 +187,27 @@ def _overtaken(refusal: Refusal, rounds: Sequence[Sequence[Rewrite]]) -> bool:
 
 def _place(site: Site) -> str:
     return site.module or site.node
+
+
+def _made(program: Program, rewrites: list[Rewrite]) -> tuple[list[Rewrite], Program, list[Refusal]]:
+    """The rewrites of a round that can be made, the program with them, and refusals of the others."""
+    try:
+        return rewrites, _apply_round(program, rewrites) if rewrites else program, []
+    except InvalidPlan as error:
+        if len(rewrites) == 1:
+            (alone,) = rewrites
+            why = f"it cannot be made: {error}"
+            return [], program, [Refusal(alone.pass_name, site, "NF103", why) for site in alone.sites]
+    fit: list[Rewrite] = []
+    refused: list[Refusal] = []
+    for each in rewrites:
+        made, _, objections = _made(program, [each])
+        fit += made
+        refused += objections
+    if len(fit) == len(rewrites):  # each can be made, and not all together: the first goes, the others have their turn
+        fit = fit[:1]
+    made, changed, objections = _made(program, fit)
+    return made, changed, [*refused, *objections]
 
 
 def _apply_round(program: Program, rewrites: Sequence[Rewrite]) -> Program:

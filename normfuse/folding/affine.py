@@ -310,6 +310,8 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
             args.append(value)
         elif value is not None:
             kwargs.append((each.name, value))
+    if node.target in _VIEWS:  # the same entries, however the operand lies in memory
+        return Apply("reshape.default", tuple(args))
     return Apply(str(node.target).removeprefix("aten."), tuple(args), tuple(kwargs))
 
 

@@ -29,7 +29,7 @@ from normfuse.rules import carries, is_mean_of, rank
 from normfuse.streams.bases import Basis
 from normfuse.streams.establish import Centering, center
 from normfuse.streams.lifts import Key, Layer, Settled, is_blind, settle
-from normfuse.streams.widths import follows, says_size
+from normfuse.streams.widths import follows, meets_full_width, says_size
 from normfuse.views import Norm, arguments, aten, dtype, shape, tensors_in
 
 
@@ -274,6 +274,10 @@ class _Streams:
         if node.op == "placeholder":
             return () if self.facts.editable(node) else Obstacle(node, "cannot change its width")
         carried = carries(node, axis)
+        if carried and (other := meets_full_width(node, axis, carried)) is not None:
+            return Obstacle(
+                node, f"reads '{other.name}', which is as wide and the same for every feature; let it broadcast instead"
+            )
         if carried or (carried == () and says_size(node)):
             return carried if follows(node, axis) else Obstacle(node, "has no rule for another width")
         return None if axis in self.known[node] else Obstacle(node, "does not let a change of basis through")

@@ -8,12 +8,13 @@ nothing that passes through it changes its width.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 from torch.fx import Node
 
-from normfuse.rules import carries, rank
-from normfuse.views import arguments, aten
+from normfuse.rules import carries, rank, same
+from normfuse.views import arguments, aten, shape
 
 _SIZED = {
     aten.view.default, aten._unsafe_view.default, aten.expand.default, aten.zeros.default, aten.new_zeros.default,
@@ -49,6 +50,24 @@ def follows(node: Node, axis: int) -> bool:
         dims = arguments(node)["dim"]
         return own not in [dim % rank(x) for dim in ([dims] if isinstance(dims, int) else dims)]  # a single entry would go
     return node.target in _SIZED or node.target in _BY_OPERANDS
+
+
+_ENTRY_BY_ENTRY = {
+    aten.add.Tensor, aten.sub.Tensor, aten.rsub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.addcmul.default, aten.where.self,
+    aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar, aten.lerp.Scalar, aten.lerp.Tensor,
+}  # fmt: skip
+
+
+def meets_full_width(node: Node, axis: int, carried: Iterable[tuple[Node, int]]) -> Node | None:
+    """An operand that stays as wide as a call's result along ``axis`` when those that carry the axis get another size.
+
+    A mask or a gate that is expanded along the features is one: it is the same for all of them, and stored for each.
+    """
+    if node.target not in _ENTRY_BY_ENTRY:
+        return None
+    others = set(node.all_input_nodes) - {operand for operand, _ in carried}
+    spans = ((other, axis - rank(node) + rank(other)) for other in node.all_input_nodes if other in others)
+    return next((other for other, own in spans if own >= 0 and not same(shape(other)[own], 1)), None)
 
 
 def says_size(node: Node) -> bool:
