@@ -154,7 +154,8 @@ def rewrite(
         mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
             and computes the new weights from them at every call, so that gradients and optimizers are the original's. A
             module is then traced as it is set, in training or in evaluation mode.
-        verify: ``full`` (structure, float64 algebra, rounding), ``structure`` (nothing is run), or ``none``.
+        verify: ``full`` (the trace is the module; structure, float64 algebra, rounding), ``structure`` (nothing is run), or
+            ``none``.
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
         trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
         keep_unread: keep tensors that the rewritten program does not read, such as a folded norm's; in live mode all are kept.
@@ -166,7 +167,7 @@ def rewrite(
     Raises:
         LoadError: the file cannot or may not be read.
         InputError: no example inputs are known, or they do not fit.
-        TraceError: torch.export cannot trace the model.
+        TraceError: torch.export cannot trace the model, or the trace is another function than the model.
         NormfuseError: there is no such mode, or the model is a live result.
         VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
     """

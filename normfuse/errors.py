@@ -49,7 +49,7 @@ class InputError(NormfuseError):
 
 
 class TraceError(NormfuseError):
-    """torch.export could not trace the model."""
+    """torch.export could not trace the model, or the trace is another function than the model."""
 
 
 class InvalidPlan(NormfuseError):

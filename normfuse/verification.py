@@ -21,6 +21,7 @@ from normfuse.proof.cases import cases_for, cases_of, further
 from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import Progress
+from normfuse.proof.randomness import uncompared
 from normfuse.proof.trial_run import trial_run
 
 EXPORTERS = {
@@ -69,13 +70,17 @@ def verify(
         left, right, b = right, left, a
     assert not isinstance(left, Artifact)
     _, program, given = to_program(left, inputs, kwargs, None, trust_pickle)
-    tried = cases_for(program, given)
+    tried, flat = cases_for(program, given), flat_inputs(program, given.args, given.kwargs)
     if isinstance(right, Artifact):
+        if missing := uncompared(program, None, flat):
+            return Evidence(missing=missing)
         reference = program_side(_name(a), program, state=False, short=True)
         return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
     _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
     for each in (program, other):
         trial_run(each, flat_inputs(each, given.args, given.kwargs))  # raises where it does not take them
+    if missing := uncompared(program, other, flat):
+        return Evidence(missing=missing)
     return compare(program_side(_name(a), program), program_side(_name(b), other, calls=program), tried, progress=progress)
 
 

@@ -60,6 +60,10 @@ class Judged:
         return self.error / self.allowed if self.allowed else (math.inf if self.error else 0.0)
 
 
+VANISHING = 1e-150
+"""The square of what is smaller is nothing in float64, so nothing can be measured of it: the tail of a sharp softmax."""
+
+
 def judged(truth: Tensor, other: Tensor, samples: Sequence[Tensor], floor: float) -> Judged:
     """Judge one output.
 
@@ -118,6 +122,7 @@ def _worst(size: Tensor, error: Tensor, squares: Tensor, draws: int, floor: floa
 
 
 def _at_worst(error: Tensor, allowed: Tensor, noise: Tensor, scale: Tensor) -> Judged:
+    allowed = allowed + VANISHING
     at = int(torch.where(error > 0.0, error / allowed, 0.0).argmax())
     size = float(scale[at]) or 1.0
     return Judged(float(error[at]) / size, float(allowed[at]) / size, float(noise[at]) / size)

@@ -7,6 +7,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,24 @@ def test_a_dropout_of_nothing_or_all_is_not_random(share: float) -> None:
     result = normfuse.rewrite(model, "conv_bn", inputs=(ROWS,))
     assert "random" not in notes_of(result)
     assert torch.allclose(result.module()(ROWS), model(ROWS), atol=1e-5)
+
+
+def test_models_that_draw_in_other_orders_are_not_compared() -> None:
+    one, other = (Random(draw).eval() for draw in (lambda x: F.dropout(x, 0.5, True), lambda x: x + torch.randn_like(x)))
+    evidence = normfuse.verify(one, other, inputs=(ROWS,))
+    assert evidence.verdict == "not compared"
+    assert evidence.missing is not None
+    assert "random" in evidence.missing.reason
+    assert normfuse.verify(one, Random(lambda x: x).eval(), inputs=(ROWS,)).verdict == "disproven", "one of them is not random"
+    assert normfuse.verify(Random(lambda x: x).eval(), one, inputs=(ROWS,)).verdict == "disproven"
+
+
+def test_a_random_model_is_not_compared_with_a_file_of_another_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    still, random_ = (Random(draw).eval() for draw in (lambda x: x, lambda x: F.dropout(x, 0.5, True)))
+    random_.load_state_dict(still.state_dict())
+    normfuse.export(still, tmp_path / "still.onnx", inputs=(ROWS,))
+    assert normfuse.verify(random_, tmp_path / "still.onnx", inputs=(ROWS,)).verdict == "not compared"
 
 
 # -- a trace that is not the module ------------------------------------------------------------------------------------
