@@ -19,7 +19,8 @@ A pass that cannot rewrite does not raise: it yields a `Refusal`, which is a val
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from normfuse.escaping import escaped
@@ -56,12 +57,31 @@ class InvalidPlan(NormfuseError):
     """The plan does not fit this program."""
 
 
-class CannotApply(NormfuseError):
-    """The plan cannot be made on the live modules; nothing was changed, and ``reasons`` lists why."""
+@dataclass(frozen=True)
+class Reason:
+    """One thing that stands in the way, as a sentence, and what to do about it."""
 
-    def __init__(self, reasons: list[str], *, hint: str | None = None) -> None:
-        super().__init__(f"this cannot be done on the model's modules: {'; '.join(reasons)}", hint=hint)
-        self.reasons = reasons
+    what: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.what} (hint: {self.hint})" if self.hint else self.what
+
+
+class CannotApply(NormfuseError):
+    """The plan cannot be made on the live modules; nothing was changed.
+
+    Attributes:
+        reasons: everything that stands in the way, as sentences.
+        obstacles: the same, each with a hint of its own.
+    """
+
+    def __init__(self, reasons: Sequence[str | Reason], *, hint: str | None = None) -> None:
+        self.obstacles = tuple(each if isinstance(each, Reason) else Reason(each, hint or "") for each in reasons)
+        self.reasons = [each.what for each in self.obstacles]
+        hints = dict.fromkeys(each.hint for each in self.obstacles if each.hint)
+        told = "; ".join(dict.fromkeys(self.reasons))
+        super().__init__(f"this cannot be done on the model's modules: {told}", hint="; ".join(hints) or hint)
 
 
 class ExportError(NormfuseError):

@@ -30,9 +30,15 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a floa
 
 @dataclass(frozen=True)
 class Facts:
-    """Facts of one program; `analyze` makes them."""
+    """Facts of one program; `analyze` makes them.
+
+    Attributes:
+        program: the program.
+        in_place: whether what is planned is for modules, whose classes have tensors of their own and no room for others.
+    """
 
     program: Program
+    in_place: bool = False
 
     @cached_property
     def norms(self) -> tuple[Norm, ...]:
@@ -161,6 +167,6 @@ def _is_less(node: Node, mean: Node) -> bool:
     return node.target is aten.sub.Tensor and arguments(node)["other"] is mean is not arguments(node)["self"]
 
 
-def analyze(program: Program) -> Facts:
-    """The facts of a program, each computed when it is first asked for."""
-    return Facts(program)
+def analyze(program: Program, *, in_place: bool = False) -> Facts:
+    """The facts of a program, each computed when it is first asked for; ``in_place`` as in `Facts`."""
+    return Facts(program, in_place)

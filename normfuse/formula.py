@@ -130,7 +130,7 @@ def formed(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype) 
         case Read(name):
             return read(name).to(dtype)
         case Number(number):
-            return torch.tensor(number, dtype=dtype)
+            return torch.full((), number, dtype=dtype)  # a literal of the graph that this is traced into, not a stored tensor
         case Centered(of, dim):
             value = formed(of, read, dtype)
             return value - value.mean(dim, keepdim=True)

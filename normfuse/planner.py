@@ -120,13 +120,14 @@ class Plan:
             raise InvalidPlan(f"this is not a plan that normfuse wrote: {error}") from error
 
 
-def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim.ROUNDING) -> Plan:
+def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim.ROUNDING, in_place: bool = False) -> Plan:
     """Collect, judge and order what the passes propose for a program.
 
     Args:
         program: the program; it is not changed.
         passes: names, or passes themselves.
         allow: the weakest claim that may run.
+        in_place: whether the plan is for the modules that were traced, which have no room for new tensors.
 
     Returns:
         The plan; it may be empty, and then its refusals say why.
@@ -138,7 +139,7 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
     first_said: dict[tuple[str, str], Refusal] = {}
     inside = tuple(refusal for each in chosen for refusal in _inside_bodies(each, analyze(program)))
     for _ in range(_ROUNDS):
-        facts = analyze(program)
+        facts = analyze(program, in_place=in_place)
         accepted: list[Rewrite] = []
         refusals: list[Refusal] = []
         for each in chosen:

@@ -232,6 +232,12 @@ class Program:
                 home[each] = _like(new, home[each])
         return Program(self.rebuilt(self.exported.graph_module, self.graph, state, constants), notes=self.notes)
 
+    def with_own_handles(self) -> Program:
+        """The same program over the same memory, which keeps its values where a model's tensors are given other memory."""
+        state = {name: _like(tensor.detach(), tensor) for name, tensor in self.exported.state_dict.items()}
+        constants = {name: each.detach() if type(each) is Tensor else each for name, each in self.exported.constants.items()}
+        return replace(self, exported=self.rebuilt(self.exported.graph_module, self.graph, state, constants))
+
     def rebuilt(
         self,
         root: torch.fx.GraphModule,

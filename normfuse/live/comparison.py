@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
+from normfuse.live.standing import Bare, Standing, is_same_without
 from normfuse.program import Program, module_path
 from normfuse.rules import METADATA
 from normfuse.views import arguments, aten, shape, tensors_in
@@ -47,13 +48,19 @@ class Comparison:
         paths: module call → path of the module.
         bodies: module call → the nodes of the old graph that were traced in it.
         biases: names of biases that their modules did not have, with the weight beside each.
+        layers: those names, with the old calls of the layers.
+        standing: the tensors that nobody reads any more.
+        settled: old values that need no change of a module: with neutral tensors, they are what takes their place.
         unplaced: new values that have no place on modules.
     """
 
     def __init__(self, program: Program, rewritten: Program) -> None:
         self.old, self.new = program, rewritten
+        self.standing = Standing(program, rewritten)
+        self.settled: dict[Node, Bare] = {}
         self.unplaced: list[Unplaced] = []
         self.biases: dict[str, str] = {}
+        self.layers: dict[str, Node] = {}
         self.paths: dict[Instance, str] = {}
         self.bodies: dict[Instance, set[Node]] = defaultdict(set)
         for node in program.graph.nodes:
@@ -80,7 +87,7 @@ class Comparison:
             self._refuse(by, "it computes with a new tensor that no module has a place for", by)
             return
         self.same[reader] = layer
-        self.biases[name] = weight
+        self.biases[name], self.layers[name] = weight, layer
 
     def _layer_without_bias(self, tensor: Node, reader: Node) -> Node | None:
         a = arguments(reader) if isinstance(reader.target, torch._ops.OpOverload) else {}
@@ -104,9 +111,8 @@ class Comparison:
         waiting = list(self.same.items())
         while waiting:
             new, old = waiting.pop()
-            given = [each for each in _operands(new) if each not in self._new_biases]
-            for before, after in zip(_operands(old), given, strict=True):
-                if after not in self.same and self._is_same_call(after, before):
+            for before, after in _pairs(old, new):
+                if after not in self.same and (self._is_same_call(after, before) or self._is_same_without(after, before)):
                     self.same[after] = before  # a view behind a norm, made anew behind what took its place
                     waiting.append((after, before))
                 if self.same.get(after) is not before:
@@ -140,9 +146,21 @@ class Comparison:
         alike = new.op == old.op == "call_function" and len(_operands(new)) == len(_operands(old))
         return alike and gone and _settings(new) == _settings(old)
 
-    @cached_property
-    def _new_biases(self) -> set[Node]:
-        return {self.new.reader_of(name) for name in self.biases}
+    def _is_same_without(self, new: Node, old: Node) -> bool:
+        """Whether a new call is an old norm or layer without its gain or bias: then the old one is left, neutral."""
+
+        def is_still(after: Any, before: Any) -> bool:
+            return self.same.get(after) is before if isinstance(before, Node) else bool(after == before)
+
+        operators = isinstance(old.target, torch._ops.OpOverload) and old.name not in self.new.nodes
+        if not operators or not is_same_without(new, old, is_still):
+            return False
+        bare, was, now = self.standing.bare(old), arguments(old), arguments(new)
+        given_up = [each for key, each in was.items() if isinstance(each, Node) and now[key] is None]
+        if bare.value is not old or self.standing.left_by(bare, given_up):
+            return False
+        self.settled[old] = bare
+        return True
 
     @cached_property
     def _still_there(self) -> set[Node]:
@@ -192,8 +210,8 @@ class Comparison:
         return {new}.union(*(self._made(operand, stops) for operand in new.all_input_nodes))
 
     def _leaves(self, new: Node, stops: Mapping[Node, Node]) -> set[Node]:
-        """The values, stored tensors left out, that a new value is computed from."""
-        if new.name in self.new.stored:
+        """The values that a new value is computed from; stored tensors, and what depends on them alone, are left out."""
+        if new.name in self.new.stored or self.same.get(new) in self.old.constant:
             return set()
         if new in self.same or new in stops:
             return {new}
@@ -203,6 +221,16 @@ class Comparison:
 def _operands(node: Node) -> list[Node]:
     """Every node among a call's arguments, once per occurrence, in the order of the operator's schema."""
     return list(tensors_in(arguments(node) if isinstance(node.target, torch._ops.OpOverload) else (node.args, node.kwargs)))
+
+
+def _pairs(old: Node, new: Node) -> Iterator[tuple[Node, Node]]:
+    """Operands of a call before and after, by argument; what only one of the two has is left out."""
+    if not isinstance(old.target, torch._ops.OpOverload):
+        yield from zip(_operands(old), _operands(new), strict=True)
+        return
+    before, after = arguments(old), arguments(new)
+    for name in before:
+        yield from zip(tensors_in(before[name]), tensors_in(after.get(name)), strict=False)
 
 
 def _settings(node: Node) -> Any:

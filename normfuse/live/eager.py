@@ -10,14 +10,19 @@ there but reads another value, the new value is placed on modules in one of thre
 Everything else has no place on modules and is refused before anything is changed:
 
     NF104  The rewrite cannot be made on the live modules: it would put an operation between two functions of one forward
-           method, or it replaces code that is in no module of its own. Rewrite the traced program instead (normfuse.rewrite).
+           method, or it replaces code that is in no module of its own; or what is saved of the model would be another
+           function in its own class. Rewrite the traced program instead (normfuse.rewrite).
+
+Tensors that nobody reads afterwards take the numbers with which their classes change nothing (`normfuse.live.standing`), and
+where a class only has to be given such numbers, no forward changes at all.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,6 +31,7 @@ from torch.fx import Node
 from normfuse.edits import Call, Expression, Ref, literal, refs
 from normfuse.formula import Formula
 from normfuse.live.comparison import Comparison, Instance, Unplaced, stack_of
+from normfuse.live.standing import filled
 from normfuse.program import Program
 from normfuse.rules import METADATA
 from normfuse.views import shape
@@ -34,8 +40,8 @@ VALUE = Ref("·")
 """In an expression on a module: the module's input (``instead``, ``before``) or what its forward gave (``after``)."""
 
 FREE_OF_SIZES = frozenset({
-    "rms_norm.default", "mul.Tensor", "add.Tensor", "sub.Tensor", "neg.default", "mean.dim", "transpose.int",
-    "permute.default", "type_as.default", "clone.default",
+    "rms_norm.default", "layer_norm.default", "mul.Tensor", "add.Tensor", "sub.Tensor", "neg.default", "mean.dim",
+    "transpose.int", "permute.default", "type_as.default", "clone.default",
 })  # fmt: skip
 """What may run on modules: a live model meets other sizes than the traced ones, which `view` would have in its arguments."""
 
@@ -48,6 +54,22 @@ class Change:
     by: Expression
 
 
+def both(first: Change | None, then: Change) -> Change | None:
+    """Two changes of a module as one, where the second is made on the module as the first has left it; None where none is."""
+    if first is None or then.place == "instead":
+        return then
+    if (first.place == "before" and then.place == "before") or (first.place == "instead" and then.place == "before"):
+        return Change(first.place, _with_value(first.by, then.by))
+    return Change(first.place, _with_value(then.by, first.by)) if first.place != "before" else None
+
+
+def _with_value(by: Any, value: Expression) -> Any:
+    """An expression of another value."""
+    if isinstance(by, Call):
+        return replace(by, args=tuple(_with_value(each, value) for each in by.args))
+    return value if by == VALUE else by
+
+
 @dataclass(frozen=True)
 class Adaptation:
     """A rewritten program as changes of modules.
@@ -55,15 +77,21 @@ class Adaptation:
     Attributes:
         formulas: what stored tensors become, over the original ones, new biases included.
         biases: names of biases that their modules did not have, with the tensor whose dtype each takes.
+        lent: of these, those that a norm which has given way holds as its shift, so that no new key is needed.
         changes: module path → what becomes of its forward.
-        read: names of the stored tensors that somebody still reads.
+        neutral: names of tensors that nobody reads any more → the formulas with which their classes change nothing.
+        settled: of these, those of modules whose forward stays as it is.
+        leaving: names of tensors that nobody reads any more and that are not neutral: they leave the state dict.
         unplaced: what cannot be expressed; nothing may be applied unless it is empty.
     """
 
     formulas: Mapping[str, Formula]
     biases: Mapping[str, str]
+    lent: Mapping[str, str]
     changes: Mapping[str, Change]
-    read: frozenset[str]
+    neutral: Mapping[str, Formula]
+    settled: frozenset[str]
+    leaving: frozenset[str]
     unplaced: tuple[Unplaced, ...]
 
 
@@ -78,9 +106,15 @@ def adapt(program: Program, rewritten: Program, model: nn.Module) -> Adaptation:
     comparison = _Placement(program, rewritten)
     comparison.keep_sizes()
     changes = dict(comparison.agreed(model))
-    read = frozenset(name for node, name in rewritten.stored.items() if rewritten.nodes[node].users)
-    twins = frozenset(twin for name in read & set(program.tensor_names()) for twin in program.twins(name))
-    return Adaptation(rewritten.formulas, comparison.biases, changes, read | twins, tuple(comparison.unplaced))
+    neutral, settled, leaving, lent = comparison.left_behind(changes, lenient=is_lenient(model))
+    formulas = {name: formula for name, formula in rewritten.formulas.items() if name not in neutral.keys() | leaving}
+    unplaced = tuple(comparison.unplaced)
+    return Adaptation(formulas, comparison.biases, lent, changes, neutral, settled, leaving, unplaced)
+
+
+def is_lenient(model: nn.Module) -> bool:
+    """Whether what the model saves is loaded with missing or unexpected keys, and a warning (transformers, diffusers)."""
+    return any(hasattr(each, "save_pretrained") and hasattr(each, "from_pretrained") for each in model.modules())
 
 
 class _Placement(Comparison):
@@ -92,6 +126,29 @@ class _Placement(Comparison):
             new = self.new.nodes.get(old.name)
             if old.name in self.old.stored and new is not None and shape(new) != shape(old):
                 self._refuse(old, f"the tensor '{self.old.stored[old.name]}' would get another size")
+
+    def left_behind(
+        self, changes: Mapping[str, Change], *, lenient: bool
+    ) -> tuple[dict[str, Formula], frozenset[str], frozenset[str], dict[str, str]]:
+        """What becomes of tensors that nobody reads any more: (neutral, settled, leaving, lent) as in `Adaptation`."""
+        bare = [self.standing.bare(value, self.same.get(new)) for value, new in self.replaced]
+        bare += self.settled.values()
+        numbers = self.standing.neutral(bare)
+        settled = {name: value for value, each in self.settled.items() for name in each.numbers}
+        found = {name: self.standing.borrowed(layer, bare, numbers) for name, layer in self.layers.items()}
+        lent = {name: home for name, home in found.items() if home is not None}
+        inside = tuple(f"{path}." if path else "" for path, each in changes.items() if each.place == "instead")
+        leaving = self.standing.unread - numbers.keys()
+        for name in sorted(leaving):
+            reader = next(iter(self.standing.entering(name)), self.old.reader_of(name))
+            if name in settled or not name.startswith(inside):
+                self._refuse(settled.get(name, reader), f"nobody reads '{name}' afterwards, but the model's own class would")
+            elif lenient:
+                self._refuse(reader, f"'{name}' would leave the state dict, and from_pretrained would make it up")
+        for name in sorted(self.biases.keys() - lent.keys()) if lenient else ():
+            new = next(iter(self.new.reader_of(name).users))
+            self._refuse(self.layers[name], f"'{name}' would be a new tensor, which from_pretrained leaves out", new)
+        return {name: filled(name, each) for name, each in numbers.items()}, frozenset(settled), frozenset(leaving), lent
 
     def agreed(self, model: nn.Module) -> Iterator[tuple[str, Change]]:
         """Changes of modules: one that is called several times must change alike in all of its calls."""
@@ -154,6 +211,9 @@ class _Placement(Comparison):
         source = next(iter(leaves), None)
         by = self._expression(new, seen_as)
         way = list(self._way(value, source)) if self._readers(value) <= readers else []
+        placed = len(leaves) == 1 and by is not None and way and way[-1][1] is source
+        if not placed and self._settles(value, new):
+            return
         if len(leaves) != 1:
             self._refuse(value, "what takes its place reads several values", new)
         elif by is None:
@@ -165,6 +225,14 @@ class _Placement(Comparison):
                 by = Call("clone.default", (VALUE,))
             for place, (instance, _) in enumerate(way):
                 yield instance, value, Change("instead", VALUE if place else by)
+
+    def _settles(self, value: Node, new: Node) -> bool:
+        """Whether a value is what takes its place where its tensors are neutral, no norm done for nothing."""
+        bare = self.standing.bare(value, self.same.get(new))
+        if bare.value is not self.same.get(new) or bare.norms:
+            return False
+        self.settled[value] = bare
+        return True
 
     def _way(self, value: Node, source: Node | None) -> Iterator[tuple[Instance, Node]]:
         """From a value back to its source through modules of which nothing is left: (call, what it is given)."""
@@ -195,7 +263,7 @@ class _Placement(Comparison):
         """A new value over `VALUE` and tensors' names; None where it has sizes of the trace in it."""
         if new.name in self.new.stored:
             return Ref(self.new.stored[new.name])
-        if new in self.same or new in stops:
+        if new in stops or (new in self.same and self.same[new] not in self.old.constant):
             return VALUE
         op = str(new.target).removeprefix("aten.")
         if op not in FREE_OF_SIZES:

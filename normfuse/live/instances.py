@@ -8,8 +8,9 @@ record, so copying and pickling work, and taking the class away again restores t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,14 +21,70 @@ from normfuse.errors import NormfuseError
 from normfuse.formula import rounded
 from normfuse.live.eager import VALUE
 from normfuse.live.recomputed import Formed
-from normfuse.live.records import RECORD, Forming, Kept, Rewritten, home_of, is_idle, is_rewritten, own, rewritten
+from normfuse.live.records import (
+    GIVEN_UP,
+    RECORD,
+    Forming,
+    Kept,
+    Recipe,
+    Rewritten,
+    home_of,
+    is_idle,
+    is_rewritten,
+    own,
+    rewritten,
+)
 
 
 def install(module: nn.Module, record: Rewritten) -> None:
     """Give a module the behaviour of a record; `own_class` takes it away again."""
+    if is_rewritten(module):
+        _plain(module)
     module.__dict__[RECORD] = record
-    attributes = tuple(sorted(record.tensors))
+    attributes = tuple(sorted(record.tensors.keys() | record.borrowed))
     module.__class__ = _class_for(type(module), attributes, record.change is not None)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def own_classes(model: nn.Module) -> Iterator[None]:
+    """A model as its own classes would have it, with the tensors that it has now."""
+    classes = [(module, type(module)) for module, _ in rewritten(model)]
+    try:
+        for module, _ in classes:
+            _plain(module)
+        yield
+    finally:
+        for module, each in classes:
+            module.__class__ = each
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module, *, always: bool = False) -> Iterator[None]:
+    """Whatever is done to a model's classes, records and tensors is undone where it fails, or always."""
+    modules = [(each, type(each), _marks(each)) for each in model.modules()]
+    homes: list[Any] = [home for each, *_ in modules for home in (each._parameters, each._buffers)]
+    tensors = [(each, each.data) for home in homes for each in home.values() if each is not None]
+    fields = [(each, dict(each)) for each in (*homes, *(record.__dict__ for _, record in rewritten(model)))]
+    done = False
+    try:
+        yield
+        done = not always
+    finally:
+        if not done:
+            for module, own_type, marks in modules:
+                module.__class__ = own_type
+                for mark in _marks(module):
+                    del module.__dict__[mark]
+                module.__dict__.update(marks)
+            for each, before in fields:
+                each.clear()
+                each.update(before)
+            for tensor, data in tensors:
+                tensor.data = data
+
+
+def _marks(module: nn.Module) -> dict[str, Any]:
+    return {key: module.__dict__[key] for key in (RECORD, GIVEN_UP) if key in module.__dict__}
 
 
 def own_class(module: nn.Module) -> None:
@@ -79,6 +136,9 @@ def _value(module: nn.Module, name: str) -> Any:
     record: Rewritten = module.__dict__[RECORD]
     if is_idle(module, record):
         return own(module, name)
+    if name in record.borrowed and name not in record.tensors:
+        holder, place = record.borrowed[name]
+        return getattr(holder, place)
     if not torch.compiler.is_compiling():
         return Formed.of(record, module, name)
     forming = Forming(record, (name,))  # a compiler decides by itself what to keep for backward
@@ -139,43 +199,50 @@ def bake(model: nn.Module) -> None:
     """Put the formulas' values in the place of a model's tensors; the originals are kept in the records.
 
     Every formula is evaluated in float64 and rounded once, and all of them are evaluated before any tensor changes. Tensors
-    that nobody reads any more leave the state dict: beside the changed ones they would tell the model's own class to apply
-    its norms twice.
+    that nobody reads any more become neutral, or leave the state dict: beside the changed ones they would tell the model's own
+    class to apply its norms twice.
     """
     records = dict(rewritten(model))
-    values = [(module, name, _baked(module, record, name)) for module, record in records.items() for name in record.tensors]
+    values = [each for module, record in records.items() for each in _values(module, record)]
     before = [(_kept(module, name), value) for module, name, value in values]
     tied: dict[tuple[Any, ...], Tensor] = {}
     for kept, value in before:
-        records[kept.module].kept = [*(records[kept.module].kept or ()), kept]
+        records[kept.module].keep(kept)
         if kept.tensor is None or kept.data is None:
             kept.module.register_parameter(kept.name, nn.Parameter(value))
         else:
             kept.tensor.data = tied.setdefault(_memory(kept.data), value)
     for module, record in records.items():
         for holder, home, name in record.spare:
-            record.kept = [*(record.kept or ()), Kept(holder, home, name, getattr(holder, home)[name], None)]
+            record.keep(Kept(holder, home, name, getattr(holder, home)[name], None))
             getattr(holder, home)[name] = None
-        record.tensors, record.guards, record.spare = {}, [], []
-        install(_plain(module), record)
+        record.evaluated()
+        install(module, record)
+
+
+def _values(module: nn.Module, record: Rewritten) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(Module, attribute, value) of what a record's formulas become."""
+    for name, recipe in {**record.tensors, **record.neutral}.items():
+        if name not in record.lent:
+            yield module, name, _baked(module, record, recipe)
 
 
 def forget(model: nn.Module) -> None:
     """Give up the originals that `bake` has kept."""
     for module, record in list(rewritten(model)):
-        if record.change is None:
+        record.kept = None
+        if record.change is None and not record.borrowed:
             own_class(module)
-        else:
-            record.kept = None
+            module.__dict__[GIVEN_UP] = True
 
 
 def undo(model: nn.Module) -> bool:
     """Give a model its own classes and tensors back; False, and nothing done, where its own tensors were not kept."""
     records = dict(rewritten(model))
-    if any(record.kept is None for record in records.values()):
+    if any(record.kept is None for record in records.values()) or any(GIVEN_UP in each.__dict__ for each in model.modules()):
         return False
     for module, record in records.items():
-        for kept in record.kept or ():
+        for kept in reversed(record.kept or ()):
             kept.put_back()
         own_class(module)
     return True
@@ -191,9 +258,7 @@ def _kept(module: nn.Module, name: str) -> Kept:
     return Kept(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
 
 
-def _baked(module: nn.Module, record: Rewritten, attribute: str) -> Tensor:
-    recipe = record.tensors[attribute]
-
+def _baked(module: nn.Module, record: Rewritten, recipe: Recipe) -> Tensor:
     def read(name: str) -> Tensor:
         holder, place = record.home[name]
         tensor: Tensor = own(module if holder is None else holder, place)

@@ -16,6 +16,9 @@ from normfuse.live.tapes import NoTapeError, Tape
 RECORD = "_normfuse"
 """The attribute that holds a module's `Rewritten` record."""
 
+GIVEN_UP = "_normfuse_given_up"
+"""The attribute of a module that is its own class again, with other tensors, and whose former ones were not kept."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -118,6 +121,9 @@ class Rewritten:
         home: tensor name → the module that holds it (None for the module itself, so that replicas hold their own) and the
             attribute there.
         change: what becomes of the forward method.
+        neutral: attribute → what it becomes once the formulas are evaluated: nobody reads it, but the module's own class would.
+        lent: attribute → the module and the attribute there that hold it once the formulas are evaluated.
+        borrowed: likewise, where they are evaluated already.
         guards: modules that must not be in training mode; while one is, the module does what its own class says.
         spare: (module, home, name) of tensors that nobody reads once the formulas are evaluated.
         kept: the model's own tensors after `bake` has put others in their place; None where they were not kept.
@@ -126,6 +132,9 @@ class Rewritten:
     tensors: dict[str, Recipe] = field(default_factory=dict)
     home: dict[str, tuple[nn.Module | None, str]] = field(default_factory=dict)
     change: Change | None = None
+    neutral: dict[str, Recipe] = field(default_factory=dict)
+    lent: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    borrowed: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     guards: list[nn.Module] = field(default_factory=list)
     spare: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     kept: list[Kept] | None = field(default_factory=list)
@@ -137,6 +146,16 @@ class Rewritten:
         if found is None:
             found = self._formings[attributes] = Forming(self, attributes)
         return found
+
+    def keep(self, kept: Kept) -> None:
+        """Remember a tensor as it was, where those before it were not given up."""
+        if self.kept is not None:
+            self.kept = [*self.kept, kept]
+
+    def evaluated(self) -> None:
+        """Forget the formulas: the tensors have their values."""
+        self.borrowed = {**self.borrowed, **self.lent}
+        self.tensors, self.neutral, self.lent, self.guards, self.spare = {}, {}, {}, [], []
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_formings": {}}  # a copy has modules of its own

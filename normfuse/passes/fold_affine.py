@@ -41,7 +41,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, literal
+from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.folding.absorb import Absorbed, Obstacle, column, new_tensor
@@ -51,7 +51,7 @@ from normfuse.folding.dissolve import told
 from normfuse.folding.readers import into_readers, well_conditioned
 from normfuse.formula import Apply
 from normfuse.program import Program
-from normfuse.rules import rank
+from normfuse.rules import rank, times_read
 from normfuse.views import Norm, arguments, aten, dtype, is_tensor
 
 _PLAIN = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
@@ -126,23 +126,42 @@ def _fold(
     if form is None:
         return Refusal("fold_affine", program.site(norm.out), "NF502", "its gain is no stored vector along one axis")
     whole = into_readers(facts, form, value, others)
-    if isinstance(whole, Absorbed):
-        gone = (Reroute(value.name, core),)
-        return _rewrite(program, norm, form, whole, gone, "gain and shift are folded into all layers that read it")
-    if form.scale is not None and form.shift is not None and well_conditioned(program, form.scale):
+    fits = isinstance(whole, Absorbed) and not (facts.in_place and _makes_tensors(whole))
+    parts = form.scale is not None and (form.shift is not None or facts.in_place)
+    if not fits and parts and form.scale is not None and well_conditioned(program, form.scale):
         part = into_readers(facts, replace(form, shift=None), value, {})
         if isinstance(part, Absorbed):
             kept = _kept_shift(facts, norm, value, form, core)
-            because = f"the gain is folded into all layers that read it; the shift stays: {told(program, whole)}"
+            because = f"the gain is folded into all layers that read it; the shift stays: {_told(program, whole)}"
             return _rewrite(program, norm, form, part, kept, because)
+    if isinstance(whole, Absorbed) and (fits or form.scale is not None):
+        gone = (Reroute(value.name, core),)
+        return _rewrite(program, norm, form, whole, gone, "gain and shift are folded into all layers that read it")
     return _refused(program, norm, whole)
 
 
+def _told(program: Program, whole: Absorbed | Obstacle) -> str:
+    """Why a shift is not folded."""
+    return told(program, whole) if isinstance(whole, Obstacle) else "a layer that reads it has no bias"
+
+
+def _makes_tensors(absorbed: Absorbed) -> bool:
+    return any(isinstance(edit, NewTensor) for edit in absorbed.edits)
+
+
 def _kept_shift(facts: Facts, norm: Norm, value: Node, form: Affine, core: Expression) -> tuple[Edit, ...]:
-    """β/γ behind the norm alone: in the operator where it takes a bias, as an addition elsewhere."""
+    """β/γ behind the norm alone: in the operator where it takes a bias, as an addition elsewhere.
+
+    It takes the place of β where nobody else reads that, so that the norm keeps its tensors.
+    """
     assert form.axis is not None
+    if form.shift is None:
+        return (Reroute(value.name, core),)
     entries = Apply("div.Tensor", (form.shift, form.scale))
     in_operator = norm.out is value and norm.out.target is aten.layer_norm.default
+    if in_operator and norm.shift is not None and facts.editable(norm.shift) and times_read(norm.shift) == 1:
+        own = SetTensor(facts.program.stored[norm.shift.name], entries)
+        return own, Reroute(value.name, _without(norm, Ref(norm.shift.name)))
     formed = entries if in_operator else column(entries, form.axis, value)
     new, read = new_tensor(facts, f"normfuse_{value.name}_shift", formed, value)
     return new, Reroute(value.name, _without(norm, read) if in_operator else Call("add.Tensor", (core, read)))
@@ -154,10 +173,10 @@ def _rewrite(program: Program, norm: Norm, form: Affine, absorbed: Absorbed, gon
     return Rewrite("fold_affine", sites, (norm.kind,), norm.kind, edits, region, Claim.ROUNDING, because)
 
 
-def _refused(program: Program, norm: Norm, obstacle: Obstacle) -> Refusal:
-    hint = "untie it if memory allows" if "more than once" in obstacle.why else ""
-    site = program.site(norm.out)
-    return Refusal("fold_affine", site, "NF501", told(program, obstacle), program.site(obstacle.at), hint)
+def _refused(program: Program, norm: Norm, whole: Absorbed | Obstacle) -> Refusal:
+    at = program.site(whole.at) if isinstance(whole, Obstacle) else None
+    hint = "untie it if memory allows" if isinstance(whole, Obstacle) and "more than once" in whole.why else ""
+    return Refusal("fold_affine", program.site(norm.out), "NF501", _told(program, whole), at, hint)
 
 
 def _repeated(program: Program, norm: Norm, same: Norm) -> Rewrite:

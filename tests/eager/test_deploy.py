@@ -15,6 +15,7 @@ from normfuse.errors import CannotApply
 from tests.batch_norms import FOLDS
 from tests.eager.models import IMAGES, Net, net
 from tests.models import TRAPS, Stream
+from tests.zoo.spread import spread
 
 
 def close(a: Any, b: Any) -> bool:
@@ -51,15 +52,50 @@ def test_values_are_the_float64_ones_rounded_once() -> None:
     assert torch.equal(model.stem.bias, (truth.norm.bias - truth.norm.running_mean * scale).to(torch.bfloat16))
 
 
-def test_norms_that_are_gone_leave_the_state_dict() -> None:
-    """Beside the changed weights they would make the stock class apply them twice: a strict load must not go through."""
-    model = net()
-    normfuse.deploy(model, "conv_bn", inputs=IMAGES, verify="none")
-    assert not [key for key in model.state_dict() if "norm" in key or "bn" in key]
-    assert "stem.bias" in model.state_dict()
-    with pytest.raises(RuntimeError, match=r"norm\.weight"):
-        Net().load_state_dict(model.state_dict(), strict=True)
-    fresh = normfuse.deploy(Net().eval(), "conv_bn", inputs=IMAGES, verify="none")
+def test_norms_that_are_gone_do_nothing_in_the_class_itself() -> None:
+    """They are left without an effect, and hold the biases that their convolutions did not have; no key comes or goes."""
+    model, original = net(), net()
+    normfuse.deploy(model, "conv_bn", inputs=IMAGES)
+    assert list(model.state_dict()) == list(original.state_dict())
+    assert model.stem.bias is model.norm.bias
+    assert model.blocks[0].bn1(IMAGES[0]) is IMAGES[0]
+    stock = Net().eval()
+    stock.load_state_dict(model.state_dict(), strict=True)
+    assert close(stock(*IMAGES), original(*IMAGES))
+    for name, number in {"weight": 1.0, "running_mean": 0.0, "running_var": 1.0 - 1e-5}.items():
+        assert torch.equal(getattr(stock.norm, name), torch.full((8,), number)), name
+
+
+class Doubled(nn.Module):
+    """A BatchNorm beside a path around it: no number of its tensors makes it nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), Beside(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(x)))
+
+
+class Beside(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.alpha = nn.BatchNorm2d(width), nn.Parameter(torch.tensor([1.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.alpha * x + self.norm(x)
+
+
+def test_what_cannot_do_nothing_leaves_the_state_dict() -> None:
+    """Beside the changed weights it would make the stock class apply it twice: a strict load must not go through."""
+    torch.manual_seed(0)
+    model: Any = spread(Doubled()).eval()
+    original = copy.deepcopy(model)
+    normfuse.deploy(model, "conv_bn", inputs=IMAGES)
+    assert close(model(*IMAGES), original(*IMAGES))
+    with pytest.raises(RuntimeError, match=r"norm\.alpha"):
+        Doubled().load_state_dict(model.state_dict(), strict=True)
+    fresh = normfuse.deploy(spread(Doubled()).eval(), "conv_bn", inputs=IMAGES, verify="none")
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(fresh(*IMAGES), model(*IMAGES))
 
