@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfuse.edits import Edit, Reroute
+from normfuse.edits import Edit, NewTensor, Reroute
 from normfuse.facts import Facts
 from normfuse.findings import NO_NORM, Claim, Rewrite
 from normfuse.folding.absorb import Absorbed, Obstacle, scale_shift
@@ -43,7 +43,7 @@ def dissolve(
         inside = [norm for norm in facts.norms if norm.out in form.inner]
         if chosen(form, inside):
             decided = _decide(facts, value, form, everything)
-            if decided is not None:
+            if decided is not None and (inside or not facts.in_place or not makes_tensors(decided[0])):
                 gone |= decided[0].values
                 yield _rewrite(facts, pass_name, value, form, *decided)
 
@@ -72,6 +72,11 @@ def _decide(
         return None  # it is no more than one multiplication and one addition already
     nothing = Absorbed((), frozenset())
     return nothing, scale_shift(facts, form, value), f"{LEFT}: {stopped}"
+
+
+def makes_tensors(absorbed: Absorbed) -> bool:
+    """Whether it needs tensors that the model did not have."""
+    return any(isinstance(edit, NewTensor) for edit in absorbed.edits)
 
 
 def told(program: Program, obstacle: Obstacle) -> str:

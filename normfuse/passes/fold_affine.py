@@ -47,7 +47,7 @@ from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.folding.absorb import Absorbed, Obstacle, column, new_tensor
 from normfuse.folding.affine import Affine, constant, forms, maximal, moved
 from normfuse.folding.averages import MASKED, is_mean
-from normfuse.folding.dissolve import told
+from normfuse.folding.dissolve import makes_tensors, told
 from normfuse.folding.readers import into_readers, well_conditioned
 from normfuse.formula import Apply
 from normfuse.program import Program
@@ -126,7 +126,7 @@ def _fold(
     if form is None:
         return Refusal("fold_affine", program.site(norm.out), "NF502", "its gain is no stored vector along one axis")
     whole = into_readers(facts, form, value, others)
-    fits = isinstance(whole, Absorbed) and not (facts.in_place and _makes_tensors(whole))
+    fits = isinstance(whole, Absorbed) and not (facts.in_place and makes_tensors(whole))
     parts = form.scale is not None and (form.shift is not None or facts.in_place)
     if not fits and parts and form.scale is not None and well_conditioned(program, form.scale):
         part = into_readers(facts, replace(form, shift=None), value, {})
@@ -143,10 +143,6 @@ def _fold(
 def _told(program: Program, whole: Absorbed | Obstacle) -> str:
     """Why a shift is not folded."""
     return told(program, whole) if isinstance(whole, Obstacle) else "a layer that reads it has no bias"
-
-
-def _makes_tensors(absorbed: Absorbed) -> bool:
-    return any(isinstance(edit, NewTensor) for edit in absorbed.edits)
 
 
 def _kept_shift(facts: Facts, norm: Norm, value: Node, form: Affine, core: Expression) -> tuple[Edit, ...]:
