@@ -257,7 +257,8 @@ def deploy(
 ) -> Module:
     """Rewrite a live model for inference, in place: its tensors take the formulas' values (*Deploy*).
 
-    A tensor that nobody reads any more leaves the state dict; a layer may get a bias. Every other key stays.
+    What is saved of the model is the same function in its own class, or is not loaded by it strictly: gains that were folded
+    are ones, statistics do nothing. A second deploy goes on from the first.
 
     Args:
         model: the model; its class stays.

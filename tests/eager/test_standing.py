@@ -82,7 +82,7 @@ class ZeroGain(Blocks):
 
 
 def zero_gain(*, bias: bool) -> nn.Module:
-    model = spread(ZeroGain(bias=bias))
+    model: Any = spread(ZeroGain(bias=bias))
     with torch.no_grad():
         for norm in model.norms:
             norm.weight[2] = 0.0
