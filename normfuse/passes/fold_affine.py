@@ -4,9 +4,9 @@ What
     LayerNorm, RMSNorm and GroupNorm end with y = γ⊙x̂ + β, which all their readers can do in their own weights: query, key and
     value, gate and up, the cross-attention of every decoder layer, experts and their router, the head. What is left is the
     norm alone. On live modules the norm keeps its tensors, a gain of ones and β/γ where a reader has no bias, so that what is
-    saved of the model is right in its own class. Where something between lets a scale through but no shift (a window padded with zeros, a padding
-    convolution), the gain is folded and β/γ stays. A gain written as (1 + w) is one like any other. Two norms that have
-    become the same function of the same value become one (GPT-NeoX).
+    saved of the model is right in its own class. Where something between lets a scale through but no shift (a window
+    padded with zeros, a padding convolution), the gain is folded and β/γ stays. A gain written as (1 + w) is one like any
+    other. Two norms that have become the same function of the same value become one (GPT-NeoX).
 
     The bias of an attention's value projection, be it the model's or made of a norm's shift, is added to every result of the
     attention, because its weights sum to one. It goes into the bias of the output projection, so the values need none.

@@ -227,3 +227,46 @@ def test_nothing_changes_where_it_fails_late(monkeypatch: pytest.MonkeyPatch) ->
             call(model, ["pre_rmsnorm", "fold_affine"], inputs=inputs)
         assert {type(each) for each in model.modules()} == {type(each) for each in build().modules()}
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_second_deploy_goes_on_and_the_way_back_is_to_the_byte() -> None:
+    build, inputs = MODELS["layer norm, readers without biases"]
+    model = build().eval()
+    original = copy.deepcopy(model)
+    for passes in ("pre_rmsnorm", "fold_affine", "fold_affine"):
+        normfuse.deploy(model, passes, inputs=inputs, keep=True)
+        assert stands(model, original, inputs, 1e-5)
+    assert all(torch.equal(norm.weight, torch.ones(D)) for norm in model.norms)
+    normfuse.restore(model)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True))
+    assert {type(each) for each in model.modules()} == {type(each) for each in original.modules()}
+
+
+def test_deploying_a_tuned_model_with_another_pass_does_both() -> None:
+    build, inputs = MODELS["layer norm"]
+    model: Any = build().eval()
+    original = copy.deepcopy(model)
+    normfuse.tune(model, "fold_affine", inputs=inputs, verify="none")
+    normfuse.deploy(model, "pre_rmsnorm", inputs=inputs)
+    assert stands(model, original, inputs, 1e-5)
+    assert all(torch.equal(norm.weight, torch.ones(D)) for norm in model.norms)
+
+
+def test_what_was_given_up_is_not_promised_back() -> None:
+    """Also where nothing is left on the modules that tells of the first deploy."""
+    build, inputs = MODELS["layer norm"]
+    model = normfuse.deploy(build().eval(), "fold_affine", inputs=inputs, verify="none")
+    normfuse.deploy(model, "pre_rmsnorm", inputs=inputs, keep=True, verify="none")
+    with pytest.raises(normfuse.NormfuseError, match="cannot be put back"):
+        normfuse.restore(model)
+
+
+def test_what_is_wrapped_says_what_to_give() -> None:
+    build, inputs = MODELS["layer norm"]
+    model = build().eval()
+    for wrapped, inside in ((torch.compile(model), "_orig_mod"), (nn.DataParallel(model), "model.module")):
+        for call in (normfuse.deploy, normfuse.tune):
+            with pytest.raises(CannotApply) as caught:
+                call(wrapped, "fold_affine", inputs=inputs)
+            assert inside in caught.value.obstacles[0].hint
+            assert inside in (caught.value.hint or "")
