@@ -23,8 +23,8 @@ Refuses
     NF403  Somebody who reads the norm's output cannot take the gain, the shift or the other basis: an output of the model, a
            weight that is tied or shared with another reader (a tied head), an activation, an addition of positions, zeros put
            around a shifted value. The norm stays as it is, and costs an explicit change of basis.
-    NF404  The stream passes an operation whose result has no rule for another width, or is made of a tensor that somebody else
-           reads in full width.
+    NF404  The stream passes an operation whose result has no rule for another width, is made of a tensor that somebody else
+           reads in full width, or meets a mask or gate that is expanded along the features; one that broadcasts is fine.
     NF405  As many explicit changes of basis would be left to compute at every call as there are norms that profit.
     NF406  The norm is an RMSNorm that a LayerNorm was turned into before the model was saved. All that writes its input was
            centred, and then rounded: what is left of the means is as small as rounding makes it, and not zero. A rewrite that
