@@ -21,7 +21,7 @@ from normfuse.errors import CannotApply, InputError, NormfuseError, one_of
 from normfuse.escaping import escaped
 from normfuse.facts import Facts, analyze
 from normfuse.findings import Claim, Refusal
-from normfuse.inputs import Inputs, as_inputs, found_on
+from normfuse.inputs import Inputs, as_inputs, found_on, is_loader, taken
 from normfuse.live import tuning
 from normfuse.loading import load
 from normfuse.planner import Plan, plan, site_in
@@ -478,6 +478,7 @@ def to_program(
 def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
     """The user's inputs, or what is found on the model; what was said besides is added to it."""
     given = as_inputs(inputs, kwargs) or found_on(model.exported if isinstance(model, Program) else model)
+    given = taken(model, given) if given is not None and is_loader(inputs) else given
     if given is None:
         raise InputError(
             f"no example inputs are known for {type(model).__name__}",

@@ -13,6 +13,7 @@ Floats are drawn from N(0, 1) and integers below a limit, with a generator of ou
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import re
@@ -92,7 +93,7 @@ def as_inputs(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Inputs | 
     """
     if inputs is None and not kwargs:
         return None
-    if isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | np.ndarray | tuple | list | str | Mapping):
+    if is_loader(inputs):
         inputs = from_loader(inputs)
     if not isinstance(inputs, Inputs | Tensor | tuple | list | Mapping | None):
         raise InputError(f"inputs must be a tuple of tensors, not a {type(inputs).__name__}", hint="inputs=(x,)")
@@ -103,6 +104,28 @@ def as_inputs(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Inputs | 
     else:
         given = Inputs((inputs,) if isinstance(inputs, Tensor) else tuple(inputs or ()), {})
     return replace(given, kwargs={**given.kwargs, **(kwargs or {})})
+
+
+def is_loader(inputs: Any) -> bool:
+    """Whether a user's inputs are a loader of batches, and not inputs themselves."""
+    return isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | np.ndarray | tuple | list | str | Mapping)
+
+
+def taken(model: Any, batch: Inputs) -> Inputs:
+    """A batch of a loader as a model is called with it: what a tuple has beyond the forward's own arguments is labels.
+
+    Args:
+        model: a module; of anything else all is taken.
+        batch: positional and keyword inputs, and further examples.
+    """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
+        return batch
+    parameters = inspect.signature(model.forward).parameters.values()
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return batch
+    places = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    free = sum(each.name not in batch.kwargs for each in places)
+    return replace(batch, args=batch.args[:free], more=tuple(taken(model, each) for each in batch.more))
 
 
 # ---- from specs
@@ -357,7 +380,8 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
 def from_loader(loader: Iterable[Any]) -> Inputs:
     """The first examples that a loader gives, such as a `torch.utils.data.DataLoader`; no more than `EXAMPLES`.
 
-    Each is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as in `from_file`.
+    Each is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as in `from_file`. What a tuple has
+    beyond the arguments of the forward, such as labels, is left out (`taken`).
 
     Raises:
         InputError: it gives nothing, or something else; what it raises itself goes through.

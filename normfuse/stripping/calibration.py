@@ -24,7 +24,7 @@ from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, LoadError, NormfuseError, first_line
 from normfuse.escaping import escaped, json_text
 from normfuse.facts import analyze
-from normfuse.inputs import Inputs
+from normfuse.inputs import Inputs, taken
 from normfuse.interpret import flat_inputs, run_graph, user_inputs
 from normfuse.limits import OverLimit
 from normfuse.program import Program
@@ -197,7 +197,7 @@ def calibrate(
     first = next(batches, None)
     if first is None:
         raise InputError("there are no calibration data", hint="give one batch at least")
-    name, program, _ = to_program(model, inputs_of(first), None, dynamic_shapes, trust_pickle)
+    name, program, _ = to_program(model, taken(model, inputs_of(first)), None, dynamic_shapes, trust_pickle)
     norms = last_axis_norms(program)
     if not norms:
         raise NormfuseError(f"{name} has no LayerNorm over its last axis", hint="normfuse inspect MODEL lists its norms")
@@ -205,7 +205,7 @@ def calibrate(
     for batch in _chained(first, batches):
         if progress:
             progress("calibrating", done, total)
-        given = inputs_of(batch)
+        given = taken(model, inputs_of(batch))
         for sigma, each in zip(watch(flat_inputs(program, given.args, given.kwargs)), sums, strict=True):
             each.add(sigma)
         done += 1

@@ -89,7 +89,7 @@ def test_one_factor_takes_the_scale(how: str, passes: str) -> None:
     assert targets(result)[-2:] == [aten.conv2d.default, aten.relu.default]
     torch.testing.assert_close(result.module()(X), model(X), rtol=1e-4, atol=1e-4)
     for name in ("q", "mask"):
-        if name in how or (name == "q" and "int8" in how):
+        if {"q": "int8", "mask": "mask"}[name] in how:
             kept = result.program.tensor(name)
             assert kept.dtype == getattr(model, name).dtype
             assert torch.equal(kept, getattr(model, name))
