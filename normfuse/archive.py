@@ -197,7 +197,8 @@ def _is_expression(text: str, names: frozenset[str], methods: frozenset[str]) ->
     if set(text) & set('#"\\\n\r\f') or not all(_is_arithmetic(node, names, methods) for node in ast.walk(tree)):
         return False
     if (bits := _bits(tree.body, 0)) > limits.EXPRESSION_BITS:
-        raise OverLimit(f"a size with numbers of {bits:,} bits", "EXPRESSION_BITS")
+        many = f"{bits:,}" if math.isfinite(bits) else "endlessly many"
+        raise OverLimit(f"a size with numbers of {many} bits", "EXPRESSION_BITS")
     return True
 
 
