@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export.graph_signature import ConstantArgument
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
@@ -246,6 +247,11 @@ def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
         raise InputError(f"the model takes {spec.num_leaves} inputs nested as when it was traced; these are {len(flat)}")
     for place, (value, node) in enumerate(zip(flat, user_inputs(program), strict=True)):
         _check_input(place, value, node)
+    fixed = [spec.arg for spec in program.exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    for place, (value, arg) in enumerate(zip(flat, fixed, strict=True)):
+        if isinstance(arg, ConstantArgument) and (isinstance(value, Tensor) or value != arg.value):
+            given = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+            raise InputError(f"input {place} was fixed at {arg.value!r} when the model was traced; {given} does not fit")
     return flat
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.errors import NormfuseError, TraceError
+from normfuse.errors import InputError, NormfuseError, TraceError
 from normfuse.inputs import Inputs
 from normfuse.program import Program
 from normfuse.proof.fidelity import traced
@@ -337,6 +337,15 @@ def test_models_of_every_kind_are_their_traces(name: str) -> None:
     after = model.state_dict()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert list(before) == list(after)
+
+
+def test_what_torch_export_fixed_is_told() -> None:
+    """A number or a flag of Python's is a constant of the trace: another one is another program."""
+    program = torch.export.export(Answering().eval(), (ROWS, 3.0, False))
+    assert normfuse.verify(program, program, inputs=(ROWS, 3.0, False)).ok
+    for other in ((ROWS, 4.0, False), (ROWS, 3.0, True), (ROWS, torch.tensor(3.0), False)):
+        with pytest.raises(InputError, match="was fixed at"):
+            normfuse.verify(program, program, inputs=other)
 
 
 # -- the module is left alone ------------------------------------------------------------------------------------------
