@@ -14,6 +14,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from normfuse import living, spelling
 from normfuse.atomic import write_atomically
@@ -445,7 +446,14 @@ def _sources(model: Model) -> tuple[Path, ...]:
 
 
 def to_program(
-    model: Model, inputs: Given, kwargs: Any, dynamic_shapes: Any, trust_pickle: bool, trace: Tracer = traced
+    model: Model,
+    inputs: Given,
+    kwargs: Any,
+    dynamic_shapes: Any,
+    trust_pickle: bool,
+    trace: Tracer = traced,
+    *,
+    fit: bool = False,
 ) -> tuple[str, Program, Inputs]:
     """What the user has, as a program: its name for messages, the program, and the inputs that it is called with.
 
@@ -456,6 +464,7 @@ def to_program(
         dynamic_shapes: as for `rewrite`.
         trust_pickle: as for `rewrite`.
         trace: makes a program of a module.
+        fit: trace a module whose tensors are all of one floating dtype with inputs of that dtype.
 
     Raises:
         LoadError: the file cannot or may not be read.
@@ -471,8 +480,22 @@ def to_program(
         raise InputError(f"{name} is not a model", hint="pass an nn.Module, an ExportedProgram, or a path")
     given = _given(loaded, inputs, kwargs, dynamic_shapes)
     if isinstance(loaded, nn.Module):
+        given = _in_dtype_of(loaded, given) if fit else given
         return name, trace(loaded, given), given
     return name, loaded if isinstance(loaded, Program) else Program.from_exported(loaded), given
+
+
+def _in_dtype_of(module: nn.Module, given: Inputs) -> Inputs:
+    held = {each.dtype for each in (*module.parameters(), *module.buffers()) if each.is_floating_point()}
+    if len(held) != 1:
+        return given
+    (dtype,) = held
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    args, kwargs = pytree.tree_map(cast, (given.args, given.kwargs))
+    return replace(given, args=args, kwargs=kwargs)
 
 
 def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:

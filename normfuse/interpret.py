@@ -232,8 +232,16 @@ def _body(graph: Graph, how: _How) -> Callable[..., Any]:
     return run_body
 
 
-def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> list[Any]:
+def flat_inputs(
+    program: Program, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, cast: bool = False
+) -> list[Any]:
     """The program's inputs in the order of its placeholders.
+
+    Args:
+        program: what takes them.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        cast: bring floats and integers to the dtype of their kind that the program was traced with.
 
     Raises:
         InputError: the inputs do not have the structure, dtypes or fixed sizes that the program was traced with.
@@ -245,6 +253,8 @@ def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
     flat, given = pytree.tree_flatten((tuple(args), {name: (kwargs or {})[name] for name in names}))
     if given != spec:
         raise InputError(f"the model takes {spec.num_leaves} inputs nested as when it was traced; these are {len(flat)}")
+    if cast:
+        flat = [_cast(value, node) for value, node in zip(flat, user_inputs(program), strict=True)]
     for place, (value, node) in enumerate(zip(flat, user_inputs(program), strict=True)):
         _check_input(place, value, node)
     fixed = [spec.arg for spec in program.exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
@@ -253,6 +263,14 @@ def flat_inputs(program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
             given = type(value).__name__ if isinstance(value, Tensor) else repr(value)
             raise InputError(f"input {place} was fixed at {arg.value!r} when the model was traced; {given} does not fit")
     return flat
+
+
+def _cast(value: Any, node: Node | None) -> Any:
+    wanted = dtype(node) if node is not None else None
+    if not isinstance(value, Tensor) or wanted is None or torch.bool in (value.dtype, wanted):
+        return value
+    same_kind = value.is_floating_point() == wanted.is_floating_point and value.is_complex() == wanted.is_complex
+    return value.to(wanted) if same_kind else value
 
 
 def user_inputs(program: Program) -> list[Node | None]:

@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from normfuse.api import Given, Model, to_program
 from normfuse.errors import InputError
 from normfuse.escaping import is_text
 from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs
 from normfuse.interpret import flat_inputs
+from normfuse.program import Program
 from normfuse.proof import bisection
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
@@ -69,19 +72,28 @@ def verify(
     if isinstance(left, Artifact):  # the program is the reference on either side
         left, right, b = right, left, a
     assert not isinstance(left, Artifact)
-    _, program, given = to_program(left, inputs, kwargs, None, trust_pickle)
+    _, program, given = to_program(left, inputs, kwargs, None, trust_pickle, fit=True)
+    given = _fitted(program, given)
     tried, flat = cases_for(program, given), flat_inputs(program, given.args, given.kwargs)
     if isinstance(right, Artifact):
         if missing := uncompared(program, None, flat):
             return Evidence(missing=missing)
         reference = program_side(_name(a), program, state=False, short=True)
         return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
-    _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle)
+    _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle, fit=True)
     for each in (program, other):
-        trial_run(each, flat_inputs(each, given.args, given.kwargs))  # raises where it does not take them
+        trial_run(each, flat_inputs(each, given.args, given.kwargs, cast=True))  # raises where it does not take them
     if missing := uncompared(program, other, flat):
         return Evidence(missing=missing)
-    return compare(program_side(_name(a), program), program_side(_name(b), other, calls=program), tried, progress=progress)
+    sides = program_side(_name(a), program, other=other), program_side(_name(b), other, calls=program, other=program)
+    return compare(*sides, tried, progress=progress)
+
+
+def _fitted(program: Program, given: Inputs) -> Inputs:
+    """The inputs in the dtypes that a program was traced with."""
+    flat = flat_inputs(program, given.args, given.kwargs, cast=True)
+    args, kwargs = pytree.tree_unflatten(flat, program.exported.call_spec.in_spec)
+    return replace(given, args=args, kwargs=kwargs, more=tuple(_fitted(program, each) for each in given.more))
 
 
 def assert_equivalent(a: Model, b: Model, inputs: Given = None, **options: Any) -> Evidence:

@@ -9,6 +9,7 @@ which the other side ran.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -23,6 +24,7 @@ from normfuse.errors import InputError, NormfuseError, first_line
 from normfuse.interpret import NARROW, flat_inputs, run
 from normfuse.literals import numbers_cut
 from normfuse.program import Program
+from normfuse.proof.apart import coarser_inputs, nudges
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage
@@ -77,7 +79,15 @@ class Side:
     notes: tuple[str, ...] = ()
 
 
-def program_side(name: str, program: Program, *, calls: Program | None = None, state: bool = True, short: bool = False) -> Side:
+def program_side(
+    name: str,
+    program: Program,
+    *,
+    calls: Program | None = None,
+    state: bool = True,
+    short: bool = False,
+    other: Program | None = None,
+) -> Side:
     """A program.
 
     Args:
@@ -87,15 +97,22 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
         state: compare the tensors that it updates too, which a runtime does not give.
         short: the numbers of its code, such as a slope of 0.01, count as float32, which files hold. Torch's kernels outside
             float64 have them so too, and there the truth is computed with them; in float64 they are a part of the noise.
+        other: the program that this one is compared with; both get inputs that the coarser one can hold, and only the weights
+            that differ are noise, by roundings of the coarser one.
     """
+    coarse = coarser_inputs(program, other) if other else None
+    unit = max(rounding_of(each) for each in (program, other) if each)
+    weights = nudges(program, other) if other else lambda size, draw: nudged(size or unit, draw=draw)
+    rough = unit if unit > rounding_of(program) else None
     held = (*NARROW, torch.float64) if short else ()
     outputs = None if state else sum(s.kind.name == "USER_OUTPUT" for s in program.exported.graph_signature.output_specs)
 
     def flat(case: Case) -> Sequence[Any]:
-        if calls is None:
-            return case.flat
-        args, kwargs = pytree.tree_unflatten(list(case.flat), calls.exported.call_spec.in_spec)
-        return flat_inputs(program, args, kwargs)
+        values = [each.to(coarse) if coarse and is_float(each) else each for each in case.flat]
+        if calls is None and coarse is None:
+            return values
+        args, kwargs = pytree.tree_unflatten(values, (calls or program).exported.call_spec.in_spec)
+        return flat_inputs(program, args, kwargs, cast=True)
 
     def on(case: Case, **how: Any) -> Sequence[Tensor]:
         return run(program, flat(case), **how)[:outputs]
@@ -105,14 +122,17 @@ def program_side(name: str, program: Program, *, calls: Program | None = None, s
         f"PyTorch {torch.__version__}",
         {"": on},
         lambda case: on(case, wide=True, short=NARROW if short else ()),
-        lambda case, size, draw: on(
-            case, wide=True, short=held, weights=nudged(rounding_of(program) if size is None else size, draw=draw)
-        ),
+        lambda case, size, draw: on(case, wide=True, short=held, weights=weights(size, draw)),
         lambda case, width: on(case, wide=True, width=width, short=held),
-        lambda case: [each[:outputs] for each in samples_of_rounding(program, flat(case))],
+        lambda case: [each[:outputs] for each in samples_of_rounding(program, flat(case), size=rough)],
         jumping(program),
         _rounded_numbers(program) if short else (),
     )
+
+
+def is_float(value: Any) -> bool:
+    """Whether a value is a tensor of floats."""
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _rounded_numbers(program: Program) -> tuple[str, ...]:
@@ -287,7 +307,7 @@ def _judged(a: Side, b: Side, case: Case, runs: _Runs) -> tuple[Agreement, list[
     before, rows = max(distances(runs.truth, runs.usual), default=0.0), []
     for how, outputs in runs.got.items():
         name = f"{case.name}, {how}" if how else case.name
-        row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused, jumps=a.jumps)
+        row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused, jumps=a.jumps, luck=math.inf)
         rows.append(Rounding(name, before, max(distances(runs.truth, outputs), default=0.0), row.verdict))
     return agreed, rows
 

@@ -228,6 +228,7 @@ def agreement(
     more: Callable[[], Samples] | None = None,
     *,
     jumps: bool = False,
+    luck: float = LUCK,
 ) -> Agreement:
     """The row of one case.
 
@@ -238,6 +239,7 @@ def agreement(
         samples: those of the reference under noise, several times.
         more: further samples, which are dear: taken only where the others, which may be small by luck, do not explain ``got``.
         jumps: a rounding may make a whole step of some entry, so that the largest step anywhere explains one here.
+        luck: how far ``samples`` may be off for ``more`` to be asked for.
     """
     compared, entries = counts(truth)
     if len(truth) != len(got):
@@ -248,7 +250,7 @@ def agreement(
         return [judged(t, g, drawn, FLOOR) for t, g, drawn in zip(truth, got, every, strict=True)]
 
     found = judge(samples)
-    if more is not None and 1.0 < max((each.excess for each in found), default=0.0) < (math.inf if jumps else LUCK):
+    if more is not None and 1.0 < max((each.excess for each in found), default=0.0) < (math.inf if jumps else luck):
         drawn = more()
         found = [min(pair, key=lambda each: each.excess) for pair in zip(found, judge(drawn), strict=True)]
         if jumps:
@@ -288,7 +290,7 @@ def nudged(size: float, weights: Weights | None = None, draw: int = 0) -> Weight
 
     def nudge(name: str, value: Tensor) -> Tensor:
         value = value if weights is None else weights(name, value)
-        return value * (1.0 + size * _kick(f"nudge {draw or ''}{name}", value))
+        return value * (1.0 + size * kick(f"nudge {draw or ''}{name}", value))
 
     return nudge
 
@@ -330,7 +332,7 @@ def _rounded(value: Tensor, stored: torch.dtype | None, name: str, size: float |
     """A float64 value after one rounding, by default to the dtype that it is stored in."""
     if stored is None or not stored.is_floating_point or not value.is_floating_point():
         return value
-    rounded = value * (1.0 + (torch.finfo(stored).eps if size is None else size) * _kick(name, value))
+    rounded = value * (1.0 + (torch.finfo(stored).eps if size is None else size) * kick(name, value))
     return torch.where(value == value.round(), value, rounded)
 
 
@@ -344,7 +346,7 @@ def _nudged_inputs(flat: Sequence[Any], draw: int, size: float = NUDGE) -> list[
     ]
 
 
-def _kick(name: str, like: Tensor) -> Tensor:
+def kick(name: str, like: Tensor) -> Tensor:
     """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name."""
     generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
     drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device) * 2.0 - 1.0

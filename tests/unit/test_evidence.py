@@ -210,7 +210,7 @@ def test_a_lucky_run_of_the_reference_is_no_alarm(error: float, ok: bool) -> Non
         return [[x.double() * (1 + 1e-7)]]
 
     def lucky_nudge(case: Case, size: float | None, draw: int) -> Any:
-        return [x.double() * (1 + 1e-9)]
+        return [x.double() * (1 + 1e-8)]
 
     lucky = Side("a", "", {"": lambda case: truth}, lambda case: truth, lucky_nudge, None, rounding)
     off = Side("b", "", {"": lambda case: [x.double() * (1 + error)]}, lambda case: truth)

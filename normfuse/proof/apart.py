@@ -1,0 +1,67 @@
+"""Two programs that may round the same weights: what noise that explains, and which inputs both take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from normfuse.interpret import Weights, user_inputs
+from normfuse.program import Program
+from normfuse.proof.proving import NUDGE, kick, nudged, rounding_of
+from normfuse.views import dtype, is_tensor
+
+
+def nudges(a: Program, b: Program) -> Callable[[float | None, int], Weights]:
+    """Changes of the weights of ``a`` by the roundings that ``b`` may have made of them.
+
+    Where ``b`` reads no tensor but those of ``a``, those that are the same bit for bit have no part in it: one row that is off
+    shows against the rounding of that row, not of the whole model.
+
+    Returns:
+        What takes the size of a rounding (None for that of the coarser of the two programs) and the number of a draw.
+    """
+    unit = max(rounding_of(a), rounding_of(b))
+    theirs = _read(b)
+    alike = not a.formulas and not b.formulas and all(_holds(a, b, name) for name in theirs)
+
+    def towards(size: float, draw: int) -> Weights:
+        def nudge(name: str, value: Tensor) -> Tensor:
+            reach = size * value.abs()
+            if name in theirs:
+                other = b.tensor(name).to(torch.float64)
+                least = max(torch.finfo(each.tensor(name).dtype).smallest_normal * size for each in (a, b))
+                rounded = size * torch.maximum(value.abs(), other.abs()) + least
+                reach = torch.where(other == value, NUDGE * value.abs(), rounded)
+            return value + reach * kick(f"nudge {draw or ''}{name}", value)
+
+        return nudge
+
+    def made(size: float | None, draw: int) -> Weights:
+        return nudged(size, draw=draw) if size is not None else (towards if alike else _plain)(unit, draw)
+
+    return made
+
+
+def _plain(size: float, draw: int) -> Weights:
+    return nudged(size, draw=draw)
+
+
+def _read(program: Program) -> set[str]:
+    """The floating tensors that a program reads."""
+    read = {name for node, name in program.stored.items() if program.nodes[node].users}
+    return {name for name in read if program.tensor(name).is_floating_point()}
+
+
+def _holds(a: Program, b: Program, name: str) -> bool:
+    return name in set(a.stored.values()) and a.tensor(name).shape == b.tensor(name).shape
+
+
+def coarser_inputs(a: Program, b: Program) -> torch.dtype | None:
+    """The coarsest floating dtype of the inputs where the two take other ones, so that both get the same numbers; else None."""
+    one, other = ([dtype(node) for node in user_inputs(each) if node is not None and is_tensor(node)] for each in (a, b))
+    if one == other:
+        return None
+    floats = [each for each in (*one, *other) if each is not None and each.is_floating_point]
+    return max(floats, key=lambda each: torch.finfo(each).eps, default=None)
