@@ -260,8 +260,8 @@ def flat_inputs(
     fixed = [spec.arg for spec in program.exported.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
     for place, (value, arg) in enumerate(zip(flat, fixed, strict=True)):
         if isinstance(arg, ConstantArgument) and (isinstance(value, Tensor) or value != arg.value):
-            given = type(value).__name__ if isinstance(value, Tensor) else repr(value)
-            raise InputError(f"input {place} was fixed at {arg.value!r} when the model was traced; {given} does not fit")
+            told = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+            raise InputError(f"input {place} was fixed at {arg.value!r} when the model was traced; {told} does not fit")
     return flat
 
 
