@@ -20,7 +20,7 @@ from normfuse.program import Program
 from normfuse.proof import bisection
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
-from normfuse.proof.cases import cases_for, cases_of, further
+from normfuse.proof.cases import Case, cases_for, cases_of, further
 from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import Progress
@@ -124,21 +124,30 @@ def bisect(
     """The first node where two programs part on the given inputs; None where their outputs agree.
 
     Args:
-        a: as for `verify`, but a program or a module.
-        b: the same.
+        a: as for `verify`. An ONNX file is asked for its inner values.
+        b: the same; one of them is a program or a module.
         inputs: as for `verify`.
         kwargs: as for `verify`.
         trust_pickle: as for `verify`.
 
     Raises:
-        InputError: one of them is an exported file, whose inner values cannot be seen.
+        InputError: neither is a program, or one is an exported file whose inner values cannot be seen.
     """
-    for each in (a, b):
-        if is_exported(each):
-            raise InputError(f"{_name(each)} shows no inner values", hint="bisect the programs that it was made from")
+    if is_exported(a):  # the program is the reference on either side
+        a, b = b, a
+    if is_exported(a):
+        raise InputError("two exported files have no graph to go back in", hint="bisect each with the program it was made from")
+    artifact = opened(b, trust=trust_pickle) if is_exported(b) else None  # type: ignore[arg-type]
+    if artifact and artifact.inner is None:
+        raise InputError(f"{_name(b)} shows no inner values", hint="bisect the programs, or their ONNX file")
     _, one, given = to_program(a, inputs, kwargs, None, trust_pickle)
+    flat = flat_inputs(one, given.args, given.kwargs)
+    if artifact and artifact.inner:
+        names, run = artifact.inner()
+        shown = artifact_side(replace(artifact, runs={"": run}), ports_of(one))
+        return bisection.bisect_file(one, names, shown.runs[""](Case("as given", tuple(flat))), flat)
     _, other, _ = to_program(b, replace(given, dynamic_shapes=None), None, None, trust_pickle)
-    return bisection.bisect(one, other, flat_inputs(one, given.args, given.kwargs))
+    return bisection.bisect(one, other, flat)
 
 
 def is_exported(model: Model) -> bool:

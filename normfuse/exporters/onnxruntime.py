@@ -91,7 +91,8 @@ def _artifact(path: Path, provider: str) -> Artifact:
     }
     wide, widened = _widened(path, provider, widening.wider(model))
     notes = (_norms_note(path),) if provider == "CPU" else ()
-    return Artifact(path.name, runtime, ports(model), runs, widened, _nudged(path, provider, wide), notes)
+    inner = partial(_inner, path, provider, wide)
+    return Artifact(path.name, runtime, ports(model), runs, widened, _nudged(path, provider, wide), notes, inner)
 
 
 def _widened(path: Path, provider: str, candidates: Sequence[Any]) -> tuple[Any, Run | None]:
@@ -117,6 +118,22 @@ def _nudged(path: Path, provider: str, wide: Any) -> Run:
     return lambda inputs: made()(inputs)
 
 
+def _inner(path: Path, provider: str, wide: Any) -> tuple[tuple[str, ...], Run]:
+    """The names of a file's floating values that have one, and a run that gives them before the outputs."""
+    model = _read(path)
+    package("onnx_ir.passes.common", "onnx").ShapeInferencePass()(model)
+    made = (value for node in model.graph for value in node.outputs if value.name and not value.is_graph_output())
+    shown = [value for value in made if value.dtype is not None and value.dtype.is_floating_point()]
+    outputs = list(model.graph.outputs)
+    names = (*(value.name for value in shown), *(value.name for value in outputs))
+    model.graph.outputs.clear()
+    model.graph.outputs.extend([*shown, *outputs])
+    if wide is not None:
+        widening.widen(model, wide)
+    run = _of(model, path.name, provider, wide)
+    return names, lambda inputs: [*(values := run(inputs)), *values[len(shown) :]]
+
+
 def _changed(path: Path, provider: str, *, optimized: bool = False, wide: Any = None, nudged: bool = False) -> Run:
     """The same model with nudged weights, in a wider dtype, or both."""
     model = _read(path)
@@ -125,7 +142,12 @@ def _changed(path: Path, provider: str, *, optimized: bool = False, wide: Any = 
         widening.widen(model, wide)
     if nudged:
         widening.nudge(model, sizes)
-    opened = partial(_opened, name=path.name, optimized=optimized, provider=provider)
+    return _of(model, path.name, provider, wide, optimized)
+
+
+def _of(model: Any, name: str, provider: str, wide: Any, optimized: bool = False) -> Run:
+    """How to run a model that was changed, on inputs of the file's own dtypes."""
+    opened = partial(_opened, name=name, optimized=optimized, provider=provider)
     run = pieces.assembled(model, opened) if wide == package("onnx_ir", "onnx").DataType.DOUBLE else opened(model)
     return lambda inputs: run(_as_wide(inputs, wide))
 

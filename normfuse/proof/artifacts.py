@@ -44,6 +44,7 @@ class Artifact:
         widened: the same model in the widest dtype that the runtime computes it in, from the same weights; None where
             it cannot be had. Rounding hides less there.
         nudged: the same model after its weights are nudged by one rounding of their dtype; None where it cannot be had.
+        inner: names of its inner values, and a run that gives those and then its outputs; None where a file shows none.
         notes: what a reader of the evidence should know, such as which norms became which kernel.
     """
 
@@ -54,3 +55,4 @@ class Artifact:
     widened: Run | None = None
     nudged: Run | None = None
     notes: tuple[str, ...] = field(default=())
+    inner: Callable[[], tuple[tuple[str, ...], Run]] | None = None

@@ -3,24 +3,27 @@
 A rewrite changes values on purpose, and most of the graph may differ in two equal programs: a stream that has lost its
 mean, a convolution that has taken over a norm's scale. Such a difference heals: no path from it reaches an output
 without passing a value that agrees again. So the search goes back from the outputs that differ, through values that
-differ, and ends where all that a value was computed from agrees. A value that differs only by its mean along one axis
-counts as agreeing, since that is what Pre-RMSNorm removes.
+differ, and ends where all that a value was computed from agrees. A value that differs only by its mean along an axis as long
+as a LayerNorm counts as agreeing, since that is what Pre-RMSNorm removes; not so where the graphs are the same and only stored
+tensors differ, nor in a file, which holds what one program says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.interpret import run
+from normfuse.facts import analyze
+from normfuse.interpret import NARROW, run
 from normfuse.program import Program
 from normfuse.proof.evidence import MARGIN
 from normfuse.proof.proving import FLOOR, distance, distances, nudged, rounding_of
+from normfuse.views import shape
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Parting:
         error: how far its values are apart, relative to their largest entry.
         allowed: how far noise explains.
         only_in_b: nodes behind it that the first program does not have, up to the last ones that agree.
+        tensors: stored tensors that it reads and that are others in the second program.
     """
 
     node: str
@@ -44,18 +48,21 @@ class Parting:
     error: float
     allowed: float
     only_in_b: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         where = f"{self.site} ({self.source})" if self.source else self.site
         text = f"they part at {self.node}, {self.op} of {where}: values differ by {self.error:.1e} (relative)"
         text += f", where noise explains {self.allowed:.1e}"
+        if self.tensors:
+            text += f"; it reads other values of {', '.join(self.tensors)}"
         if self.only_in_b:
             text += f"; new in the second model just before it: {', '.join(self.only_in_b)}"
         return text
 
     def to_dict(self) -> dict[str, Any]:
         """The parting as JSON types."""
-        return {**asdict(self), "only_in_b": list(self.only_in_b)}
+        return {**asdict(self), "only_in_b": list(self.only_in_b), "tensors": list(self.tensors)}
 
 
 def bisect(a: Program, b: Program, flat: Sequence[Any]) -> Parting | None:
@@ -68,27 +75,88 @@ def bisect(a: Program, b: Program, flat: Sequence[Any]) -> Parting | None:
         b: the other; it takes the same flat inputs.
         flat: the inputs, as `normfuse.interpret.flat_inputs` gives them.
     """
-    (ours, truth), (shaken, noisy), (theirs, got) = _values(a, flat), _values(a, flat, rounding_of(a)), _values(b, flat)
-    noise = [MARGIN * max(each, FLOOR) for each in distances(truth, noisy)]
-    wrong_places = [place for place, (x, y) in enumerate(zip(distances(truth, got), noise, strict=False)) if x > y]
+    centred = set() if _same_graph(a, b) else _widths(a)
+    found = _parting(b, _Reference.of(a, flat), *_values(b, flat), centred)
+    return found and replace(found, tensors=tuple(_differing(a, b, b.nodes[found.node])))
+
+
+def bisect_file(a: Program, names: Sequence[str], values: Sequence[Tensor], flat: Sequence[Any]) -> Parting | None:
+    """The first node where a file that was written of a program parts from it.
+
+    Args:
+        a: the program.
+        names: of the file's values, which are those of the program's nodes where it was written of them.
+        values: the values on these inputs, and behind them the outputs.
+        flat: the inputs.
+    """
+    theirs = {name: value for name, value in zip(names, values, strict=False) if name in a.nodes}
+    return _parting(a, _Reference.of(a, flat, NARROW), theirs, list(values[len(names) :]), set())
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """Every value of the reference and its outputs, and the same after one rounding of every weight."""
+
+    ours: dict[str, Tensor]
+    truth: list[Tensor]
+    shaken: dict[str, Tensor]
+    noisy: list[Tensor]
+
+    @classmethod
+    def of(cls, program: Program, flat: Sequence[Any], short: Sequence[torch.dtype] = ()) -> _Reference:
+        return cls(*_values(program, flat, short=short), *_values(program, flat, rounding_of(program), short=short))
+
+
+def _parting(
+    graph: Program, reference: _Reference, theirs: Mapping[str, Tensor], got: Sequence[Tensor], centred: set[int]
+) -> Parting | None:
+    """Goes back from the outputs that differ in the graph of either program."""
+    noise = [MARGIN * max(each, FLOOR) for each in distances(reference.truth, reference.noisy)]
+    apart = zip(distances(reference.truth, got), noise, strict=False)
+    wrong_places = [place for place, (x, y) in enumerate(apart) if not x <= y]
     errors: dict[str, tuple[float, float]] = {}
-    for name in ours.keys() & theirs.keys():
-        if ours[name].shape == theirs[name].shape:
-            allowed = MARGIN * max(distance(ours[name], shaken[name]), FLOOR)
-            errors[name] = _apart(ours[name], theirs[name], allowed), allowed
+    for name, value in reference.ours.items():
+        if name in theirs and value.shape == theirs[name].shape:
+            allowed = MARGIN * max(distance(value, reference.shaken[name]), FLOOR)
+            errors[name] = _apart(value, theirs[name], allowed, centred), allowed
     parted = {name for name, (error, allowed) in errors.items() if error > allowed}
-    (results,) = b.graph.output_node().args
+    (results,) = graph.graph.output_node().args
     tensors = [node for node in results if isinstance(node, Node)]  # type: ignore[union-attr]
     wrong = _back([tensors[place] for place in wrong_places], parted, errors)
-    first = next((node for node in b.graph.nodes if node in wrong and node.name in parted), None)
+    first = next((node for node in graph.graph.nodes if node in wrong and node.name in parted), None)
     if first is None:
         return None
-    new = [node.name for node in b.graph.nodes if node in _unknown_behind(first, errors)]
-    site = b.site(first)
+    new = [node.name for node in graph.graph.nodes if node in _unknown_behind(first, errors)]
+    site = graph.site(first)
     return Parting(first.name, str(first.target), str(site), site.source or "", *errors[first.name], tuple(new))
 
 
-def _values(program: Program, flat: Sequence[Any], nudge: float | None = None) -> tuple[dict[str, Tensor], list[Tensor]]:
+def _same_graph(a: Program, b: Program) -> bool:
+    """Whether only stored tensors can differ."""
+    ours, theirs = ([(node.op, node.name, str(node.target), str(node.args)) for node in each.graph.nodes] for each in (a, b))
+    return ours == theirs
+
+
+def _widths(program: Program) -> set[int]:
+    """How long the axes are whose mean a LayerNorm takes away."""
+    norms = [norm for norm in analyze(program).norms if norm.kind == "layer_norm"]
+    sizes = (shape(norm.x)[axis] for norm in norms for axis in norm.axes)
+    return {size for size in sizes if isinstance(size, int)}
+
+
+def _differing(a: Program, b: Program, node: Node) -> Iterator[str]:
+    """Stored tensors that a node reads and that are others in the two."""
+    for each in node.all_input_nodes:
+        name, other = b.stored.get(each.name), a.stored.get(each.name)
+        if name is not None and other is not None:
+            ours, theirs = a.tensor(other), b.tensor(name)
+            if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+                yield name
+
+
+def _values(
+    program: Program, flat: Sequence[Any], nudge: float | None = None, short: Sequence[torch.dtype] = ()
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Every value by the name of its node, and the outputs."""
     values: dict[str, Tensor] = {}
 
@@ -97,16 +165,16 @@ def _values(program: Program, flat: Sequence[Any], nudge: float | None = None) -
             values[node.name] = value.clone()  # a later call may write into it
         return value
 
-    outputs = run(program, flat, wide=True, weights=None if nudge is None else nudged(nudge), through=keep)
+    outputs = run(program, flat, wide=True, short=short, weights=None if nudge is None else nudged(nudge), through=keep)
     return values, outputs[: sum(s.kind.name == "USER_OUTPUT" for s in program.exported.graph_signature.output_specs)]
 
 
-def _apart(a: Tensor, b: Tensor, allowed: float) -> float:
+def _apart(a: Tensor, b: Tensor, allowed: float, centred: set[int]) -> float:
     error = distance(a, b)
     if error <= allowed or not a.is_floating_point() or not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
         return error
     gap, scale = a - b, float(a.abs().max()) or 1.0
-    axes = [axis for axis in range(a.dim()) if a.shape[axis] > 1]
+    axes = [axis for axis in range(a.dim()) if a.shape[axis] > 1 and a.shape[axis] in centred]
     without_mean = [float((gap - gap.mean(axis, keepdim=True)).abs().max()) / scale for axis in axes]
     return min([error, *without_mean])
 

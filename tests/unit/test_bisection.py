@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import normfuse
 from normfuse.edits import SetTensor
 from normfuse.formula import Apply, Number
 from normfuse.interpret import flat_inputs
@@ -65,3 +70,41 @@ def test_it_says_so_in_a_sentence() -> None:
     assert found is not None
     assert str(found).startswith(f"they part at {found.node}, aten.")
     assert torch.isfinite(torch.tensor(found.error))
+
+
+class Attending(nn.Module):
+    """Attention behind a norm, whose bias is a mean along every axis but one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm, self.qkv, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 5)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed(x)
+        q, k, v = self.qkv(self.norm(y)).unsqueeze(1).chunk(3, dim=-1)
+        z: Tensor = self.head(y + F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        return z
+
+
+CHANGES = ["embed.weight", "embed.bias", "norm.weight", "norm.bias", "qkv.weight", "qkv.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("changed", CHANGES)
+def test_the_first_differing_value_is_named_where_only_weights_differ(changed: str, tmp_path: Path) -> None:
+    module, x = Attending().eval(), torch.randn(8, 8, 8)  # no axis is told from another by its length
+    other = copy.deepcopy(module)
+    other.get_parameter(changed).data[0] += 0.5
+    found = normfuse.bisect(module, other, inputs=(x,))
+    assert found is not None
+    assert found.site == changed.partition(".")[0]
+    assert found.tensors == (changed,)
+    assert f"it reads other values of {changed}" in str(found)
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name)
+    normfuse.export(other, tmp_path / "m.onnx", inputs=(x,))
+    for pair in ((module, tmp_path / "m.onnx"), (tmp_path / "m.onnx", module)):
+        in_file = normfuse.bisect(*pair, inputs=(x,))  # type: ignore[arg-type]
+        assert in_file is not None
+        assert in_file.site == found.site
+    assert normfuse.bisect(other, tmp_path / "m.onnx", inputs=(x,)) is None
