@@ -103,8 +103,9 @@ def test_the_first_differing_value_is_named_where_only_weights_differ(changed: s
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name)
     normfuse.export(other, tmp_path / "m.onnx", inputs=(x,))
-    for pair in ((module, tmp_path / "m.onnx"), (tmp_path / "m.onnx", module)):
-        in_file = normfuse.bisect(*pair, inputs=(x,))  # type: ignore[arg-type]
+    file: Any = tmp_path / "m.onnx"
+    for a, b in ((module, file), (file, module)):
+        in_file = normfuse.bisect(a, b, inputs=(x,))
         assert in_file is not None
         assert in_file.site == found.site
     assert normfuse.bisect(other, tmp_path / "m.onnx", inputs=(x,)) is None
