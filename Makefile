@@ -55,6 +55,15 @@ quick: $(VENV)/dev
 test-all: $(VENV)/dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --run-slow
 
+# Damaged and hostile files, random models, and kills at every writing command; what fails is kept in tests/fuzz/kept.
+FUZZ_SECONDS ?= 3600
+FUZZ_SEED ?= 1
+fuzz: $(VENV)/dev
+	mkdir -p out
+	$(BIN)/python -W ignore -m tests.fuzz --part files --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --jobs 2 --json out/fuzz_files.json
+	$(BIN)/python -W ignore -m tests.fuzz --part graphs --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --jobs 2 --json out/fuzz_graphs.json
+	$(BIN)/python -W ignore -m tests.fuzz --part kills --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --kills 40 --json out/fuzz_kills.json
+
 lint: $(VENV)/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
