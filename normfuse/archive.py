@@ -51,6 +51,7 @@ _NAMED = _words(
 _ARITHMETIC = _words(
     "add sub mul truediv floordiv mod pow neg pos abs and_ or_ xor not_ lshift rshift eq ne lt le gt ge getitem"
 )
+_ROUNDING = _words("ceil floor trunc sqrt")
 _CONTROL_FLOW = _words(
     "cond while_loop scan associative_scan map_impl wrap_with_set_grad_enabled wrap_with_autocast invoke_subgraph"
     " tag_activation_checkpoint auto_functionalized auto_functionalized_v2 flex_attention out_dtype"
@@ -172,18 +173,27 @@ def _is_operator(target: str) -> bool:
         case ["_operator", name]:
             return name in _ARITHMETIC
         case ["math", name]:
-            return name in vars(math) and not name.startswith("_")
+            return name in _ROUNDING
         case ["torch", name]:
             return name.startswith(("sym_", "_sym_"))
         case ["torch", "ops", "higher_order", name]:
             return name in _CONTROL_FLOW
         case ["torch", "ops", ("aten" | "prims" | "torchvision") as namespace, name, overload]:
             operator = getattr(getattr(getattr(torch.ops, namespace), name, None), overload, None)
-            # aten.from_file and aten.save reach the disk, aten._print the terminal.
-            return isinstance(operator, torch._ops.OpOverload) and not any(
-                name == "_print" or argument.name == "filename" for argument in operator._schema.arguments
-            )
+            return isinstance(operator, torch._ops.OpOverload) and _only_computes(operator._schema)
     return False
+
+
+def _only_computes(schema: torch._C.FunctionSchema) -> bool:
+    """Whether an operator makes tensors, or numbers of tensors, or checks these, and does nothing else.
+
+    The others reach the disk (aten.from_file), the terminal (aten.warn), the state of this process (aten.manual_seed), or
+    make texts and lists of any length (aten.ljust).
+    """
+    if schema.name.partition("::")[2].startswith(("_assert_", "_foreach_", "sym_constrain_range")):
+        return True
+    of_tensors = any("Tensor" in str(value.type) for value in (*schema.arguments, *schema.returns))
+    return of_tensors and bool(schema.returns) and not any(argument.name == "filename" for argument in schema.arguments)
 
 
 def _is_expression(text: str, names: frozenset[str], methods: frozenset[str]) -> bool:

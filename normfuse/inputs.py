@@ -464,10 +464,13 @@ def _as_call(content: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def found_on(model: Any) -> Inputs | None:
-    """Inputs that the model itself tells of, with fixed sizes; None where it tells of none.
+    """Inputs that the model itself tells of, with fixed sizes; None where it tells of none, or of what can be none.
 
     An exported program has its example inputs, a timm model ``pretrained_cfg``, a transformers model ``dummy_inputs`` or
     an image size in its config.
+
+    Raises:
+        InputError: they would take more than `limits.INPUT_BYTES`.
     """
     if isinstance(model, torch.export.ExportedProgram):
         return Inputs(tuple(model.example_inputs[0]), dict(model.example_inputs[1])) if model.example_inputs else None
@@ -476,9 +479,12 @@ def found_on(model: Any) -> Inputs | None:
     sizes = _timm_sizes(model) or _image_sizes(model)
     if sizes is None:
         return _text_inputs(model)
+    if not all(type(size) is int and size > 0 for size in sizes):
+        return None
+    _check_memory(2 * 4 * math.prod(sizes))
     pixels = torch.randn(2, *sizes, generator=torch.Generator().manual_seed(0))
     name = getattr(model, "main_input_name", None)
-    return Inputs((), {name: _for(model, pixels)}) if name else Inputs((_for(model, pixels),), {})
+    return Inputs((), {name: _for(model, pixels)}) if isinstance(name, str) else Inputs((_for(model, pixels),), {})
 
 
 def _for(model: nn.Module, tensor: Tensor) -> Tensor:
@@ -496,21 +502,27 @@ def _timm_sizes(model: nn.Module) -> Sequence[int] | None:
 def _image_sizes(model: nn.Module) -> Sequence[int] | None:
     config = getattr(model, "config", None)
     size = getattr(config, "image_size", None)
-    if size is None or getattr(model, "main_input_name", None) != "pixel_values":
+    if not isinstance(size, int | tuple | list) or getattr(model, "main_input_name", None) != "pixel_values":
         return None
     return getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size)
 
 
 def _text_inputs(model: nn.Module) -> Inputs | None:
     """The dummy inputs of transformers, with token ids drawn from the whole table."""
-    dummies = getattr(model, "dummy_inputs", None) if hasattr(model, "config") else None
-    if not isinstance(dummies, Mapping) or getattr(model, "main_input_name", None) not in dummies:
+    try:  # code of the model's class, on settings that can be anything
+        dummies = dict(model.dummy_inputs) if hasattr(model, "config") else {}
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None) if dummies else None
+    except Exception:
         return None
-    rows = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", DEFAULT_LIMIT)
+    known = model.main_input_name in dummies if isinstance(getattr(model, "main_input_name", None), str) else False
+    plain = (Tensor, bool, int, float, type(None))
+    if not known or not all(isinstance(name, str) and isinstance(value, plain) for name, value in dummies.items()):
+        return None
+    rows = rows if type(rows) is int and rows > 0 else DEFAULT_LIMIT
     generator = torch.Generator().manual_seed(0)
-    kwargs = dict(dummies)
-    for name, value in kwargs.items():
-        ids = name.endswith("input_ids")
+    kwargs: dict[str, Any] = {}
+    for name, value in dummies.items():
+        ids = name.endswith("input_ids") and isinstance(value, Tensor)
         drawn = torch.randint(0, rows, value.shape, generator=generator) if ids else value
         kwargs[name] = _for(model, drawn) if isinstance(drawn, Tensor) else drawn
     return Inputs((), kwargs)

@@ -502,6 +502,37 @@ def test_most_models_tell_nothing(model: object) -> None:
     assert found_on(model) is None
 
 
+PIXELS = {"main_input_name": "pixel_values"}
+WORDS = {"config": SimpleNamespace(), "main_input_name": "input_ids"}
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *({"pretrained_cfg": {"input_size": sizes}} for sizes in (("a", "b"), (-1, 3), [[1], 2], (3, 0.5), (True, 3), "abc")),
+        *(PIXELS | {"config": SimpleNamespace(image_size=size)} for size in ("x", {"height": 3}, 2.5, -3, [None])),
+        PIXELS | {"config": SimpleNamespace(image_size=8, num_channels="x")},
+        *(WORDS | {"dummy_inputs": dummies} for dummies in ("x", 3, {"input_ids": "x"}, {3: X}, {"input_ids": Y, "y": []})),
+        WORDS | {"dummy_inputs": {"input_ids": Y}, "get_input_embeddings": "x"},
+        {"config": SimpleNamespace(), "main_input_name": [1], "dummy_inputs": {"input_ids": Y}},
+    ],
+    ids=str,
+)
+def test_what_can_be_no_inputs_is_none(told: dict[str, Any]) -> None:
+    assert found_on(Telling(**told)) is None
+
+
+def test_a_name_that_is_no_text_names_nothing() -> None:
+    inputs = found_on(Telling(pretrained_cfg={"input_size": (3, 4)}, main_input_name={"a": 1}))
+    assert inputs is not None
+    assert inputs.args[0].shape == (2, 3, 4)
+
+
+def test_a_model_cannot_ask_for_endless_inputs() -> None:
+    with pytest.raises(InputError, match="INPUT_BYTES"):
+        found_on(Telling(pretrained_cfg={"input_size": (10**6, 10**6)}))
+
+
 @pytest.mark.zoo
 def test_models_of_the_usual_libraries_run_on_what_they_tell() -> None:
     timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
