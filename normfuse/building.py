@@ -17,10 +17,12 @@ import argparse
 import enum
 import functools
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.weight_norm import WeightNorm
 
 from normfuse import limits
 from normfuse.allowlist import Inert, NotAllowed, name_of
@@ -30,6 +32,17 @@ from normfuse.pickles import Made, Name, Outside, Unreadable, children
 
 NAMESPACES: Mapping[str, type] = {"argparse.Namespace": argparse.Namespace, "types.SimpleNamespace": types.SimpleNamespace}
 PARTIAL = "functools.partial"
+_PRUNING = ("Identity", "RandomUnstructured", "L1Unstructured", "RandomStructured", "LnStructured", "CustomFromMask")
+
+HOOKS: Mapping[str, tuple[type, str, tuple[str, ...]]] = {
+    f"{WeightNorm.__module__}.WeightNorm": (WeightNorm, "name", ("_g", "_v")),
+    **{
+        f"{prune.__name__}.{name}": (getattr(prune, name), "_tensor_name", ("_orig", "_mask"))
+        for name in (*_PRUNING, "PruningContainer")
+    },
+}
+"""Hooks of torch that compute a weight before each call: their class, which of their attributes names that weight, and the
+endings of what they compute it from. They are data; their ``__call__`` reads these tensors and sets that one."""
 
 WRAPPERS: Mapping[str, str] = {
     "torch.nn.parallel.data_parallel.DataParallel": "module",
@@ -92,7 +105,7 @@ def names_in(root: Any) -> set[str]:
     walk.measure(root, 0)
     if "torch.nn.parameter.UninitializedParameter" in walk.names:
         raise Unreadable("its lazy layers have no weights yet: run the model once before you save it")
-    known = (CONSTRUCTORS, KINDS, NAMESPACES, (PARTIAL,))
+    known = (CONSTRUCTORS, KINDS, NAMESPACES, HOOKS, (PARTIAL,))
     return {name for name in walk.names if not any(name in table for table in known)}
 
 
@@ -175,7 +188,7 @@ class Builder:
             return KINDS[name]
         if name in CONSTRUCTORS:
             return Rebuilds(name)
-        if name in NAMESPACES or name == PARTIAL:
+        if name in NAMESPACES or name in HOOKS or name == PARTIAL:
             return Inert(name)
         thing = self.things[name]
         return thing if not isinstance(thing, type) or thing.__module__.startswith("torch.nn.modules.") else Inert(name)
@@ -224,6 +237,8 @@ class Builder:
             return self._partial(value)
         if name in NAMESPACES:
             return self._instance(NAMESPACES[name], value)
+        if name in HOOKS:
+            return self._instance(HOOKS[name][0], value)
         if value.called:
             return self._called(name, value)
         thing = self.things.get(name)
@@ -351,10 +366,26 @@ def _check_homes(cls: type, state: Mapping[str, Any]) -> None:
                 raise NotAllowed(f"the entry {name!r} in {home} of {name_of(cls)}")
     for name, empty in vars(nn.Module()).items():
         hooks = isinstance(empty, dict) and name not in _HOMES
-        if hooks and (not isinstance(state[name], dict) or state[name]):
+        if hooks and (not isinstance(state[name], dict) or not _are_reviewed(name, cls, state)):
             raise NotAllowed(f"{name} in {name_of(cls)} (hooks: remove them before you save the model)")
-    if not isinstance(state["_non_persistent_buffers_set"], set):
-        raise NotAllowed(f"another _non_persistent_buffers_set in {name_of(cls)}")
+    kinds = {"training": bool, "_non_persistent_buffers_set": set, "_is_full_backward_hook": bool | None}
+    for name, plain in kinds.items():
+        if not isinstance(state[name], plain):
+            raise NotAllowed(f"another {name} in {name_of(cls)}")
+
+
+def _are_reviewed(table: str, cls: type, state: Mapping[str, Any]) -> bool:
+    """Whether all hooks of a module are of `HOOKS`, and what they compute is a weight of this module."""
+    tensors = {name for home in ("_parameters", "_buffers") for name, held in state[home].items() if held is not None}
+    for key, hook in state[table].items():
+        _cls, named, endings = HOOKS.get(name_of(type(hook)), (None, "", ()))
+        weight = vars(hook).get(named) if named else None
+        computed = isinstance(weight, str) and type(state.get(weight)) in (Tensor, nn.Parameter)
+        if table != "_forward_pre_hooks" or type(key) is not int or not computed or hasattr(cls, weight or ""):
+            return False
+        if not all(f"{weight}{ending}" in tensors for ending in endings):
+            return False
+    return True
 
 
 def _check_attributes(cls: type, attributes: Any) -> None:
@@ -393,7 +424,7 @@ def _set_state(cls: type[nn.Module], instance: nn.Module, state: dict[str, Any])
     owner.__setstate__(instance, state)  # type: ignore[attr-defined]
 
 
-def check_modules(modules: Iterable[nn.Module]) -> None:
+def check_modules(modules: Sequence[nn.Module]) -> None:
     """Refuse what can only be seen on modules that are whole.
 
     Raises:
@@ -403,6 +434,7 @@ def check_modules(modules: Iterable[nn.Module]) -> None:
     """
     counts: dict[int, int] = {}
     inside: set[int] = set()
+    most = limits.MODULES + 4 * len(modules)
 
     def count(module: nn.Module) -> int:
         if id(module) in inside:
@@ -411,8 +443,8 @@ def check_modules(modules: Iterable[nn.Module]) -> None:
             inside.add(id(module))
             counts[id(module)] = 1 + sum(count(child) for child in module._modules.values() if child is not None)
             inside.remove(id(module))
-            if counts[id(module)] > limits.OCCURRENCES:
-                raise OverLimit("its modules hold each other too often", "OCCURRENCES")
+            if counts[id(module)] > most:
+                raise OverLimit("its modules hold each other too often", "MODULES")
         return counts[id(module)]
 
     for module in modules:

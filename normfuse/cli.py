@@ -31,8 +31,10 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from normfuse.deadline import in_time
 from normfuse.errors import InputError, NormfuseError, NormfuseWarning, VerificationFailed, did_you_mean
 from normfuse.escaping import escaped, json_text
+from normfuse.limits import OverLimit
 
 if TYPE_CHECKING:
     from normfuse.inputs import Inputs
@@ -63,7 +65,7 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     interrupts: list[int] = []
     try:
-        with _warnings_as_lines(debug), _noting(interrupts):
+        with _warnings_as_lines(debug), _noting(interrupts), in_time():
             return ask() or YES
     except (KeyboardInterrupt, click.Abort):
         return _complain(INTERRUPTED, "interrupted", None, as_json)
@@ -108,6 +110,8 @@ def _trace(error: Exception) -> None:
 
 def _foreign(error: Exception) -> tuple[str, str]:
     """What to say of an error that is not normfuse's own."""
+    if isinstance(error, OverLimit):
+        return str(error), error.hint
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "there is not enough memory", "nothing was written; a smaller model or smaller inputs need less"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("normfuse"):

@@ -229,6 +229,22 @@ def _defaultdict(factory: Any = None) -> collections.defaultdict[Any, Any]:
     return collections.defaultdict(factory)
 
 
+@dataclass(frozen=True)
+class Functions:
+    """The class whose methods are the functions of `torch`, such as `torch.relu`; a pickle gets at them by `getattr`."""
+
+
+_ACTIVATIONS = (torch.celu, torch.log_softmax, torch.prelu, torch.relu, torch.selu, torch.sigmoid, torch.softmax, torch.tanh)
+_ENTRYWISE = (torch.abs, torch.cos, torch.erf, torch.exp, torch.log, torch.log1p, torch.neg, torch.rsqrt, torch.sin, torch.sqrt)
+_FUNCTIONS = {function.__name__: function for function in (*_ACTIVATIONS, *_ENTRYWISE, torch.reciprocal, torch.square)}
+
+
+def _function(owner: Any, name: Any) -> Callable[..., Any]:
+    if not isinstance(owner, Functions) or type(name) is not str or name not in _FUNCTIONS:
+        raise NotAllowed(f"a call of getattr() for {f'torch.{name}' if isinstance(owner, Functions) else name!r}")
+    return _FUNCTIONS[name]
+
+
 CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
@@ -239,6 +255,7 @@ CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "builtins.bytearray": lambda *given: bytearray(_text_bytes(*given) if given and type(given[0]) is str else b"".join(given)),
     "builtins.complex": _numbers(complex),
     "builtins.slice": _numbers(slice),
+    "builtins.getattr": _function,
     "_codecs.encode": _text_bytes,
     "torch.Size": _size,
     "torch.device": _device,
@@ -262,6 +279,7 @@ _CONSTANTS = (torch.dtype, torch.qscheme, torch.memory_format)
 KINDS: Mapping[str, Any] = {
     **{f"builtins.{kind.__name__}": kind for kind in _BUILTINS},
     **{str(found): found for found in vars(torch).values() if isinstance(found, _CONSTANTS)},
+    "torch._C._VariableFunctionsClass": Functions(),
     "torch.Tensor": Tensor,
     "torch.nn.parameter.Parameter": nn.Parameter,
     "collections.OrderedDict": collections.OrderedDict,

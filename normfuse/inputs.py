@@ -507,7 +507,7 @@ def _image_sizes(model: nn.Module) -> Sequence[int] | None:
     return getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size)
 
 
-def _text_inputs(model: nn.Module) -> Inputs | None:
+def _text_inputs(model: Any) -> Inputs | None:
     """The dummy inputs of transformers, with token ids drawn from the whole table."""
     try:  # code of the model's class, on settings that can be anything
         dummies = dict(model.dummy_inputs) if hasattr(model, "config") else {}

@@ -55,11 +55,17 @@ NESTING = _limit("NESTING", 200)
 OCCURRENCES = _limit("OCCURRENCES", 1_000_000)
 """Values in a file, each counted as often as it is reached: a list that holds one list twice holds its values twice."""
 
+MODULES = _limit("MODULES", 2_000)
+"""Modules of a model, each counted as often as it is reached, beyond four times those that the file stores."""
+
 INFLATION = _limit("INFLATION", 32)
 """How many times its own size an archive may become when it is unpacked (beyond 64 MiB, which are always allowed)."""
 
 VIEW_BYTES = _limit("VIEW_BYTES", 1024 * MIB)
 """Bytes of a tensor that shows the same stored values many times (expanded, stride 0), if it were written out."""
+
+VALUE_BYTES = _limit("VALUE_BYTES", 16384 * MIB)
+"""Bytes of any one value that a model computes on its example inputs."""
 
 INPUT_BYTES = _limit("INPUT_BYTES", 8192 * MIB)
 """Bytes of all example inputs together, drawn or read."""
@@ -72,6 +78,10 @@ EXPRESSION_DEPTH = _limit("EXPRESSION_DEPTH", 150)
 
 EXPRESSION_BITS = _limit("EXPRESSION_BITS", 1024)
 """Bits of the largest number that a size or guard could come to, when each symbol in it has 32."""
+
+
+SECONDS = _limit("SECONDS", 86_400)
+"""Seconds that one command of the command line may take (0: any). Where strangers' files are read, set what you can wait."""
 
 
 def check_inflation(unpacked: int, size: int) -> None:

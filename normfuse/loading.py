@@ -31,6 +31,7 @@ from normfuse import allowlist, archive, limits
 from normfuse.building import Builder, check_modules, names_in
 from normfuse.constructors import Stored
 from normfuse.errors import LoadError, NormfuseWarning
+from normfuse.extents import check_numbers
 from normfuse.limits import OverLimit, check_inflation
 from normfuse.pickles import Unreadable, picture
 from normfuse.storages import ArchiveStorages, LegacyStorages, pickles_in, unpacked_size
@@ -181,6 +182,9 @@ def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pick
     if set(programs) != {"model"}:
         raise LoadError(f"{path} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
     program: torch.export.ExportedProgram = programs["model"]
+    if not trust_pickle:
+        with _told_as_load_error(path):
+            check_numbers(program.graph_module)
     return program
 
 
@@ -272,6 +276,8 @@ def _hint(names: Sequence[str]) -> str:
     tops = {name.partition(".")[0] for name in names if allowlist.is_identifier_path(name)}
     if "__main__" in tops:
         return f"export the model with torch.export, or move its classes into an installed package. {TRUST}"
+    if any(name.startswith(("torch.nn.utils.", "torch.nn.modules.module._Wrapped")) for name in names):
+        return f"remove its hooks before you save it, for example with torch.nn.utils.remove_spectral_norm. {TRUST}"
     missing = sorted(top for top in tops - sys.stdlib_module_names if not allowlist.is_installed(top))
     return f"install {', '.join(missing)} if these are model classes. {TRUST}" if missing else TRUST
 

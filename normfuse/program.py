@@ -30,7 +30,9 @@ from normfuse.atomic import late_errors
 from normfuse.bodies import constants
 from normfuse.composites import composites
 from normfuse.errors import TraceError, first_line
+from normfuse.extents import check_values
 from normfuse.formula import Formula, rounded
+from normfuse.limits import OverLimit
 
 Trains = Callable[[nn.Module], bool]
 """Whether a module is in training mode."""
@@ -100,7 +102,7 @@ class Program:
             trains: which of its modules are in training mode while it is traced, whatever they are now.
 
         Raises:
-            TraceError: torch.export could not trace the model.
+            TraceError: torch.export could not trace the model, or a value of it would be larger than `limits.VALUE_BYTES`.
         """
         _check_names(module, kwargs or {})
         with at_inference(module, trains) as notes, quiet():
@@ -132,6 +134,7 @@ class Program:
                     f"torch.export could not make this program functional: {first_line(error)}",
                     hint="run exported.run_decompositions({}) by itself for the whole story",
                 ) from error
+        _check_memory(functional)
         # guards of a loaded file are known by their text alone, which torch does not hand on
         functional._guards_code = list(dict.fromkeys((*exported._guards_code, *functional._guards_code)))
         program = cls(functional, notes=notes)
@@ -401,6 +404,14 @@ def _told_of_training(module: nn.Module) -> list[str]:
     return [
         f"{some} in training mode inside a model in evaluation mode: kept so; model.eval() sets all of it to evaluation mode"
     ]
+
+
+def _check_memory(exported: ExportedProgram) -> None:
+    try:
+        check_values(exported.graph_module)
+    except OverLimit as over:
+        hint = f"give smaller inputs, or raise the limit: {over.setting}"
+        raise TraceError(f"the model is not run: {over}", hint=hint) from None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import io
 import pickletools
 import time
 import types
+import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -76,6 +77,30 @@ def parameter(hooks: Any = (), **attributes: Any) -> Call:
     return Call(torch._utils._rebuild_parameter_with_state, torch.ones(1), True, OrderedDict(hooks), attributes)
 
 
+X = torch.linspace(-2, 2, 12).reshape(3, 4)
+VARIABLE_FUNCTIONS = torch._C._VariableFunctionsClass  # type: ignore[attr-defined]
+
+
+def normed() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and in many files
+        return nn.utils.weight_norm(nn.Linear(4, 4))
+
+
+def hooked(name: Any, **attributes: Any) -> Any:
+    layer = normed()
+    (hook,) = layer._forward_pre_hooks.values()
+    vars(hook).update(name=name, **attributes)
+    return layer
+
+
+def moved_hook(table: str) -> Any:
+    layer = normed()
+    getattr(layer, table).update(layer._forward_pre_hooks)
+    layer._forward_pre_hooks.clear()
+    return layer
+
+
 partial: Any = functools.partial  # holds what no honest one does
 TARGET = "/nonexistent/target"
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -127,6 +152,15 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "an enum that is filled": (lambda: holding(Raw(transformers.utils.PaddingStrategy, {})), "an empty transformers"),
     "another __setstate__": (lambda: holding(Call(nn.parallel.DistributedDataParallel)), "a call of"),
     "hooks on a tensor": (lambda: parameter(hooks={0: 1}), "hooks on a tensor"),
+    "a hook of a name that is no weight": (lambda: hooked("bias"), "hooks: remove them"),
+    "a hook of a method": (lambda: hooked("forward"), "hooks: remove them"),
+    "a hook of a text": (lambda: hooked(["weight"]), "hooks: remove them"),
+    "a hook in another place": (lambda: moved_hook("_forward_hooks"), "_forward_hooks"),
+    "a hook that is replaced": (lambda: hooked("weight", compute_weight=F.gelu), "to replace compute_weight"),
+    "a training flag that is none": (lambda: filled(nn.ReLU, training=config()), "another training"),
+    "a flag of hooks": (lambda: filled(nn.ReLU, _is_full_backward_hook=F.gelu), "another _is_full_backward_hook"),
+    "a function of torch that acts": (lambda: holding(Call(getattr, VARIABLE_FUNCTIONS, "from_file")), "torch.from_file"),
+    "an attribute of anything": (lambda: holding(Call(getattr, nn.Identity(), "train")), "getattr() for 'train'"),
     "a method on a tensor": (lambda: parameter(dim=3), "replace its own"),
 }
 
@@ -163,6 +197,38 @@ class Ordered(OrderedDict):  # type: ignore[type-arg]
 def test_what_would_act_is_refused_by_name(name: str, tmp_path: Path) -> None:
     make, told = REFUSED[name]
     assert told in refusal(saved(tmp_path / "evil.pt", make()))
+
+
+def pruned(times: int) -> Any:
+    layer = nn.Linear(4, 4)
+    for _ in range(times):
+        nn.utils.prune.l1_unstructured(layer, "weight", 0.25)
+    return layer
+
+
+@pytest.mark.parametrize("make", [normed, lambda: pruned(1), lambda: pruned(2)], ids=["weight norm", "pruned", "twice"])
+def test_hooks_of_torch_that_compute_weights_load(make: Callable[[], Any], tmp_path: Path) -> None:
+    model = nn.Sequential(make(), nn.LayerNorm(4)).eval()
+    loaded: Any = load(saved(tmp_path / "model.pt", model))
+    with torch.no_grad():
+        for weight in (*model.parameters(), *loaded.parameters()):
+            weight.mul_(1.5)  # so that a weight which is not computed again is seen
+    assert torch.equal(loaded(X), model(X))
+    program = torch.export.export(loaded, (X,))
+    assert torch.equal(program.module()(X), model(X))
+
+
+def test_a_spectral_norm_is_told_what_to_do(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model.pt", nn.utils.spectral_norm(nn.Linear(4, 4)))
+    with pytest.raises(LoadError, match="SpectralNorm") as caught:
+        load(path)
+    assert "remove_spectral_norm" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("function", [torch.relu, torch.tanh, torch.sigmoid])
+def test_functions_of_torch_that_only_compute_load(function: Any, tmp_path: Path) -> None:
+    loaded: Any = load(saved(tmp_path / "model.pt", nn.TransformerEncoderLayer(4, 2, 4, activation=function)))
+    assert loaded.activation is function
 
 
 class Setter(nn.Module):
@@ -260,7 +326,8 @@ BOUNDED: dict[str, tuple[Callable[[], Any], str]] = {
     "tuples of one tuple": (lambda: doubled(40, lambda v: (v, v), (1,)), "OCCURRENCES"),
     "dicts of one dict": (lambda: doubled(40, lambda v: {"a": v, "b": v}, {}), "OCCURRENCES"),
     "ordered dicts of one": (lambda: doubled(40, lambda v: OrderedDict(a=v, b=v), OrderedDict()), "OCCURRENCES"),
-    "modules of one module": (lambda: doubled(40, lambda v: nn.Sequential(v, v), nn.ReLU()), "OCCURRENCES"),
+    "modules of one module": (lambda: doubled(40, lambda v: nn.Sequential(v, v), nn.ReLU()), "MODULES"),
+    "modules that few bytes repeat": (lambda: doubled(12, lambda v: nn.Sequential(v, v), nn.ReLU()), "MODULES"),
     "deep modules": (lambda: doubled(75, nn.Sequential, nn.ReLU()), "NESTING"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -18,12 +19,13 @@ import torch
 from torch import nn
 
 from normfuse import archive, limits
-from normfuse.errors import InputError, LoadError
+from normfuse.errors import InputError, LoadError, TraceError
 from normfuse.inputs import from_file, from_specs
 from normfuse.limits import OverLimit
 from normfuse.loading import load
+from normfuse.program import Program
 from tests.unit.test_hostile_pickles import doubled, saved
-from tests.unit.test_loading import Call, graph_of, in_program, in_record, tampered, with_record
+from tests.unit.test_loading import LEAF, Call, graph_of, in_program, in_record, tampered, tree, with_record
 
 Edit = Callable[[dict[str, bytes]], None]
 
@@ -283,3 +285,116 @@ def test_without_torch_the_command_says_so(tmp_path: Path) -> None:
         if words == ["inspect", str(tmp_path / "m.pt")]:
             assert done.returncode == 2
             assert "pip install torch" in done.stderr
+
+
+# ---- what running a program takes
+
+
+def calls(*nodes: tuple[str, dict[str, Any]]) -> Edit:
+    """A program with more calls, whose results are named m0, m1, …; the last is one more output."""
+
+    def change(program: dict[str, Any]) -> None:
+        graph, signature = graph_of(program), program["graph_module"]["signature"]
+        made = []
+        for at, (target, arguments) in enumerate(nodes):
+            tensor = target.startswith("torch.ops.")
+            result = {"as_tensor": {"name": f"m{at}"}} if tensor else {"as_sym_int": {"as_name": f"m{at}"}}
+            inputs = [{"name": name if tensor else "", "arg": argument, "kind": 1} for name, argument in arguments.items()]
+            node = {"target": target, "inputs": inputs, "outputs": [result], "metadata": {}}
+            made.append(node | {"is_hop_single_tensor_return": None})
+            kind, known = ("tensor", graph["tensor_values"]["p_0_bias"]) if tensor else ("sym_int", {"as_int": 3})
+            graph[f"{kind}_values"][f"m{at}"] = known
+        graph["nodes"][:0] = made
+        graph["outputs"].append(result)
+        signature["output_specs"].append({"user_output": {"arg": result}})
+        entry = program["graph_module"]["module_call_graph"][0]["signature"]
+        entry["out_spec"] = json.dumps([1, tree("builtins.tuple", "null", LEAF, LEAF)])
+
+    return in_program(change)
+
+
+def number(value: int) -> dict[str, Any]:
+    return {"as_int": value}
+
+
+def made(at: int) -> dict[str, Any]:
+    return {"as_sym_int": {"as_name": f"m{at}"}}
+
+
+def doubling(count: int, start: str) -> Edit:
+    tensors = [[{"name": start}] * 2, *([{"name": f"m{at}"}] * 2 for at in range(count))]
+    return calls(*(("torch.ops.aten.cat.default", {"tensors": {"as_tensors": each}}) for each in tensors))
+
+
+MULTIPLIED = ("_operator.mul", {"a": number(2**62), "b": number(2**62)})
+ENDLESS_NUMBERS: dict[str, Edit] = {
+    "a power": calls(("_operator.pow", {"a": number(7), "b": number(10**9)})),
+    "a power of a number that is computed": calls(
+        ("torch.sym_max", {"a": number(7), "b": number(9)}), ("_operator.pow", {"a": made(0), "b": made(0)})
+    ),
+    "a shift": calls(("_operator.lshift", {"a": number(1), "b": number(10**12)})),
+    "squares": calls(MULTIPLIED, *(("_operator.mul", {"a": made(at), "b": made(at)}) for at in range(40))),
+    "squares of a largest one": calls(
+        MULTIPLIED,
+        *(("_operator.mul" if at % 2 else "torch.sym_max", {"a": made(at), "b": made(at)}) for at in range(40)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(ENDLESS_NUMBERS))
+def test_numbers_of_a_program_have_an_end(name: str, tmp_path: Path) -> None:
+    assert "EXPRESSION_BITS" in refusal(tampered(tmp_path / "evil.pt2", ENDLESS_NUMBERS[name]))
+
+
+def test_arithmetic_is_of_numbers(tmp_path: Path) -> None:
+    repeated = calls(("_operator.mul", {"a": {"as_ints": [1]}, "b": number(10**12)}))
+    assert "what is no number" in refusal(tampered(tmp_path / "evil.pt2", repeated))
+
+
+@pytest.mark.parametrize("name", ["factorial", "comb", "perm", "prod", "pow"])
+def test_arithmetic_has_no_factorials(name: str, tmp_path: Path) -> None:
+    evil = calls((f"math.{name}", {"a": number(10**9)}))
+    assert f"math.{name}" in refusal(tampered(tmp_path / "evil.pt2", evil))
+
+
+ACTING = {
+    "warn": {"message": {"as_string": "text"}},
+    "_print": {"s": {"as_string": "text"}},
+    "save": {"item": number(1), "filename": {"as_string": "file"}},
+    "manual_seed": {"seed": number(1)},
+    "set_grad_enabled": {"val": {"as_bool": True}},
+    "ljust": {"self": {"as_string": "text"}, "width": number(10**12)},
+    "seed": {},
+    "backward": {"self": {"as_tensor": {"name": "p_0_bias"}}},
+}
+
+
+@pytest.mark.parametrize("name", list(ACTING))
+def test_operators_only_compute(name: str, tmp_path: Path) -> None:
+    evil = calls((f"torch.ops.aten.{name}.default", ACTING[name]))
+    assert f"wants torch.ops.aten.{name}.default" in refusal(tampered(tmp_path / "evil.pt2", evil))
+
+
+FULL = ("torch.ops.aten.full.default", {"size": {"as_ints": [10**11]}, "fill_value": {"as_float": 1.0}})
+
+
+@pytest.mark.parametrize("edit", [doubling(36, "p_0_bias"), calls(FULL)], ids=["joined", "filled"])
+def test_a_value_that_fills_the_memory_is_never_made(edit: Edit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = load(tampered(tmp_path / "evil.pt2", edit))
+    with pytest.raises(TraceError, match="the limit VALUE_BYTES is") as caught:
+        Program.from_exported(program)  # type: ignore[arg-type]
+    assert "NORMFUSE_LIMIT_VALUE_BYTES=" in (caught.value.hint or "")
+    monkeypatch.setattr(limits, "VALUE_BYTES", 1 << 50)
+    Program.from_exported(program)  # type: ignore[arg-type]
+
+
+def test_an_honest_program_of_sizes_is_read(tmp_path: Path) -> None:
+    class Sizes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            half = (x.shape[0] * x.shape[1] + 1) // 2
+            return x.reshape(-1)[: half**2 - half**2 + half] * (half + 1)
+
+    dims = ({0: torch.export.Dim("rows", min=2), 1: torch.export.Dim("columns", min=2)},)
+    torch.export.save(torch.export.export(Sizes(), (torch.ones(3, 4),), dynamic_shapes=dims), tmp_path / "sizes.pt2")
+    loaded = load(tmp_path / "sizes.pt2").module()  # type: ignore[operator]
+    assert torch.equal(loaded(torch.ones(5, 3)), torch.full((8,), 9.0))
