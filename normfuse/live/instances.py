@@ -20,6 +20,7 @@ from normfuse.edits import Call, Ref
 from normfuse.errors import NormfuseError
 from normfuse.formula import rounded
 from normfuse.live.eager import VALUE
+from normfuse.live.receiving import load_of, note, unwatched, watched
 from normfuse.live.recomputed import Formed
 from normfuse.live.records import (
     GIVEN_UP,
@@ -31,7 +32,10 @@ from normfuse.live.records import (
     home_of,
     is_idle,
     is_rewritten,
+    memory,
     own,
+    own_class,
+    plain,
     rewritten,
 )
 
@@ -39,7 +43,7 @@ from normfuse.live.records import (
 def install(module: nn.Module, record: Rewritten) -> None:
     """Give a module the behaviour of a record; `own_class` takes it away again."""
     if is_rewritten(module):
-        _plain(module)
+        plain(module)
     module.__dict__[RECORD] = record
     attributes = tuple(sorted(record.tensors.keys() | record.borrowed))
     module.__class__ = _class_for(type(module), attributes, record.change is not None)  # type: ignore[arg-type]
@@ -51,7 +55,7 @@ def own_classes(model: nn.Module) -> Iterator[None]:
     classes = [(module, type(module)) for module, _ in rewritten(model)]
     try:
         for module, _ in classes:
-            _plain(module)
+            plain(module)
         yield
     finally:
         for module, each in classes:
@@ -87,12 +91,6 @@ def _marks(module: nn.Module) -> dict[str, Any]:
     return {key: module.__dict__[key] for key in (RECORD, GIVEN_UP) if key in module.__dict__}
 
 
-def own_class(module: nn.Module) -> None:
-    """Give a module its own class back."""
-    if is_rewritten(module):
-        del _plain(module).__dict__[RECORD]
-
-
 @functools.cache
 def _class_for(base: Any, attributes: tuple[str, ...], forward: bool) -> type[nn.Module]:
     """A subclass with the class's own name, a property per attribute, and the record's forward where there is one."""
@@ -104,6 +102,7 @@ def _class_for(base: Any, attributes: tuple[str, ...], forward: bool) -> type[nn
         as_base = tuple(base if each is type(self) else each for each in args)
         return _made_again, (attributes, forward, made, as_base), *state
 
+    members["_load_from_state_dict"] = load_of(base)
     if forward:
         members["forward"] = _forward_of(base)
     return type(base.__name__, (base,), members | {"__reduce_ex__": reduce})
@@ -211,13 +210,17 @@ def bake(model: nn.Module) -> None:
         if kept.tensor is None or kept.data is None:
             kept.module.register_parameter(kept.name, nn.Parameter(value))
         else:
-            kept.tensor.data = tied.setdefault(_memory(kept.data), value)
+            kept.tensor.data = tied.setdefault(memory(kept.data), value)
+    gone: list[tuple[nn.Module, str]] = []
     for module, record in records.items():
         for holder, home, name in record.spare:
+            gone.append((holder, name))
             record.keep(Kept(holder, home, name, getattr(holder, home)[name], None))
             getattr(holder, home)[name] = None
         record.evaluated()
         install(module, record)
+    changed = [own(kept.module, kept.name) for kept, _ in before]
+    note(model, changed, gone, came=any(kept.tensor is None for kept, _ in before))
 
 
 def _values(module: nn.Module, record: Rewritten) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -227,13 +230,15 @@ def _values(module: nn.Module, record: Rewritten) -> Iterator[tuple[nn.Module, s
             yield module, name, _baked(module, record, recipe)
 
 
-def forget(model: nn.Module) -> None:
-    """Give up the originals that `bake` has kept."""
-    for module, record in list(rewritten(model)):
+def settle(model: nn.Module, *, keep: bool) -> None:
+    """Give up the originals that `bake` has kept, or not; what is loaded from now on is looked at."""
+    for module, record in () if keep else list(rewritten(model)):
         record.kept = None
-        if record.change is None and not record.borrowed:
+        stands = record.deployment is None or record.deployment.stands
+        if stands and record.change is None and not record.borrowed:
             own_class(module)
             module.__dict__[GIVEN_UP] = True
+    watched(model)
 
 
 def undo(model: nn.Module) -> bool:
@@ -245,12 +250,8 @@ def undo(model: nn.Module) -> bool:
         for kept in reversed(record.kept or ()):
             kept.put_back()
         own_class(module)
+    unwatched(model)
     return True
-
-
-def _plain(module: nn.Module) -> nn.Module:
-    module.__class__ = type(module).__mro__[1]
-    return module
 
 
 def _kept(module: nn.Module, name: str) -> Kept:
@@ -265,7 +266,3 @@ def _baked(module: nn.Module, record: Rewritten, recipe: Recipe) -> Tensor:
         return tensor
 
     return rounded(recipe.formula, read, own(module, recipe.like).dtype)
-
-
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

@@ -112,6 +112,21 @@ def _wide(leaves: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(each.dtype == torch.float64 for each in leaves) else torch.float32
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """What evaluating the formulas has done to a model's state dict.
+
+    Attributes:
+        changed: the names, each set of them for one tensor, under which the values that were put in are saved.
+        gone: names that have left.
+        stands: no name has come or gone, so the model's own classes compute the same of what is saved.
+    """
+
+    changed: frozenset[frozenset[str]] = frozenset()
+    gone: frozenset[str] = frozenset()
+    stands: bool = True
+
+
 @dataclass
 class Rewritten:
     """What a module reads and computes otherwise than its class says.
@@ -127,6 +142,8 @@ class Rewritten:
         guards: modules that must not be in training mode; while one is, the module does what its own class says.
         spare: (module, home, name) of tensors that nobody reads once the formulas are evaluated.
         kept: the model's own tensors after `bake` has put others in their place; None where they were not kept.
+        path: where the module was in its model when the formulas were evaluated.
+        deployment: what evaluating them has done to the model; None where they are not evaluated yet.
     """
 
     tensors: dict[str, Recipe] = field(default_factory=dict)
@@ -138,6 +155,8 @@ class Rewritten:
     guards: list[nn.Module] = field(default_factory=list)
     spare: list[tuple[nn.Module, str, str]] = field(default_factory=list)
     kept: list[Kept] | None = field(default_factory=list)
+    path: str = ""
+    deployment: Deployment | None = None
     _formings: dict[tuple[str, ...], Forming] = field(default_factory=dict, repr=False, compare=False)
 
     def forming(self, *attributes: str) -> Forming:
@@ -207,3 +226,20 @@ def is_idle(module: nn.Module, record: Rewritten) -> bool:
         if guard.training:
             return True
     return bool(record.guards) and module.__dict__.get("_is_replica", False)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """A rewritten module with its own class, its record still there."""
+    module.__class__ = type(module).__mro__[1]
+    return module
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a module its own class back."""
+    if is_rewritten(module):
+        del plain(module).__dict__[RECORD]
+
+
+def memory(tensor: Tensor) -> tuple[Any, ...]:
+    """What is the same for tensors that are one memory seen alike."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

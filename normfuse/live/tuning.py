@@ -20,7 +20,7 @@ from normfuse.formula import Formula, reads
 from normfuse.inputs import Inputs
 from normfuse.live.comparison import Unplaced
 from normfuse.live.eager import Adaptation, Change, adapt, both, input_of, stored_names
-from normfuse.live.instances import bake, forget, install, own_classes, put_back, undo
+from normfuse.live.instances import bake, install, own_classes, put_back, settle, undo
 from normfuse.live.records import GIVEN_UP, RECORD, Recipe, Rewritten, home_of, own, rewritten
 from normfuse.planner import Plan, plan
 from normfuse.program import Program, Trains, at_inference
@@ -273,8 +273,7 @@ def deployed(
             return  # another deploy has left nothing to do
         _require_rewrites(chosen)
         _make(program, chosen, adaptation, model, given, level, progress)
-    if not keep:
-        forget(model)
+    settle(model, keep=keep)
     _tell(chosen)
 
 
@@ -291,8 +290,7 @@ def applied(model: nn.Module, chosen: Plan, given: Inputs, *, keep: bool) -> Non
             )
             raise CannotApply([f"{program.site(each.node)}: {each.reason}" for each in adaptation.unplaced], hint=hint)
         _make(program, chosen, adaptation, model, given, "full", None)
-    if not keep:
-        forget(model)
+    settle(model, keep=keep)
 
 
 def _make(
@@ -338,8 +336,7 @@ def baked(model: nn.Module, *, keep: bool) -> None:
     """A tuned model with its formulas evaluated."""
     with put_back(model):
         bake(model)
-    if not keep:
-        forget(model)
+    settle(model, keep=keep)
 
 
 def restored(model: nn.Module) -> None:
