@@ -225,11 +225,10 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
     if evidence.algebra:
         worst = max(evidence.algebra, key=lambda each: (each.verdict is Verdict.DISPROVEN, each.error / each.allowed))
         said = f"error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases"
-        said += (
-            ""
-            if worst.verdict is not Verdict.DISPROVEN
-            else f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
-        )
+        if worst.verdict is Verdict.DISPROVEN:
+            said += f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
+        elif evidence.sensitivity:
+            said += f"; {evidence.sensitivity}"
         _level(grid, "algebra", level_verdict(evidence.algebra), said)
     if evidence.rounding and level_verdict(evidence.algebra) is not Verdict.DISPROVEN:
         own = next((each for each in evidence.rounding if each.verdict is Verdict.DISPROVEN), evidence.rounding[0])

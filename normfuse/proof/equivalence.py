@@ -29,7 +29,7 @@ from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage
 from normfuse.proof.differences import Difference, difference
-from normfuse.proof.evidence import Agreement, Evidence, Rounding, Verdict
+from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Sensitivity, Verdict
 from normfuse.proof.proving import (
     DRAWS,
     Progress,
@@ -42,6 +42,7 @@ from normfuse.proof.proving import (
     samples_of_rounding,
     told_of,
 )
+from normfuse.proof.sensitivity import Judge, sensitivity
 from normfuse.proof.steps import jumping
 
 WITHOUT_TRUTH = (
@@ -65,6 +66,7 @@ class Side:
             can be had.
         rounding: samples of what arithmetic in the stored dtype does to the outputs; None if they cannot be had.
         jumps: it rounds or compares, so that a rounding may make a whole step.
+        sensitive: the smallest change of its weights on a case that a judge sees; None if that cannot be had.
         notes: for the reader of the evidence.
     """
 
@@ -76,6 +78,7 @@ class Side:
     own: Callable[[Case, torch.dtype], Sequence[Tensor]] | None = None
     rounding: Callable[[Case], Samples] | None = None
     jumps: bool = False
+    sensitive: Callable[[Case, Judge], Sensitivity | None] | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -105,6 +108,7 @@ def program_side(
     weights = nudges(program, other) if other else lambda size, draw: nudged(size or unit, draw=draw)
     rough = unit if unit > rounding_of(program) else None
     held = (*NARROW, torch.float64) if short else ()
+    read = list(program.stored.values())
     outputs = None if state else sum(s.kind.name == "USER_OUTPUT" for s in program.exported.graph_signature.output_specs)
 
     def flat(case: Case) -> Sequence[Any]:
@@ -126,6 +130,9 @@ def program_side(
         lambda case, width: on(case, wide=True, width=width, short=held),
         lambda case: [each[:outputs] for each in samples_of_rounding(program, flat(case), size=rough)],
         jumping(program),
+        lambda case, judge: sensitivity(
+            program, read, lambda weights: on(case, wide=True, short=NARROW if short else (), weights=weights), judge
+        ),
         _rounded_numbers(program) if short else (),
     )
 
@@ -235,7 +242,7 @@ def compare(
     rounding: list[Rounding] = []
     figures: list[Difference] = []
     notes = [*a.notes, *b.notes]
-    everything, coverage = list(cases), Coverage()
+    everything, coverage, seen = list(cases), Coverage(), None
     for done, case in enumerate(everything):
         if progress:
             progress(case.name, done, len(everything))
@@ -247,11 +254,13 @@ def compare(
             notes.append(f"not run on '{case.name}': {first_line(error)}")
             continue
         coverage.add(runs.truth, runs.shaken[0], given=case.given or done == 0)
-        agreed, rows = _judged(a, b, case, runs)
+        judge, sampled = _judge(a, b, case, runs)
+        agreed, rows = _judged(a, b, case, runs, judge, sampled)
         algebra.append(agreed)
         rounding += rows
         if done == 0:
             figures += _figures(case, runs)
+            seen = a.sensitive(case, judge) if a.sensitive and agreed.ok else None
     return Evidence(
         algebra=tuple(algebra),
         rounding=tuple(rounding),
@@ -259,6 +268,7 @@ def compare(
         differences=tuple(figures),
         runtimes=(a.runtime, b.runtime),
         missing=coverage.missing(),
+        sensitivity=seen,
     )
 
 
@@ -298,18 +308,33 @@ def _runs(a: Side, b: Side, case: Case, same_weights: bool) -> _Runs:
     return _Runs(usual, truth, shaken, noise, wide, got)
 
 
-def _judged(a: Side, b: Side, case: Case, runs: _Runs) -> tuple[Agreement, list[Rounding]]:
-    """Whether the two agree where little is rounded, and in each way in which the other is run."""
+def _judge(a: Side, b: Side, case: Case, runs: _Runs) -> tuple[Judge, Callable[[], Samples] | None]:
+    """What tells whether the two agree where little is rounded; and samples of the stored dtype's arithmetic."""
     sampled = cache(partial(a.rounding, case)) if a.rounding else None  # dear: taken once, and only if it is asked for
     excused = sampled if b.wide is None else None  # nothing but arithmetic in the stored dtype is to be had of it
-    agreed = agreement(case.name, runs.truth, runs.wide, runs.noise, excused, jumps=a.jumps)
+    return partial(agreement, case.name, runs.truth, samples=runs.noise, more=excused, jumps=a.jumps), sampled
+
+
+def _judged(
+    a: Side, b: Side, case: Case, runs: _Runs, judge: Judge, sampled: Callable[[], Samples] | None
+) -> tuple[Agreement, list[Rounding]]:
+    """Whether the two agree where little is rounded, and in each way in which the other is run."""
+    agreed = judge(runs.wide)
     excused = sampled if agreed.verdict is not Verdict.DISPROVEN else None
     before, rows = max(distances(runs.truth, runs.usual), default=0.0), []
     for how, outputs in runs.got.items():
         name = f"{case.name}, {how}" if how else case.name
         row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused, jumps=a.jumps, luck=math.inf)
+        if b.rounding and agreed.ok and not row.ok and _few_roundings(runs.truth, outputs):
+            row = agreement(name, runs.truth, outputs, b.rounding(case))
         rows.append(Rounding(name, before, max(distances(runs.truth, outputs), default=0.0), row.verdict))
     return agreed, rows
+
+
+def _few_roundings(truth: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
+    """Whether outputs are off by no more than another order of the same steps may cost."""
+    units = [torch.finfo(each.dtype).eps if each.is_floating_point() else 0.0 for each in outputs]
+    return all(error <= MARGIN * unit for error, unit in zip(distances(truth, outputs), units, strict=False))
 
 
 def _figures(case: Case, runs: _Runs) -> list[Difference]:

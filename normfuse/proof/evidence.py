@@ -104,6 +104,28 @@ class Rounding:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """The smallest change of the reference that the comparison would have seen.
+
+    Attributes:
+        change: of one row of a stored tensor, relative: what was tried, and showed, for the row that shows least.
+        shown: how many of the sampled rows show; none even with ``change`` if 0.
+        sampled: how many tensors a row was taken from.
+    """
+
+    change: float
+    shown: int
+    sampled: int
+
+    def __str__(self) -> str:
+        size = f"{100.0 * self.change:.2g} %" if self.change >= 1e-4 else f"{self.change:.0e}"
+        if not self.shown:
+            return f"a row off by {size} would not show"
+        rows = "a row" if self.shown == self.sampled else f"a row of {self.shown} of {self.sampled} sampled tensors"
+        return f"{rows} off by {size} would show"
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What `prove` and `compare` found.
 
@@ -117,6 +139,7 @@ class Evidence:
         runtimes: of two models, what ran each.
         unchanged: nothing was rewritten, so that there is nothing to compare.
         missing: what was asked for and could not be compared; None where all was.
+        sensitivity: the smallest change that the algebra level would have seen; None where it could not be told.
     """
 
     level: str = "full"
@@ -128,6 +151,7 @@ class Evidence:
     runtimes: tuple[str, ...] = ()
     unchanged: bool = False
     missing: Missing | None = None
+    sensitivity: Sensitivity | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -197,6 +221,7 @@ class Evidence:
             "error": self.error,
             "noise": self.noise,
             "rounding_ratio": self.ratio,
+            "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "notes": list(self.notes),
             "differences": [asdict(each) for each in self.differences],
             "runtimes": list(self.runtimes),

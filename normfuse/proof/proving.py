@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage, Missing, counts
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
 from normfuse.proof.judging import Judged, judged
+from normfuse.proof.sensitivity import sensitivity
 from normfuse.proof.steps import Steps, jumping, told_of_own
 from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
@@ -103,7 +104,7 @@ def prove(
         raise NormfuseError("the model does not run: its weights are on the meta device", hint=hint)
     trials = [Trial(case.name, case, None) for case in cases]
     trials += [Trial(name, trials[0].case, change) for name, change in _other_weights(plan).items()]
-    return _measure(original, rewritten, trials, progress, Evidence(level, structure))
+    return _measure(original, rewritten, trials, _changed(plan), progress, Evidence(level, structure))
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
     A model's own weights can hide a mistake (a bias that happens to be zero, an eps far below the variance), and a model
     that reads token ids offers no other way to give its norms a large mean or next to no variance.
     """
-    changed = {edit.name for rewrite in plan.rewrites for edit in rewrite.edits if isinstance(edit, SetTensor)}
+    changed = set(_changed(plan))
 
     def shifted(name: str, value: Tensor) -> Tensor:
         return value + value.std() if value.numel() > 1 else value
@@ -134,6 +135,11 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
         return value * torch.exp(0.5 * _noise(name, value)) + (0.1 * value.std() if value.numel() > 1 else 0.0)
 
     return {"weights with a mean": shifted, "writers of tiny variance": shrunk, "other weights": redrawn}
+
+
+def _changed(plan: Plan) -> list[str]:
+    """The stored tensors that a plan changes."""
+    return [edit.name for rewrite in plan.rewrites for edit in rewrite.edits if isinstance(edit, SetTensor)]
 
 
 def _structure(original: Program, rewritten: Program, plan: Plan) -> Structure:
@@ -159,7 +165,9 @@ def _output_problems(original: Program, rewritten: Program) -> list[str]:
     return problems
 
 
-def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress | None, so_far: Evidence) -> Evidence:
+def _measure(
+    a: Program, b: Program, trials: Sequence[Trial], changed: Sequence[str], progress: Progress | None, so_far: Evidence
+) -> Evidence:
     algebra: list[Agreement] = []
     rounding: list[Rounding] = []
     notes: list[str] = []
@@ -183,8 +191,12 @@ def _measure(a: Program, b: Program, trials: Sequence[Trial], progress: Progress
         got = run(b, flat, wide=True, weights=weights, beside=steps.followed())
         own |= steps.own.keys()
         coverage.add(truth, samples[0], given=trial.case.given and weights is None)
-        more = partial(samples_of_rounding, a, flat, size=NUDGE, weights=weights, steps=steps)
-        algebra.append(agreement(name, truth, got, samples, more))
+        more = cache(partial(_sampled, a, flat, weights, steps))
+        judge = partial(agreement, name, truth, samples=samples, more=more)
+        algebra.append(judge(got))
+        if done == 0 and algebra[0].ok:
+            outputs = partial(_otherwise, a, flat, steps)
+            so_far = replace(so_far, sensitivity=sensitivity(a, changed, outputs, judge))
         if weights is None:
             try:
                 before, after = usual if done == 0 and usual is not None else run(a, flat), run(baked, flat)
@@ -212,6 +224,15 @@ def _shaken(program: Program, flat: Sequence[Any], weights: Weights | None, draw
     """The outputs in float64 after the inputs and the weights were nudged."""
     changed = nudged(NUDGE, weights, draw)
     return run(program, _nudged_inputs(flat, draw), wide=True, weights=changed, beside=steps.measured())
+
+
+def _sampled(program: Program, flat: Sequence[Any], weights: Weights | None, steps: Steps) -> Samples:
+    return samples_of_rounding(program, flat, size=NUDGE, weights=weights, steps=steps)
+
+
+def _otherwise(program: Program, flat: Sequence[Any], steps: Steps, weights: Weights) -> list[Tensor]:
+    """The outputs in float64 with other weights."""
+    return run(program, flat, wide=True, weights=weights, beside=steps.followed())
 
 
 def _not_rounded(rows: Sequence[Rounding]) -> Missing | None:

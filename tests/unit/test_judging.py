@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.interpret import run
 from normfuse.proof.judging import judged
+from tests.batch_norms import FOLDS
 from tests.models import noise
 from tests.zoo.spread import spread
 
@@ -63,10 +64,15 @@ def drawn(truth: Tensor, size: float, seeds: range, moves: Tensor) -> list[Tenso
 @given(layouts(), FILLS, st.sampled_from([1e-13, 1e-7, 1e-4]), st.booleans(), st.integers(0, 2**31))
 def test_no_mask_hides_another_difference(mask: Tensor, fill: float, size: float, added: bool, seed: int) -> None:
     values = torch.randn(mask.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 3.0
-    masked = values + torch.where(mask, fill, 0.0) if added else values.masked_fill(mask, fill)
+    masked = (
+        values + torch.where(mask, torch.tensor(fill, dtype=torch.float64), 0.0) if added else values.masked_fill(mask, fill)
+    )
     samples = drawn(masked, size, range(2), ~mask)
     if added and abs(fill) < 1e300:  # arithmetic with a mask's number is rough
-        samples = [each + torch.where(mask, 1e-15 * fill * (place + 1), 0.0) for place, each in enumerate(samples)]
+        samples = [
+            each + torch.where(mask, torch.tensor(1e-15 * fill * (place + 1), dtype=torch.float64), 0.0)
+            for place, each in enumerate(samples)
+        ]
     (honest,) = drawn(masked, size, range(7, 8), ~mask)
     assert judged(masked, honest, samples, FLOOR).agrees
     wrong = masked.clone()
@@ -155,3 +161,11 @@ def test_a_mask_that_is_computed_with_is_not_moved() -> None:
     program = normfuse.Program.trace(right, (noise(4, 6), mask))
     assert run(program, [noise(4, 6), mask])[0].abs().min() > 0
     assert not normfuse.verify(right, wrong, (noise(4, 6), mask)).ok
+
+
+def test_a_way_of_more_steps_is_no_other_function() -> None:
+    """A norm in front of a convolution rounds more often than the convolution with the norm folded in."""
+    fold = FOLDS["before a conv"]
+    folded = normfuse.rewrite(fold.module(), "all", inputs=fold.inputs).module()
+    for a, b in ((fold.module(), folded), (folded, fold.module())):
+        assert normfuse.verify(a, b, fold.inputs).ok
