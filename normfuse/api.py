@@ -18,11 +18,12 @@ from torch.utils import _pytree as pytree
 
 from normfuse import living, spelling
 from normfuse.atomic import write_atomically
+from normfuse.batches import taken, warn_of
 from normfuse.errors import CannotApply, InputError, NormfuseError, one_of
 from normfuse.escaping import escaped
 from normfuse.facts import Facts, analyze
 from normfuse.findings import Claim, Refusal
-from normfuse.inputs import Inputs, as_inputs, found_on, is_loader, taken
+from normfuse.inputs import Inputs, as_inputs, found_on, is_loader
 from normfuse.live import tuning
 from normfuse.loading import load
 from normfuse.planner import Plan, plan, site_in
@@ -148,8 +149,9 @@ def rewrite(
     Args:
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, a `Result`, or the path of a saved one. It is not changed.
         passes: names of passes, or ``"all"`` for those of `normfuse.registry.ALL`, which contain the others.
-        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`; found on the
-            model (timm, transformers, ``.pt2``) when None.
+        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`, of whose
+            tuples the arguments that the forward requires are taken (`normfuse.batches`); found on the model (timm,
+            transformers, ``.pt2``) when None.
         kwargs: example keyword inputs.
         dynamic_shapes: as for `torch.export.export`.
         mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
@@ -190,7 +192,8 @@ def rewrite(
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
-    report = Report(name, chosen, evidence, before, after, clock.laps, (*original.notes, *spelling.notes(original, planned)))
+    notes = (*original.notes, *_told(given), *spelling.notes(original, planned))
+    report = Report(name, chosen, evidence, before, after, clock.laps, notes)
     checked(evidence, report)
     written = rewritten.baked()
     if mode != "live":  # which is the original's own tensors, all of them
@@ -240,6 +243,7 @@ def tune(
         VerificationFailed: the result is not equivalent; the model is put back.
     """
     given = _given(model, inputs, kwargs, dynamic_shapes)
+    warn_of(given)
     tuning.tuned(model, _names(passes), given, allow=_claim(allow), level=checked_level(verify), progress=progress)
     return model
 
@@ -287,6 +291,7 @@ def deploy(
         tuning.baked(model, keep=keep)
         return model
     given = _given(model, inputs, kwargs, dynamic_shapes)
+    warn_of(given)
     tuning.deployed(
         model, _names(passes), given, allow=_claim(allow), level=checked_level(verify), keep=keep, progress=progress
     )
@@ -508,6 +513,10 @@ def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
             hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
         )
     return given if dynamic_shapes is None else replace(given, dynamic_shapes=dynamic_shapes)
+
+
+def _told(given: Inputs) -> tuple[str, ...]:
+    return (given.left_out,) if given.left_out else ()
 
 
 def _names(passes: Any) -> list[str]:

@@ -13,7 +13,6 @@ Floats are drawn from N(0, 1) and integers below a limit, with a generator of ou
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import re
@@ -53,13 +52,15 @@ class Inputs:
 
     ``dynamic_shapes`` is a tuple (positional inputs), a dict (keyword inputs), or a `torch.export.ShapesCollection` on
     these very tensors (both kinds: the names of positional inputs are the model's, not ours). None: all sizes are fixed.
-    ``more`` are further examples, of a loader: models are compared on them too.
+    ``more`` are further examples, of a loader: models are compared on them too. ``left_out`` tells what of a loader's batches
+    is no input (`normfuse.batches`).
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     dynamic_shapes: Any | None = None
     more: tuple[Inputs, ...] = ()
+    left_out: str | None = None
 
 
 @dataclass(frozen=True)
@@ -109,23 +110,6 @@ def as_inputs(inputs: Any, kwargs: Mapping[str, Any] | None = None) -> Inputs | 
 def is_loader(inputs: Any) -> bool:
     """Whether a user's inputs are a loader of batches, and not inputs themselves."""
     return isinstance(inputs, Iterable) and not isinstance(inputs, Tensor | np.ndarray | tuple | list | str | Mapping)
-
-
-def taken(model: Any, batch: Inputs) -> Inputs:
-    """A batch of a loader as a model is called with it: what a tuple has beyond the forward's own arguments is labels.
-
-    Args:
-        model: a module; of anything else all is taken.
-        batch: positional and keyword inputs, and further examples.
-    """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.fx.GraphModule):
-        return batch
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return batch
-    places = [each for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
-    free = sum(each.name not in batch.kwargs for each in places)
-    return replace(batch, args=batch.args[:free], more=tuple(taken(model, each) for each in batch.more))
 
 
 # ---- from specs
@@ -361,7 +345,7 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
     """
     path = Path(path)
     try:
-        args, kwargs = _as_call(_content(path))
+        args, kwargs = call_of(_content(path))
         leaves = pytree.tree_leaves((args, kwargs))
     except LoadError as error:
         raise InputError(str(error), hint=error.hint) from error
@@ -380,17 +364,17 @@ def from_file(path: str | os.PathLike[str]) -> Inputs:
 def from_loader(loader: Iterable[Any]) -> Inputs:
     """The first examples that a loader gives, such as a `torch.utils.data.DataLoader`; no more than `EXAMPLES`.
 
-    Each is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as in `from_file`. What a tuple has
-    beyond the arguments of the forward, such as labels, is left out (`taken`).
+    Each is a tensor, a tuple or list of positional inputs, or a dict of keyword inputs, as in `from_file`, or `Inputs`. What of
+    a tuple is taken `normfuse.batches` says.
 
     Raises:
         InputError: it gives nothing, or something else; what it raises itself goes through.
     """
     examples = []
     for content in islice(loader, EXAMPLES):
-        if not isinstance(content, Tensor | tuple | list | Mapping):
+        if not isinstance(content, Inputs | Tensor | tuple | list | Mapping):
             raise InputError(f"the loader gives a {type(content).__name__}", hint="give tensors, or tuples or dicts of tensors")
-        examples.append(Inputs(*_as_call(content)))
+        examples.append(content if isinstance(content, Inputs) else Inputs(*call_of(content)))
     if not examples:
         raise InputError("the loader gives nothing", hint="give at least one example")
     return replace(examples[0], more=tuple(examples[1:]))
@@ -444,7 +428,8 @@ def _array(path: Path) -> Any:
     return np.array(mapped)
 
 
-def _as_call(content: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(content: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of a tensor, a sequence, or a mapping as in `from_file`."""
     if isinstance(content, Tensor):
         return (content,), {}
     if not isinstance(content, Mapping):

@@ -12,9 +12,10 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from normfuse.api import Given, Model, to_program
+from normfuse.batches import taken
 from normfuse.errors import InputError
 from normfuse.escaping import is_text
-from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs
+from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs, is_loader
 from normfuse.interpret import flat_inputs
 from normfuse.program import Program
 from normfuse.proof import bisection
@@ -52,8 +53,8 @@ def verify(
         a: the reference: an `nn.Module`, a program, or a path: of one of these, of an ``.onnx`` file, of OpenVINO's
             ``.xml``, of an ExecuTorch ``.pte``, of a TensorRT engine, of an AOTInductor package. Each runs in its own runtime.
         b: the same.
-        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`; found on the
-            models when None, or drawn for the inputs that an exported file names.
+        inputs: example positional inputs, or a loader of several examples, as for `rewrite`; found on the models when None, or
+            drawn for the inputs that an exported file names.
         kwargs: example keyword inputs.
         trust_pickle: as for `rewrite`; an AOTInductor package, which is native code, runs only with it.
         progress: told (what, done, total).
@@ -79,14 +80,18 @@ def verify(
         if missing := uncompared(program, None, flat):
             return Evidence(missing=missing)
         reference = program_side(_name(a), program, state=False, short=True)
-        return compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress)
+        return _noted(compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress), given)
     _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle, fit=True)
     for each in (program, other):
         trial_run(each, flat_inputs(each, given.args, given.kwargs, cast=True))  # raises where it does not take them
     if missing := uncompared(program, other, flat):
         return Evidence(missing=missing)
     sides = program_side(_name(a), program, other=other), program_side(_name(b), other, calls=program, other=program)
-    return compare(*sides, tried, progress=progress)
+    return _noted(compare(*sides, tried, progress=progress), given)
+
+
+def _noted(evidence: Evidence, given: Inputs) -> Evidence:
+    return replace(evidence, notes=(*evidence.notes, given.left_out)) if given.left_out else evidence
 
 
 def _fitted(program: Program, given: Inputs) -> Inputs:
@@ -192,10 +197,11 @@ def _of_artifacts(left: Artifact, right: Artifact, inputs: Given, kwargs: Any, p
     if left.nudged is None or left.inputs is None:
         raise InputError(WITHOUT_TRUTH)
     given = as_inputs(inputs, kwargs) or _drawn(left.inputs)
+    given = taken(len(left.inputs), given) if is_loader(inputs) else given
     placed = partial(_placed, left.inputs)
     tried = [*cases_of(placed(given), [port.limit for port in left.inputs]), *further(given, placed)]
     reference, other = (artifact_side(each, left.inputs) for each in (left, right))
-    return compare(reference, other, tried, progress=progress)
+    return _noted(compare(reference, other, tried, progress=progress), given)
 
 
 def _placed(ports: Sequence[Port], given: Inputs) -> list[Any]:

@@ -119,4 +119,4 @@ def _centre(draft: Draft, weight: Node, dim: int) -> Obstacle | None:
 
 def blind(facts: Facts, chosen: Iterable[Centring]) -> Blind:
     """The facts of a program in which these mean-subtractions do not see what they take away."""
-    return Blind(facts.program, tuple(chosen))
+    return Blind(facts.program, centrings=tuple(chosen))

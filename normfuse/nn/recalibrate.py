@@ -11,7 +11,7 @@ Reference
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from normfuse.batches import as_batch, taken, warn_of
 from normfuse.nn.batch_channel_norm import EstimatedBatchNorm
 from normfuse.nn.evo_norm import EvoNormB0
 from normfuse.nn.power_norm import PowerNorm
@@ -49,8 +50,9 @@ def recalibrate(
 
     Args:
         model: changed in place; its training flags are the same afterwards.
-        data: batches. A mapping is passed as keyword arguments; of a list or tuple, as a loader with labels yields, the first
-            element; anything else as it is.
+        data: batches. A mapping is passed as keyword arguments; of a list or tuple, as a loader with labels yields, what the
+            forward requires, and the first element where it requires nothing (`normfuse.batches`); anything else as it is. An
+            optional argument that was given nothing of a longer tuple is told of by a `NormfuseWarning`.
         alpha: share of the new statistics: 1 replaces the old ones, less mixes (α-BN).
         call: how to run the model on a batch, in place of the above.
 
@@ -66,12 +68,17 @@ def recalibrate(
     meters = {name: _Meter(name, module, alpha) for name, module in model.named_modules() if _statistics(module)}
     if not meters:
         raise ValueError("no module of this model has running statistics that could be measured")
-    done = False
+    done = told = False
     with torch.no_grad(), _everything_in_eval(model):
         handles = [meter.module.register_forward_pre_hook(meter, with_kwargs=True) for meter in meters.values()]
         try:
             for batch in data:
-                (call or _call)(model, batch)
+                if call:
+                    call(model, batch)
+                else:
+                    given = taken(model, as_batch(batch))
+                    told = told or warn_of(given)
+                    model(*given.args, **given.kwargs)
             if not any(meter.count for meter in meters.values()):
                 raise ValueError("the data are empty, or reach none of the norms")
             final = [(meter, meter.statistics()) for meter in meters.values()]
@@ -85,12 +92,6 @@ def recalibrate(
             for meter, statistics in final:
                 meter.store(*statistics)
     return model
-
-
-def _call(model: nn.Module, batch: Any) -> object:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (list, tuple)) else batch)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,10 +21,11 @@ from torch.fx import Graph, Node
 
 from normfuse.api import to_program
 from normfuse.atomic import write_atomically
+from normfuse.batches import as_batch, taken
 from normfuse.errors import InputError, LoadError, NormfuseError, first_line
 from normfuse.escaping import escaped, json_text
 from normfuse.facts import analyze
-from normfuse.inputs import Inputs, taken
+from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run_graph, user_inputs
 from normfuse.limits import OverLimit
 from normfuse.program import Program
@@ -91,11 +92,13 @@ class Calibration:
         model: how the user named the model.
         batches: how many there were.
         norms: one entry per LayerNorm over the last axis, in execution order.
+        left_out: what of the batches is no input, if anything; not in the file.
     """
 
     model: str
     batches: int
     norms: tuple[Deviation, ...]
+    left_out: str | None = None
 
     def of(self, program: Program, norm: Norm) -> Deviation | None:
         """What is known of a norm of the same model: by its module where that computes one norm, by its node otherwise."""
@@ -152,6 +155,8 @@ class Calibration:
         tokens = max((each.tokens for each in self.norms), default=0)
         said = f"{near} of {len(self.norms)} norms are near-constant (within {CONSTANT:.0%}) on {tokens} tokens"
         yield Text(said, "bold")
+        if self.left_out:
+            yield Text(f"note: {self.left_out}", "dim")
 
 
 def _deviation_of(data: Any) -> Deviation:
@@ -180,7 +185,8 @@ def calibrate(
 
     Args:
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, or the path of one; it runs as at inference.
-        data: batches; the first one is what a module is traced with, so all have its sizes unless dims are dynamic.
+        data: batches; the first one is what a module is traced with, so all have its sizes unless dims are dynamic. Of tuples
+            what the forward requires is taken (`normfuse.batches`).
         dynamic_shapes: as for `torch.export.export`.
         trust_pickle: as for `rewrite`.
         progress: told (what, done, total); total is 0 where the data do not tell their length.
@@ -197,7 +203,7 @@ def calibrate(
     first = next(batches, None)
     if first is None:
         raise InputError("there are no calibration data", hint="give one batch at least")
-    name, program, _ = to_program(model, taken(model, inputs_of(first)), None, dynamic_shapes, trust_pickle)
+    name, program, example = to_program(model, iter([inputs_of(first)]), None, dynamic_shapes, trust_pickle)
     norms = last_axis_norms(program)
     if not norms:
         raise NormfuseError(f"{name} has no LayerNorm over its last axis", hint="normfuse inspect MODEL lists its norms")
@@ -205,12 +211,12 @@ def calibrate(
     for batch in _chained(first, batches):
         if progress:
             progress("calibrating", done, total)
-        given = taken(model, inputs_of(batch))
+        given = taken(program, inputs_of(batch))
         for sigma, each in zip(watch(flat_inputs(program, given.args, given.kwargs)), sums, strict=True):
             each.add(sigma)
         done += 1
     found = (each.deviation(program, norm) for each, norm in zip(sums, norms, strict=True))
-    return Calibration(name, done, tuple(found))
+    return Calibration(name, done, tuple(found), example.left_out)
 
 
 def _chained(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
@@ -220,19 +226,13 @@ def _chained(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
 
 def inputs_of(batch: Batch) -> Inputs:
     """The inputs of a batch; its targets are none."""
-    if isinstance(batch, Tensor):
-        return Inputs((batch,), {})
-    if isinstance(batch, Mapping):
-        batch = Inputs((), dict(batch))
-    if isinstance(batch, Inputs):
-        return Inputs(batch.args, {key: value for key, value in batch.kwargs.items() if key != TARGETS})
-    return Inputs(tuple(batch), {})
+    given = as_batch(batch)
+    return replace(given, kwargs={key: value for key, value in given.kwargs.items() if key != TARGETS})
 
 
 def targets_of(batch: Batch) -> Tensor | None:
     """The targets of a batch, if it has any."""
-    named = batch.kwargs if isinstance(batch, Inputs) else batch if isinstance(batch, Mapping) else {}
-    return named.get(TARGETS)
+    return as_batch(batch).kwargs.get(TARGETS)
 
 
 def batches_of(data: Inputs, size: int) -> list[Inputs]:

@@ -13,6 +13,7 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
+from normfuse.batches import taken
 from normfuse.errors import InputError
 from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program
@@ -153,7 +154,7 @@ def predicted(program: Program, batch: Batch) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: there are no targets.
     """
-    given = inputs_of(batch)
+    given = taken(program, inputs_of(batch))
     outputs = run(program, flat_inputs(program, given.args, given.kwargs))
     logits = next((each for each in outputs if each.is_floating_point() and each.dim() > 1), None)
     if logits is None:

@@ -194,7 +194,7 @@ def strip(
     batches = list(data)
     if not batches:
         raise InputError("there are no data to measure on", hint="give one batch at least")
-    name, program, given = to_program(model, inputs_of(batches[0]), None, dynamic_shapes, trust_pickle)
+    name, program, given = to_program(model, iter([inputs_of(batches[0])]), None, dynamic_shapes, trust_pickle)
     given = replace(given, dynamic_shapes=None)
     meant, choices, unknown = _candidates(program, model, batches, calibration, trust_pickle, progress)
     base = loss(program, batches)
@@ -205,7 +205,8 @@ def strip(
     folded = folding.apply(linear)
     tried = cases_for(linear, given)
     evidence = prove(linear, folded, folding, tried, level=verify, progress=progress)
-    report = Report(name, folding, evidence, _kinds(program), _kinds(folded))
+    notes = (*program.notes, *filter(None, [given.left_out]))
+    report = Report(name, folding, evidence, _kinds(program), _kinds(folded), notes=notes)
     checked(evidence, report)
     baked = folded.baked()
     quality = measure(program, baked, batches, progress)

@@ -15,6 +15,7 @@ from torch import nn
 import normfuse
 import normfuse.nn
 from normfuse.folding.dissolve import HALF, LEFT, READERS, WRITERS
+from tests.float64 import error_in_float64
 from tests.foreign_norms import (
     FOREIGN,
     PREPBN,
@@ -56,7 +57,7 @@ def test_every_norm_goes_where_it_should(name: str, passed: str) -> None:
     assert tuple(refusal["code"] for refusal in report["refusals"]) == case.codes
     assert report["norms"]["after"] == {}
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert error_in_float64(case.module(), case.inputs, passed) <= 1e-14
     torch.testing.assert_close(result.module()(*case.inputs), case.module()(*case.inputs), rtol=1e-4, atol=1e-4)
 
 

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import normfuse
 from normfuse.errors import InputError
 from normfuse.inputs import (
     EXAMPLES,
@@ -37,7 +36,6 @@ from normfuse.inputs import (
     from_specs,
     integer_limits,
     parse_spec,
-    taken,
 )
 
 # ---- specs
@@ -547,25 +545,3 @@ def test_models_of_the_usual_libraries_run_on_what_they_tell() -> None:
         inputs = found_on(model)
         assert inputs is not None
         assert integer_limits(model, inputs) == limits
-
-
-@pytest.mark.parametrize("ask", ["rewrite", "calibrate"])
-def test_labels_of_a_loader_are_no_inputs(ask: str) -> None:
-    loader = DataLoader(TensorDataset(torch.randn(8, 6), torch.randint(0, 5, (8,))), batch_size=4)
-    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 5)).eval()
-    if ask == "rewrite":
-        result = normfuse.rewrite(model, "pre_rmsnorm", inputs=loader)
-        assert result.report.norms_after == {"rms_norm": 1}
-        assert len(result.inputs.args) == 1
-    else:
-        assert normfuse.calibrate(model, loader).batches == 2
-
-
-def test_of_a_tuple_the_forward_takes_its_own() -> None:
-    class Two(torch.nn.Module):
-        def forward(self, x: Tensor, y: Tensor, *, z: Tensor | None = None) -> Tensor:
-            return x + y
-
-    batch = Inputs((X, X, X), {}, more=(Inputs((X, X, X), {}),))
-    assert len(taken(Two(), batch).args) == len(taken(Two(), batch).more[0].args) == 2
-    assert len(taken(Two(), Inputs((X, X), {"y": X})).args) == 1
