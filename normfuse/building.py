@@ -26,7 +26,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from normfuse import limits
 from normfuse.allowlist import Inert, NotAllowed, name_of
-from normfuse.constructors import CONSTRUCTORS, KINDS, Rebuilds, Stored, is_data
+from normfuse.constructors import CONSTRUCTORS, KINDS, LOOKUP, Rebuilds, Stored, is_data
 from normfuse.limits import OverLimit
 from normfuse.pickles import Made, Name, Outside, Unreadable, children
 
@@ -186,6 +186,8 @@ class Builder:
     def _named(self, name: str) -> Any:
         if name in KINDS:
             return KINDS[name]
+        if name == LOOKUP:
+            raise NotAllowed(name)  # it is called for functions of torch, and no value
         if name in CONSTRUCTORS:
             return Rebuilds(name)
         if name in NAMESPACES or name in HOOKS or name == PARTIAL:

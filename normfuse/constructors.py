@@ -239,6 +239,9 @@ _ENTRYWISE = (torch.abs, torch.cos, torch.erf, torch.exp, torch.log, torch.log1p
 _FUNCTIONS = {function.__name__: function for function in (*_ACTIVATIONS, *_ENTRYWISE, torch.reciprocal, torch.square)}
 
 
+LOOKUP = "builtins.getattr"
+
+
 def _function(owner: Any, name: Any) -> Callable[..., Any]:
     if not isinstance(owner, Functions) or type(name) is not str or name not in _FUNCTIONS:
         raise NotAllowed(f"a call of getattr() for {f'torch.{name}' if isinstance(owner, Functions) else name!r}")
@@ -255,7 +258,7 @@ CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "builtins.bytearray": lambda *given: bytearray(_text_bytes(*given) if given and type(given[0]) is str else b"".join(given)),
     "builtins.complex": _numbers(complex),
     "builtins.slice": _numbers(slice),
-    "builtins.getattr": _function,
+    LOOKUP: _function,
     "_codecs.encode": _text_bytes,
     "torch.Size": _size,
     "torch.device": _device,
