@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfuse import allowlist
+from normfuse import allowlist, constructors
 from normfuse.allowlist import Inert, NotAllowed
 from normfuse.building import REVIEWED, Builder, _shadows
 from normfuse.pickles import Made, Name, Unreadable
@@ -166,11 +166,12 @@ def functions() -> dict[str, Callable[..., Any]]:
     """Every function that a file may name."""
     homes = ["torch.nn.functional", *sorted(allowlist.TENSOR_BUILTINS)]
     found = {f"{home}.{name}": thing for home in homes for name, thing in vars(importlib.import_module(home)).items()}
-    return {
+    named = {
         name: thing
         for name, thing in found.items()
         if not isinstance(thing, type) and allowlist._is_tensor_function(thing, name.rpartition(".")[0])
     }
+    return named | {f"torch.{name}": thing for name, thing in constructors._FUNCTIONS.items()}
 
 
 def things(target: str) -> dict[str, Any]:
