@@ -142,9 +142,17 @@ def formed(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype) 
             return value + _along(formed(by, read, dtype), value, dim)
         case Apply(op, args, kwargs, output):
             values = (_within(each, lambda inner: formed(inner, read, dtype)) for each in args)
-            result = operator_named(op)(*values, **dict(kwargs))
+            result = _operator(op)(*values, **dict(kwargs))
             chosen: Tensor = (result if isinstance(result, (tuple, list)) else (result,))[output]
             return chosen
+
+
+def _operator(name: str) -> Any:
+    """The operator of a name; a compiler cannot follow the look at its schema, which the plan has had."""
+    if torch.compiler.is_compiling():
+        packet, _, overload = name.partition(".")
+        return getattr(getattr(torch.ops.aten, packet), overload)
+    return operator_named(name)
 
 
 def _along(entries: Tensor, value: Tensor, dim: int) -> Tensor:
