@@ -294,6 +294,8 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
     if node.op == "placeholder":
         return Read(facts.program.stored[node.name])
     if node.target is operator.getitem:
+        if node.args[0].target is aten._native_batch_norm_legit.no_stats:
+            return _normalized(facts, arguments(node.args[0])) if node.args[1] == 0 else None
         source = constant_formula(facts, node.args[0])
         return replace(source, output=node.args[1]) if isinstance(source, Apply) else None
     if not only_computes(node.target) or not _stays_float(node) or rounds(node):
@@ -313,6 +315,22 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
     if node.target in _VIEWS:  # the same entries, however the operand lies in memory
         return Apply("reshape.default", tuple(args))
     return Apply(str(node.target).removeprefix("aten."), tuple(args), tuple(kwargs))
+
+
+def _normalized(facts: Facts, a: dict[str, Any]) -> Formula | None:
+    """A weight that is normalized by a BatchNorm without statistics, spelled out: its kernel trusts all sizes."""
+    x, entries = a["input"], [each and constant_formula(facts, each) for each in (a["weight"], a["bias"])]
+    of = constant_formula(facts, x)
+    missing = any(own is None for own, each in zip(entries, (a["weight"], a["bias"]), strict=True) if each is not None)
+    if of is None or missing or not _stays_float(x) or not a["training"]:
+        return None
+    dims, sizes = tuple(own for own in range(rank(x)) if own != 1), (1, -1, *[1] * (rank(x) - 2))
+    variance = Apply("var.correction", (of, dims), (("correction", 0), ("keepdim", True)))
+    centred = Apply("sub.Tensor", (of, Apply("mean.dim", (of, dims, True))))
+    made = Apply("div.Tensor", (centred, Apply("sqrt.default", (Apply("add.Tensor", (variance, a["eps"])),))))
+    for op, each in zip(("mul.Tensor", "add.Tensor"), entries, strict=True):
+        made = made if each is None else Apply(op, (made, Apply("reshape.default", (each, sizes))))
+    return made
 
 
 _NO_LITERAL = object()
