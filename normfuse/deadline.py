@@ -21,12 +21,13 @@ class _OutOfTime(BaseException):
 
 @contextlib.contextmanager
 def in_time() -> Iterator[None]:
-    """Stop what runs inside when its time is over; not on systems without timers, nor outside of the main thread.
+    """Stop what runs inside when its time is over; not outside of the main thread, nor where there is no timer or it is in use.
 
     Raises:
         OverLimit: it was not done in time. One operator is never cut short: the error comes when it is done.
     """
-    if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
+    own = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not own or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
 

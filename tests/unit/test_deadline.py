@@ -51,6 +51,16 @@ def test_no_time_is_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.05)
 
 
+def test_a_timer_of_somebody_else_stays() -> None:
+    signal.setitimer(signal.ITIMER_REAL, 500)
+    try:
+        with deadline.in_time():
+            assert 400 < signal.getitimer(signal.ITIMER_REAL)[0] <= 500
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 400
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def test_other_threads_have_no_timer() -> None:
     def enter() -> None:
         with deadline.in_time():
