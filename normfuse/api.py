@@ -24,6 +24,7 @@ from normfuse.escaping import escaped
 from normfuse.facts import Facts, analyze
 from normfuse.findings import Claim, Refusal
 from normfuse.inputs import Inputs, as_inputs, found_on, is_loader
+from normfuse.interpret import flat_inputs
 from normfuse.live import tuning
 from normfuse.loading import load
 from normfuse.planner import Plan, plan, site_in
@@ -31,6 +32,7 @@ from normfuse.program import Program, Site
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.fidelity import traced
+from normfuse.proof.loaded_back import called_as_written
 from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.registry import ALL
 from normfuse.registry import passes as all_passes
@@ -190,15 +192,19 @@ def rewrite(
         tried = cases_for(original, given)
         evidence = prove(original, rewritten, chosen, tried, promised=planned, level=verify, progress=progress)
     clock.lap("verify")
+    written = rewritten.baked()
+    if mode != "live":  # which is the original's own tensors, all of them
+        written = own_state(written if keep_unread or not chosen.rounds else only_read(written))
+    clock.lap("write")
+    if evidence.ok and not evidence.unchanged:
+        flat = flat_inputs(original, given.args, given.kwargs)
+        evidence = called_as_written(original, rewritten, written, flat, evidence)
+    clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
     notes = (*original.notes, *_told(given), *spelling.notes(original, planned))
     report = Report(name, chosen, evidence, before, after, clock.laps, notes)
     checked(evidence, report)
-    written = rewritten.baked()
-    if mode != "live":  # which is the original's own tensors, all of them
-        written = own_state(written if keep_unread or not chosen.rounds else only_read(written))
-    clock.lap("write")
     return Result(
         written, report, given, planned, _sources(model), mode, training=mode == "live" and getattr(model, "training", False)
     )
@@ -544,4 +550,5 @@ class _Clock:
 
     def lap(self, stage: str) -> None:
         now = time.perf_counter()
-        self.laps[stage], self._last = now - self._last, now
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now

@@ -235,6 +235,9 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
         ratio = f"{own.ratio:.2f} times the original's" if math.isfinite(own.ratio) else "the original has none"
         said = f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)"
         _level(grid, "rounding", own.verdict, said if math.isfinite(own.before) else "not run in the stored dtype")
+    if evidence.objections or evidence.called:
+        said = "; ".join(evidence.objections) or f"what is written was loaded back and called: {', '.join(evidence.called)}"
+        _level(grid, "called", Verdict.DISPROVEN if evidence.objections else Verdict.PROVEN, said)
     if grid.rows:
         yield grid
     if evidence.level != "full":
@@ -287,6 +290,7 @@ def junit(evidence: Evidence, name: str) -> str:
             for each in evidence.algebra]  # fmt: skip
     rows += [(f"{each.case}, as stored", each.verdict, f"off by {each.after:.1e}, the reference by {each.before:.1e}")
              for each in evidence.rounding]  # fmt: skip
+    rows += [("called as a user calls it", Verdict.DISPROVEN, each) for each in evidence.objections]
     told = [(label, _JUNIT[verdict], message) for label, verdict, message in rows]
     if evidence.verdict is Verdict.NOT_COMPARED:
         told.append(("anything was compared", "error", evidence.complaint()))

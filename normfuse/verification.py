@@ -9,18 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from normfuse.api import Given, Model, to_program
+from normfuse.api import Given, Model, Result, to_program
 from normfuse.batches import taken
+from normfuse.bodies import draws
 from normfuse.errors import InputError
 from normfuse.escaping import is_text
 from normfuse.inputs import DynamicDim, Inputs, Spec, as_inputs, from_specs, is_loader
 from normfuse.interpret import flat_inputs
-from normfuse.program import Program
+from normfuse.loading import load
+from normfuse.program import Program, quiet
 from normfuse.proof import bisection
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
+from normfuse.proof.calling import Call, call_of_module, call_of_program
 from normfuse.proof.cases import Case, cases_for, cases_of, further
 from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.proof.evidence import Evidence, Verdict
@@ -71,22 +76,28 @@ def verify(
     if isinstance(left, Artifact) and isinstance(right, Artifact):
         return _of_artifacts(left, right, inputs, kwargs, progress)
     if isinstance(left, Artifact):  # the program is the reference on either side
-        left, right, b = right, left, a
+        left, right, a, b = right, left, b, a
     assert not isinstance(left, Artifact)
+    left = _loaded(left, trust_pickle)
     _, program, given = to_program(left, inputs, kwargs, None, trust_pickle, fit=True)
     given = _fitted(program, given)
+    call, (name, others_name) = _call_of(left, program), _names(a, b)
     tried, flat = cases_for(program, given), flat_inputs(program, given.args, given.kwargs)
     if isinstance(right, Artifact):
         if missing := uncompared(program, None, flat):
             return Evidence(missing=missing)
-        reference = program_side(_name(a), program, state=False, short=True)
+        reference = program_side(name, program, call=call, state=False, short=True)
         return _noted(compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress), given)
+    right = _loaded(right, trust_pickle)
     _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle, fit=True)
     for each in (program, other):
         trial_run(each, flat_inputs(each, given.args, given.kwargs, cast=True))  # raises where it does not take them
     if missing := uncompared(program, other, flat):
         return Evidence(missing=missing)
-    sides = program_side(_name(a), program, other=other), program_side(_name(b), other, calls=program, other=program)
+    sides = (
+        program_side(name, program, call=call, other=other),
+        program_side(others_name, other, calls=program, call=_call_of(right, other), other=program),
+    )
     return _noted(compare(*sides, tried, progress=progress), given)
 
 
@@ -99,6 +110,22 @@ def _fitted(program: Program, given: Inputs) -> Inputs:
     flat = flat_inputs(program, given.args, given.kwargs, cast=True)
     args, kwargs = pytree.tree_unflatten(flat, program.exported.call_spec.in_spec)
     return replace(given, args=args, kwargs=kwargs, more=tuple(_fitted(program, each) for each in given.more))
+
+
+def _loaded(model: Model, trust: bool) -> nn.Module | ExportedProgram | Program | Result:
+    """What a user has to call."""
+    return load(Path(model), trust_pickle=trust) if isinstance(model, (str, Path)) else model
+
+
+def _call_of(model: nn.Module | ExportedProgram | Program | Result, program: Program) -> Call | None:
+    """How its user calls a model.
+
+    None for a module that draws random numbers, perhaps in another order than its trace: it was compared with that already.
+    """
+    if not isinstance(model, nn.Module):
+        with quiet():
+            return call_of_program(model.module(), program)
+    return None if any(map(draws, program.graph.nodes)) else call_of_module(model, program)
 
 
 def assert_equivalent(a: Model, b: Model, inputs: Given = None, **options: Any) -> Evidence:
@@ -225,6 +252,12 @@ def _drawn(ports: Sequence[Port]) -> Inputs:
         specs.append(Spec(None, port.dtype, dims))
     limits: dict[int | str, int] = {place: port.limit for place, port in enumerate(ports) if port.limit is not None}
     return from_specs(specs, index_limits=limits)
+
+
+def _names(a: Model, b: Model) -> tuple[str, str]:
+    """What to call two models, which may be of one class."""
+    one, other = _name(a), _name(b)
+    return (one, other) if one != other else ("the first model", "the second model")
 
 
 def _name(model: Model) -> str:

@@ -160,13 +160,23 @@ def other_sizes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
 
 
 def _extremes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
+    yield from _at_sizes(program, flat, {"smallest dynamic dims": min, "largest dynamic dims": max})
+
+
+def sizes_of_ranges(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
+    """The user's inputs with dynamic dims at both ends of their ranges, and between."""
+    yield from _extremes(program, flat)
+    yield from _at_sizes(program, flat, {"dynamic dims between": lambda bounds: sum(bounds) // 2})
+
+
+def _at_sizes(program: Program, flat: Sequence[Any], chosen: Mapping[str, Callable[[tuple[int, int]], int]]) -> Iterator[Case]:
     nodes = user_inputs(program)
     ranges = dict(_ranges(program, nodes, flat))
     dims = (dim for node in nodes if is_tensor(node) for dim in shape(node) if isinstance(dim, torch.SymInt))  # type: ignore[arg-type]
     if not ranges or any(not dim.node.expr.free_symbols <= ranges.keys() for dim in dims):
         return  # nothing is dynamic, or a dim is 2*batch where no input is as long as the batch
-    for name, end in (("smallest dynamic dims", 0), ("largest dynamic dims", 1)):
-        sizes = {symbol: bounds[end] for symbol, bounds in ranges.items()}
+    for name, size in chosen.items():
+        sizes = {symbol: size(bounds) for symbol, bounds in ranges.items()}
         yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
 
 

@@ -26,6 +26,7 @@ from normfuse.literals import numbers_cut
 from normfuse.program import Program
 from normfuse.proof.apart import coarser_inputs, nudges
 from normfuse.proof.artifacts import Artifact, Port
+from normfuse.proof.calling import Answer, Call, answer, same
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage
 from normfuse.proof.differences import Difference, difference
@@ -68,6 +69,7 @@ class Side:
         jumps: it rounds or compares, so that a rounding may make a whole step.
         sensitive: the smallest change of its weights on a case that a judge sees; None if that cannot be had.
         notes: for the reader of the evidence.
+        called: a program or a module as its user calls it, guards included, where `runs` has an inner form of it.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Side:
     jumps: bool = False
     sensitive: Callable[[Case, Judge], Sensitivity | None] | None = None
     notes: tuple[str, ...] = ()
+    called: Runner | None = None
 
 
 def program_side(
@@ -87,6 +90,7 @@ def program_side(
     program: Program,
     *,
     calls: Program | None = None,
+    call: Call | None = None,
     state: bool = True,
     short: bool = False,
     other: Program | None = None,
@@ -97,6 +101,7 @@ def program_side(
         name: how the user named it.
         program: what runs.
         calls: the program whose inputs the cases are made of, where it is another.
+        call: calls what the user has, which the program was made from.
         state: compare the tensors that it updates too, which a runtime does not give.
         short: the numbers of its code, such as a slope of 0.01, count as float32, which files hold. Torch's kernels outside
             float64 have them so too, and there the truth is computed with them; in float64 they are a part of the noise.
@@ -121,6 +126,11 @@ def program_side(
     def on(case: Case, **how: Any) -> Sequence[Tensor]:
         return run(program, flat(case), **how)[:outputs]
 
+    def as_called(case: Case) -> Sequence[Tensor]:
+        assert call is not None
+        args, kwargs = pytree.tree_unflatten(list(flat(case)), program.exported.call_spec.in_spec)
+        return call(args, kwargs)[:outputs]
+
     return Side(
         name,
         f"PyTorch {torch.__version__}",
@@ -134,6 +144,7 @@ def program_side(
             program, read, lambda weights: on(case, wide=True, short=NARROW if short else (), weights=weights), judge
         ),
         _rounded_numbers(program) if short else (),
+        as_called if call else None,
     )
 
 
@@ -241,13 +252,18 @@ def compare(
     algebra: list[Agreement] = []
     rounding: list[Rounding] = []
     figures: list[Difference] = []
+    objections: list[str] = []
     notes = [*a.notes, *b.notes]
     everything, coverage, seen = list(cases), Coverage(), None
     for done, case in enumerate(everything):
         if progress:
             progress(case.name, done, len(everything))
+        calls = _calls(a, b, case)
+        if objection := _objection(a, b, case, *calls):
+            objections.append(objection)
+            continue
         try:
-            runs = _runs(a, b, case, same_weights)
+            runs = _runs(a, b, case, same_weights, *calls)
         except Exception as error:
             if done == 0:
                 raise NormfuseError(f"the models do not run: {first_line(error)}") from error
@@ -267,9 +283,35 @@ def compare(
         notes=(*notes, *told_of(algebra)),
         differences=tuple(figures),
         runtimes=(a.runtime, b.runtime),
+        objections=tuple(objections),
         missing=coverage.missing(),
         sensitivity=seen,
     )
+
+
+def _calls(a: Side, b: Side, case: Case) -> tuple[Answer, Answer]:
+    """What both sides give when they are called as their users call them."""
+    one, other = (answer(partial(side.called or next(iter(side.runs.values())), case)) for side in (a, b))
+    return one, other
+
+
+def _objection(a: Side, b: Side, case: Case, one: Answer, other: Answer) -> str | None:
+    """What calls show against equivalence: one side refuses what the other takes.
+
+    An exported file has no guards, and the reference may refuse sizes that its ranges allow for what else it asks.
+
+    Raises:
+        InputError: both refuse the user's own inputs.
+    """
+    if one.refuses and other.refuses and case.given and (a.called or b.called):
+        hint = "give inputs on which the models themselves run"
+        raise InputError(f"both models refuse these inputs: {one.refusal}", hint=hint)
+    told = "{} refuses the inputs '{}', which {} takes: {}"
+    if other.refuses and one.outputs is not None and b.called:
+        return told.format(b.name, case.name, a.name, other.refusal)
+    if one.refuses and other.outputs is not None and a.called and case.given:
+        return told.format(a.name, case.name, b.name, one.refusal)
+    return None
 
 
 @dataclass(frozen=True)
@@ -277,7 +319,8 @@ class _Runs:
     """The outputs of both sides on one case.
 
     Attributes:
-        usual: of the reference as a user runs it.
+        usual: of the reference in its stored dtype.
+        called: of the reference as its user calls it, where these are others.
         truth: of the reference with as little rounding as can be had.
         shaken: of the reference after its weights were nudged, once for each draw.
         noise: what explains a difference of the other in little rounding.
@@ -286,6 +329,7 @@ class _Runs:
     """
 
     usual: Sequence[Tensor]
+    called: Sequence[Tensor] | None
     truth: Sequence[Tensor]
     shaken: Samples
     noise: Samples
@@ -293,19 +337,25 @@ class _Runs:
     got: Mapping[str, Sequence[Tensor]]
 
 
-def _runs(a: Side, b: Side, case: Case, same_weights: bool) -> _Runs:
+def _runs(a: Side, b: Side, case: Case, same_weights: bool, one: Answer, other: Answer) -> _Runs:
+    """The runs of a case on which neither side objects; ``one`` and ``other`` are the calls of ``a`` and ``b``."""
     assert a.nudged is not None
-    usual = next(iter(a.runs.values()))(case)
+    if a.called and one.refuses:
+        raise NormfuseError(f"{a.name} refuses them: {one.refusal}")
+    usual = next(iter(a.runs.values()))(case) if a.called or one.outputs is None else one.outputs
     truth = a.wide(case) if a.wide else usual
     shaken = [a.nudged(case, None, draw) for draw in range(DRAWS)]
-    got = {how: each(case) for how, each in b.runs.items()}
+    first, *further = b.runs.items()
+    got = {first[0]: first[1](case) if other.outputs is None else other.outputs}
+    got |= {how: each(case) for how, each in further}
     wide = b.wide(case) if b.wide else next(iter(got.values()))
     width = next((each.dtype for each in wide if each.is_floating_point()), torch.float64)
     noise = shaken if width is torch.float64 and b.wide else [usual, *shaken]
     if same_weights:  # only arithmetic in the width of the other may differ
         assert a.own is not None, "only a program is known to have the same weights"
         noise = [a.own(case, width), *(a.nudged(case, torch.finfo(width).eps, draw) for draw in range(DRAWS))]
-    return _Runs(usual, truth, shaken, noise, wide, got)
+    called = None if one.outputs is None or same(one.outputs, usual) else one.outputs
+    return _Runs(usual, called, truth, shaken, noise, wide, got)
 
 
 def _judge(a: Side, b: Side, case: Case, runs: _Runs) -> tuple[Judge, Callable[[], Samples] | None]:
@@ -322,8 +372,10 @@ def _judged(
     agreed = judge(runs.wide)
     excused = sampled if agreed.verdict is not Verdict.DISPROVEN else None
     before, rows = max(distances(runs.truth, runs.usual), default=0.0), []
-    for how, outputs in runs.got.items():
-        name = f"{case.name}, {how}" if how else case.name
+    ways = {f"{case.name}, {how}" if how else case.name: outputs for how, outputs in runs.got.items()}
+    if runs.called is not None:
+        ways[f"{case.name}, {a.name} as it is called"] = runs.called
+    for name, outputs in ways.items():
         row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused, jumps=a.jumps, luck=math.inf)
         if b.rounding and agreed.ok and not row.ok and _few_roundings(runs.truth, outputs):
             row = agreement(name, runs.truth, outputs, b.rounding(case))

@@ -137,6 +137,9 @@ class Evidence:
         notes: cases that could not be run, and why.
         differences: of two models, the outputs on the inputs as given, in every measure.
         runtimes: of two models, what ran each.
+        objections: in sentences, what calls as a user makes them showed against equivalence: inputs that one takes and the
+            other refuses, or other outputs than those that were proven.
+        called: of what is written, loaded back: the cases on which it was called as a user calls it.
         unchanged: nothing was rewritten, so that there is nothing to compare.
         missing: what was asked for and could not be compared; None where all was.
         sensitivity: the smallest change that the algebra level would have seen; None where it could not be told.
@@ -149,6 +152,8 @@ class Evidence:
     notes: tuple[str, ...] = field(default=())
     differences: tuple[Difference, ...] = ()
     runtimes: tuple[str, ...] = ()
+    objections: tuple[str, ...] = ()
+    called: tuple[str, ...] = ()
     unchanged: bool = False
     missing: Missing | None = None
     sensitivity: Sensitivity | None = None
@@ -156,7 +161,8 @@ class Evidence:
     @property
     def verdict(self) -> Verdict:
         """Proven, disproven, or not compared: whether the two are one function."""
-        if (self.structure is not None and not self.structure.ok) or _disproven(self.algebra) or _disproven(self.rounding):
+        formed = self.structure is None or self.structure.ok
+        if not formed or self.objections or _disproven(self.algebra) or _disproven(self.rounding):
             return Verdict.DISPROVEN
         if self.unchanged:
             return Verdict.PROVEN
@@ -197,6 +203,8 @@ class Evidence:
         """The first thing that contradicts equivalence or is missing, as a sentence."""
         if self.structure is not None and not self.structure.ok:
             return f"the result does not have the promised form: {self.structure.problems[0]}"
+        if self.objections:
+            return self.objections[0]
         wrong = [each for each in self.algebra if each.verdict is Verdict.DISPROVEN]
         if wrong:
             bad = max(wrong, key=lambda each: each.error / each.allowed)
@@ -223,6 +231,8 @@ class Evidence:
             "rounding_ratio": self.ratio,
             "sensitivity": asdict(self.sensitivity) if self.sensitivity else None,
             "notes": list(self.notes),
+            "objections": list(self.objections),
+            "called": list(self.called),
             "differences": [asdict(each) for each in self.differences],
             "runtimes": list(self.runtimes),
         }
@@ -271,7 +281,7 @@ def failed(evidence: Evidence, report: Any) -> VerificationFailed:
         if evidence.structure is not None:
             hint += "; nothing was written; verify='structure' (--verify structure) proves the form only"
         return NotCompared(evidence.complaint(), report, hint=hint)
-    rounded = not _disproven(evidence.algebra) and (evidence.structure is None or evidence.structure.ok)
+    rounded = _disproven(evidence.rounding) and not _disproven(evidence.algebra)
     report_it = "nothing was written; please report this model"
     hint = "nothing was written: the stored dtype cannot hold the new weights; convert the model to float32 first"
     return VerificationFailed(evidence.complaint(), report, hint=hint if rounded else report_it)

@@ -9,9 +9,8 @@ they differ nothing is planned (`docs/decisions/0012-the-trace-is-the-module.md`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -24,11 +23,12 @@ from normfuse.errors import InputError, TraceError, first_line
 from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program, Trains, at_inference
+from normfuse.proof.calling import same, updated
 from normfuse.proof.cases import Case, other_sizes, other_values
 from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.proving import distances
-from normfuse.proof.trial_run import trial_run
+from normfuse.proof.trial_run import lacks_kernel, trial_run
 from normfuse.undisturbed import seeded, undisturbed
 
 RANDOM = "two calls of the model differ: its outputs are random, and were compared on the same random numbers"
@@ -91,7 +91,7 @@ class _Comparison:
             except Exception as error:  # a forward raises anything
                 if not case.given:
                     continue
-                if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
+                if lacks_kernel(error):
                     return self._noted(f"the trace was not compared with the model: {first_line(error)}")
                 trial_run(self.program, flat)  # which knows what to write instead
                 hint = "give inputs on which the model itself runs"
@@ -125,18 +125,9 @@ class _Comparison:
         mode = torch.enable_grad() if grad else torch.no_grad()
         with undisturbed(self.module), at_inference(self.module, self.trains), seeded(seed), mode:
             leaves = pytree.tree_leaves(self.module(*args, **kwargs))
-            state = [each.detach().clone() for each in self._state(copies)]
+            state = [each.detach().clone() for each in updated(self.module, self.program, copies)]
         tensors = [each.detach() for each in leaves if isinstance(each, Tensor)]
         return _Called([*tensors, *state], {p: each for p, each in enumerate(leaves) if not isinstance(each, Tensor)})
-
-    def _state(self, inputs: Sequence[Any]) -> Iterator[Tensor]:
-        """What the program says that it updates, as the module has it."""
-        signature = self.program.exported.graph_signature
-        for spec in signature.output_specs:
-            if spec.kind.name == "USER_INPUT_MUTATION":
-                yield inputs[list(signature.user_inputs).index(spec.target)]
-            elif spec.kind.name.endswith("MUTATION"):
-                yield attrgetter(str(spec.target))(self.module)
 
     def _trace(self, case: Case, seed: int, theirs: _Called) -> _Called:
         """What the trace gives."""
@@ -185,10 +176,4 @@ def _form(value: Tensor) -> tuple[Any, ...]:
 
 def _same(one: _Called, other: _Called) -> bool:
     """Whether two calls gave the same, bit for bit."""
-    if one.others != other.others or len(one.tensors) != len(other.tensors):
-        return False
-    return all(_form(a) == _form(b) and _equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    return one.others == other.others and same(one.tensors, other.tensors)

@@ -204,13 +204,13 @@ def _measure(
                 rounding.append(Rounding(name, math.nan, math.nan, Verdict.NOT_COMPARED))
                 notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
             else:
-                rounding.append(_rounded_alike(name, a, flat, truth, before, after))
+                rounding.append(rounded_alike(name, a, flat, truth, before, after))
     notes += [*told_of(algebra), *told_of_own(own)]
     missing = coverage.missing() or _not_rounded(rounding)
     return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
 
 
-def _rounded_alike(
+def rounded_alike(
     name: str, a: Program, flat: Sequence[Any], truth: Sequence[Tensor], usual: Sequence[Tensor], rewritten: Sequence[Tensor]
 ) -> Rounding:
     """Level 3 on one case."""

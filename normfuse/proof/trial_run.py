@@ -19,6 +19,11 @@ def described(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}[{','.join(map(str, value.shape))}]"
 
 
+def lacks_kernel(error: Exception) -> bool:
+    """Whether an error says that this machine does not have an operator in a dtype, which is no fault of the inputs."""
+    return isinstance(error, NotImplementedError) or "not implemented for" in str(error)
+
+
 def trial_run(program: Program, flat: Sequence[Any]) -> list[Tensor] | None:
     """The outputs in the stored dtype on the user's own inputs; None where this machine lacks a kernel for that dtype.
 
@@ -28,7 +33,7 @@ def trial_run(program: Program, flat: Sequence[Any]) -> list[Tensor] | None:
     try:
         return run(program, flat)
     except Exception as error:  # torch's operators raise anything
-        if isinstance(error, NotImplementedError) or "not implemented for" in str(error):
+        if lacks_kernel(error):
             return None
         hint = _what_to_write(program, flat)
         raise InputError(f"the original does not run on these inputs: {first_line(error)}", hint=hint) from error

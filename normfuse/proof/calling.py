@@ -1,0 +1,131 @@
+"""Models called as their users call them: with arguments, in their own dtype, by their own `forward` and guards."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from normfuse.errors import InputError, first_line
+from normfuse.interpret import flat_inputs, run
+from normfuse.program import Program, at_inference
+from normfuse.proof.trial_run import lacks_kernel
+from normfuse.undisturbed import seeded, undisturbed
+
+Call = Callable[[Sequence[Any], Mapping[str, Any]], list[Tensor]]
+"""A call with arguments -> the tensors of what it returns, and behind them the state that it updates."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call came to.
+
+    Attributes:
+        outputs: its tensors, as `normfuse.interpret.run` orders them; None where it raised.
+        refusal: a line on why it raised.
+        idle: it was never a question of the inputs: this machine does not have an operator in that dtype, or they were known
+            not to fit before the call.
+    """
+
+    outputs: Sequence[Tensor] | None
+    refusal: str = ""
+    idle: bool = False
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it is for the inputs that it raised."""
+        return self.outputs is None and not self.idle
+
+
+def answer(call: Callable[[], Sequence[Tensor]]) -> Answer:
+    """The outputs of a call, or why there are none."""
+    try:
+        return Answer(call())
+    except Exception as error:  # a guard, a forward or an operator raises anything
+        return Answer(None, first_line(error), lacks_kernel(error) or isinstance(error, InputError))
+
+
+def call_of_program(module: nn.Module, program: Program) -> Call:
+    """The call of a program's module, which is left as it was.
+
+    Args:
+        module: what `ExportedProgram.module` or `Result.module` made.
+        program: says which of its tensors it updates.
+    """
+
+    def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        with seeded(0), torch.no_grad(), _state_kept(module, program):
+            return _called(module, program, args, kwargs)
+
+    return call
+
+
+def call_of_module(module: nn.Module, program: Program) -> Call:
+    """The call of a live module as it is at inference, under ``no_grad`` or not, whichever way its trace went.
+
+    Args:
+        module: the module; it is left as it was.
+        program: its trace.
+    """
+
+    def once(args: Sequence[Any], kwargs: Mapping[str, Any], grad: bool) -> list[Tensor]:
+        with undisturbed(module), at_inference(module), seeded(0), torch.set_grad_enabled(grad):
+            return _called(module, program, args, kwargs)
+
+    def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        usual = once(args, kwargs, False)
+        traced = answer(lambda: run(program, flat_inputs(program, args, kwargs))).outputs
+        return usual if traced is None or same(usual, traced) else once(args, kwargs, True)
+
+    return call
+
+
+def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether outputs are the same, bit for bit but for the bits of NaN."""
+    return len(ours) == len(theirs) and all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def _called(module: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors of what a call returns, and the state that it updates; the arguments are copied."""
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+    returned = [each.detach() for each in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(each, Tensor)]
+    return returned + [each.detach().clone() for each in updated(module, program, pytree.tree_leaves((args, kwargs)))]
+
+
+def updated(module: nn.Module, program: Program, inputs: Sequence[Any]) -> Iterator[Tensor]:
+    """What a program says that it updates, as the module has it after a call.
+
+    Args:
+        module: the program's own, or what it was traced from.
+        program: the program.
+        inputs: the flat inputs of the call.
+    """
+    signature = program.exported.graph_signature
+    for spec in signature.output_specs:
+        if spec.kind.name == "USER_INPUT_MUTATION":
+            yield inputs[list(signature.user_inputs).index(spec.target)]
+        elif spec.kind.name.endswith("MUTATION"):
+            yield attrgetter(str(spec.target))(module)
+
+
+@contextlib.contextmanager
+def _state_kept(module: nn.Module, program: Program) -> Iterator[None]:
+    tensors = [attrgetter(name)(module) for name in sorted(program.written)]
+    before = [each.detach().clone() for each in tensors]
+    try:
+        yield
+    finally:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(value)
