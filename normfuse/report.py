@@ -236,7 +236,7 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
         said = f"{ratio} ({own.before:.1e} before, {own.after:.1e} after)"
         _level(grid, "rounding", own.verdict, said if math.isfinite(own.before) else "not run in the stored dtype")
     if evidence.objections or evidence.called:
-        said = "; ".join(evidence.objections) or f"what is written was loaded back and called: {', '.join(evidence.called)}"
+        said = next(iter(evidence.objections), f"what is written, loaded back, on {', '.join(evidence.called)}")
         _level(grid, "called", Verdict.DISPROVEN if evidence.objections else Verdict.PROVEN, said)
     if grid.rows:
         yield grid

@@ -6,6 +6,7 @@ What was proven is a graph with formulas. What leaves is a file of torch's, with
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -124,7 +125,7 @@ class _Trial:
         if row.verdict is not Verdict.DISPROVEN:
             self.called.append(case.name)
             return
-        said = f"off by {row.after:.1e}, the original by {row.before:.1e}"
+        said = f"off by {row.after:.1e}, the original by {row.before:.1e}" if math.isfinite(row.after) else "of another form"
         self.objections.append(f"the written program gives other outputs on '{case.name}' than were proven: {said}")
 
 
@@ -144,9 +145,10 @@ def loaded_back(program: Program) -> ExportedProgram:
     """
     exported, file = program.exported, io.BytesIO()
     light = [dict(_lightened(home)) for home in (exported.state_dict, exported.constants)]
-    torch.export.save(program.rebuilt(exported.graph_module, program.graph, *light), file)
-    file.seek(0)
-    loaded = torch.export.load(file)
+    with quiet():
+        torch.export.save(program.rebuilt(exported.graph_module, program.graph, *light), file)
+        file.seek(0)
+        loaded = torch.export.load(file)
     for home, lighter in ((loaded.state_dict, light[0]), (loaded.constants, light[1])):
         for name in home.keys() & lighter.keys():
             if isinstance(home[name], Tensor) and lighter[name] is not program.tensor(name):
