@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -104,7 +104,7 @@ class _Trial:
         else:
             self._judge_outputs(case, got.outputs)
 
-    def _answer(self, call: Any, case: Case) -> Answer:
+    def _answer(self, call: Callable[[], Call], case: Case) -> Answer:
         args, kwargs = pytree.tree_unflatten(list(case.flat), self.original.exported.call_spec.in_spec)
         return answer(lambda: call()(args, kwargs))
 

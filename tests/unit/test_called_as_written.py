@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import normfuse
-from normfuse import api
 from normfuse.cli import main
 from normfuse.errors import InputError, VerificationFailed
 from normfuse.inputs import Inputs
 from normfuse.program import Program
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.loaded_back import SMALL, loaded_back
+from normfuse.stored import only_read
 from tests.models import noise
 from tests.zoo.spread import spread
 
@@ -44,7 +44,7 @@ def tokens(most: int | None = None) -> nn.Module:
     return spread(Tokens(most)).eval()
 
 
-def rewritten(model: nn.Module | None = None, **options: Any) -> api.Result:
+def rewritten(model: nn.Module | None = None, **options: Any) -> normfuse.Result:
     return normfuse.rewrite(model or tokens(), "pre_rmsnorm", inputs=(noise(3, 6),), dynamic_shapes=({0: BATCH},), **options)
 
 
@@ -111,8 +111,7 @@ def specialised(program: Program) -> Program:
 
 
 def test_a_dim_that_is_specialised_after_the_proof_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    only_read = api.only_read
-    monkeypatch.setattr(api, "only_read", lambda program: specialised(only_read(program)))
+    monkeypatch.setattr("normfuse.api.only_read", lambda program: specialised(only_read(program)))
     with pytest.raises(
         VerificationFailed, match="the written program refuses 'smallest dynamic dims', which the original takes"
     ):
@@ -131,13 +130,11 @@ def test_a_constant_that_is_mangled_after_the_proof_shows(monkeypatch: pytest.Mo
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + torch.tensor([0.5, 0.25, 2.0])
 
-    only_read = api.only_read
-
     def after_the_proof(program: Program) -> Program:
         monkeypatch.setattr(Program, "rebuilt", faulty)
         return only_read(program)
 
-    monkeypatch.setattr(api, "only_read", after_the_proof)
+    monkeypatch.setattr("normfuse.api.only_read", after_the_proof)
     with pytest.raises(VerificationFailed, match="gives other outputs on 'as given' than were proven"):
         rewritten(spread(Shifted()).eval())
 
@@ -272,8 +269,8 @@ def test_a_module_is_called_on_every_example() -> None:
     other.load_state_dict(plain.state_dict())
     inputs = Inputs((noise(3, 6),), {}, more=(Inputs((noise(3, 6) + 1000.0,), {}),))
     assert normfuse.verify(plain, plain, inputs=inputs).ok
-    for pair in ((plain, other), (other, plain)):
-        evidence = normfuse.verify(*pair, inputs=inputs)
+    for one, another in ((plain, other), (other, plain)):
+        evidence = normfuse.verify(one, another, inputs=inputs)
         assert evidence.verdict is Verdict.DISPROVEN
         assert "example 2" in evidence.complaint()
 
