@@ -27,8 +27,25 @@ def scalable(facts: Facts, weight: Node, axis: int) -> tuple[Node, int] | None:
     if weight.target is aten.mul.Tensor:
         found = (scalable(facts, factor, own) for factor, own in _factors(weight, axis))
         return next((each for each in found if each is not None), None)
+    if (kept := _masked(weight)) is not None:
+        own = axis - (rank(weight) - rank(kept))
+        return scalable(facts, kept, own) if own >= 0 and same(shape(kept)[own], shape(weight)[axis]) else None
     carried = carries(weight, axis)
     return scalable(facts, *carried[0]) if carried and len(carried) == 1 else None
+
+
+def _masked(weight: Node) -> Node | None:
+    """What a mask keeps of a weight whose other entries are zeros, of any scale."""
+    a = arguments(weight) if weight.op == "call_function" and weight.target in _CHOICES else {}
+    pair = [a.get(name) for name in ("self", "value" if "value" in a else "other")]
+    for kept, other in (pair, pair[::-1]):
+        filled = other.target in (aten.zeros.default, aten.zeros_like.default) if isinstance(other, Node) else other == 0
+        if filled and isinstance(kept, Node) and (kept is a["self"] or "value" not in a):
+            return kept
+    return None
+
+
+_CHOICES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar}
 
 
 def _factors(product: Node, axis: int) -> Iterator[tuple[Node, int]]:

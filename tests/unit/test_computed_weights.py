@@ -57,16 +57,22 @@ HOW: dict[str, Callable[..., Tensor]] = {
     "mask of floats": lambda m: m.mask * m.w,
     "mask and scale": lambda m: m.w * m.mask * m.each,
     "quantized, and a gain behind": lambda m: torch.fake_quantize_per_tensor_affine(m.w, 0.02, 0, -8, 7) * m.each,
+    "mask that chooses": lambda m: torch.where(m.mask, m.w, 0.0),
+    "mask that chooses the other": lambda m: torch.where(m.mask, torch.zeros_like(m.w), m.w),
+    "mask that fills": lambda m: m.w.masked_fill(m.mask, 0.0),
+    "mask in another dtype": lambda m: m.w * (1 - m.mask.float()),
     "rounded by hand": lambda m: (m.w / m.all).round().clamp(-8, 7) * m.all,
     "rounded by hand, per channel": lambda m: (m.w / m.each).round().clamp(-8, 7) * m.each,
     "int8 over a scale": lambda m: m.q.float() / (1 / m.each),
+    "mask that fills ones": lambda m: m.w.masked_fill(m.mask, 1.0),
     "codebook": lambda m: m.w.flatten()[m.q.long().abs()],
     "quantized": lambda m: torch.fake_quantize_per_tensor_affine(m.w, 0.02, 0, -8, 7),
     "quantized per channel": lambda m: torch.fake_quantize_per_channel_affine(m.w, m.scales, m.points, 0, -8, 7),
 }  # fmt: skip
-FOLDED = [*HOW][:11]
+FOLDED = [*HOW][:15]
 KEPT = {
     "int8 over a scale": "'q' is stored as int8",
+    "mask that fills ones": "'mask' is stored as bool",
     "codebook": "'w' is a codebook that all channels pick from",
     "quantized": "'w' is quantized by fake_quantize_per_tensor_affine",
     "quantized per channel": "'w' is quantized by fake_quantize_per_channel_affine",
