@@ -714,3 +714,25 @@ def _softmax_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[in
 def _spread_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
     dims = a["dim"] or []
     return frozenset({_axis(operand, dims[0])}) if len(dims) == 1 else frozenset()
+
+
+WITHOUT_ROW = {
+    "nan_to_num": "a bound on single entries: a shift of one that is infinite is lost",
+    "nansum": "skips entries by their value",
+    "clamp": "a bound on single entries",
+    "relu": "a bound on single entries",
+    "amax": "picks entries by their value",
+    "sort": "moves entries by their value",
+    "median": "picks entries by their value",
+    "cumprod": "multiplies the entries of one operand",
+    "index_reduce": "multiplies or bounds entries",
+    "scatter_reduce": "multiplies or bounds entries",
+    "as_strided": "its axes are memory, not the operand's",
+    "cross": "mixes the three entries of its axis, and is a product of both operands",
+    "fft_fft": "its results are complex, which no stored tensor is made of",
+    "fft_rfft": "its results are complex, which no stored tensor is made of",
+    "fft_irfft": "its operands are complex, which no stored tensor is made of",
+    "kron": "an axis of the result is two of the operands'",
+    "cdist": "distances: no axis of the result is a feature",
+}
+"""Operators that were thought of and have no row, each with the reason."""

@@ -56,6 +56,7 @@ _PASSING = MOVES | {
     aten._to_copy.default, aten.expand.default, aten.repeat.default, aten.select.int, aten.slice.Tensor,
     aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem, aten.index_select.default,
     aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default, aten.roll.default, aten.flip.default,
+    aten.rot90.default, aten.unfold.default, aten.diagonal.default, aten.narrow_copy.default,
     aten.mean.dim, aten.embedding.default, aten.cat.default, aten.stack.default,
     aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
     aten.adaptive_avg_pool3d.default, aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec,

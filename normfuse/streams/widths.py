@@ -32,6 +32,7 @@ _BY_OPERANDS = {
     aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem, aten.select.int,
     aten.slice.Tensor, aten.index_select.default, aten.index.Tensor, aten._unsafe_index.Tensor, aten.cumsum.default,
     aten.repeat_interleave.self_int, aten.slice_scatter.default, aten.select_scatter.default, aten.constant_pad_nd.default,
+    aten.rot90.default, aten.unfold.default, aten.diagonal.default,
     aten.pad.default, aten.roll.default, aten.flip.default, aten.mean.dim, aten.sum.dim_IntList,
     aten.avg_pool1d.default, aten.avg_pool2d.default, aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default,
     aten._adaptive_avg_pool2d.default, aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec,
@@ -41,6 +42,8 @@ _BY_OPERANDS = {
     aten.conv2d.padding, aten.conv3d.padding, aten.convolution.default, aten.conv_transpose1d.default,
     aten.conv_transpose2d.input, aten.conv_transpose3d.input, aten.embedding.default,
 }  # fmt: skip
+"""Of the operators with a row `narrow_copy`, `scatter`, `index_put`, `masked_scatter` and the like are left out on purpose: a
+length, an index or a mask among their operands is as wide as the result, and stays so."""
 
 
 def follows(node: Node, axis: int) -> bool:
