@@ -191,8 +191,7 @@ def _measure(
         got = run(b, flat, wide=True, weights=weights, beside=steps.followed())
         own |= steps.own.keys()
         coverage.add(truth, samples[0], given=trial.case.given and weights is None)
-        more = cache(partial(_sampled, a, flat, weights, steps))
-        judge = partial(agreement, name, truth, samples=samples, more=more)
+        judge = partial(agreement, name, truth, samples=samples, more=cache(partial(_sampled, a, flat, weights, steps)))
         algebra.append(judge(got))
         if done == 0 and algebra[0].ok:
             outputs = partial(_otherwise, a, flat, steps)
@@ -204,18 +203,28 @@ def _measure(
                 rounding.append(Rounding(name, math.nan, math.nan, Verdict.NOT_COMPARED))
                 notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")
             else:
-                rounding.append(rounded_alike(name, a, flat, truth, before, after))
+                failed = algebra[-1].verdict is Verdict.DISPROVEN
+                rounding.append(rounded_alike(name, a, flat, truth, before, after, failed=failed))
     notes += [*told_of(algebra), *told_of_own(own)]
     missing = coverage.missing() or _not_rounded(rounding)
     return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
 
 
 def rounded_alike(
-    name: str, a: Program, flat: Sequence[Any], truth: Sequence[Tensor], usual: Sequence[Tensor], rewritten: Sequence[Tensor]
+    name: str,
+    a: Program,
+    flat: Sequence[Any],
+    truth: Sequence[Tensor],
+    usual: Sequence[Tensor],
+    rewritten: Sequence[Tensor],
+    *,
+    failed: bool = False,
 ) -> Rounding:
-    """Level 3 on one case."""
+    """Level 3 on one case. Samples are dear, so none are taken where another level has ``failed``; else however small the one
+    is, as a float64 model's own is zero.
+    """
     before, after = (max(distances(truth, each), default=0.0) for each in (usual, rewritten))
-    more = partial(samples_of_rounding, a, flat)  # asked for however small the one sample is: a float64 model's own is zero
+    more = None if failed else partial(samples_of_rounding, a, flat)
     judgement = agreement(name, truth, rewritten, [usual], more, jumps=jumping(a), luck=math.inf)
     return Rounding(name, before, after, judgement.verdict)
 
