@@ -38,10 +38,13 @@ from normfuse.proof.proving import (
     Samples,
     agreement,
     distances,
+    not_rounded,
     nudged,
     rounding_of,
     samples_of_rounding,
+    spared,
     told_of,
+    unless_none,
 )
 from normfuse.proof.sensitivity import Judge, sensitivity
 from normfuse.proof.steps import jumping
@@ -284,7 +287,7 @@ def compare(
         differences=tuple(figures),
         runtimes=(a.runtime, b.runtime),
         objections=tuple(objections),
-        missing=coverage.missing(),
+        missing=coverage.missing() or not_rounded(rounding),
         sensitivity=seen,
     )
 
@@ -376,10 +379,12 @@ def _judged(
     if runs.called is not None:
         ways[f"{case.name}, {a.name} as it is called"] = runs.called
     for name, outputs in ways.items():
-        row = agreement(name, runs.truth, outputs, [runs.usual, *runs.shaken], excused, jumps=a.jumps, luck=math.inf)
+        seen = spared(runs.truth, runs.usual, outputs)
+        row = agreement(name, runs.truth, seen, [runs.usual, *runs.shaken], excused, jumps=a.jumps, luck=math.inf)
         if b.rounding and agreed.ok and not row.ok and _few_roundings(runs.truth, outputs):
-            row = agreement(name, runs.truth, outputs, b.rounding(case))
-        rows.append(Rounding(name, before, max(distances(runs.truth, outputs), default=0.0), row.verdict))
+            row = agreement(name, runs.truth, seen, b.rounding(case))
+        after = max(distances(runs.truth, outputs), default=0.0)
+        rows.append(Rounding(name, before, after, unless_none(runs.usual, runs.truth, row.verdict)))
     return agreed, rows
 
 

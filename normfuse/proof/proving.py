@@ -206,7 +206,7 @@ def _measure(
                 failed = algebra[-1].verdict is Verdict.DISPROVEN
                 rounding.append(rounded_alike(name, a, flat, truth, before, after, failed=failed))
     notes += [*told_of(algebra), *told_of_own(own)]
-    missing = coverage.missing() or _not_rounded(rounding)
+    missing = coverage.missing() or not_rounded(rounding)
     return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
 
 
@@ -225,8 +225,22 @@ def rounded_alike(
     """
     before, after = (max(distances(truth, each), default=0.0) for each in (usual, rewritten))
     more = None if failed else partial(samples_of_rounding, a, flat)
-    judgement = agreement(name, truth, rewritten, [usual], more, jumps=jumping(a), luck=math.inf)
-    return Rounding(name, before, after, judgement.verdict)
+    judgement = agreement(name, truth, spared(truth, usual, rewritten), [usual], more, jumps=jumping(a), luck=math.inf)
+    return Rounding(name, before, after, unless_none(usual, truth, judgement.verdict))
+
+
+def unless_none(usual: Sequence[Tensor], truth: Sequence[Tensor], verdict: Verdict) -> Verdict:
+    """The verdict, but no yes where all numbers overflow in the reference's stored dtype."""
+    nothing = counts(truth)[0] > 0 and counts(usual)[0] == 0
+    return Verdict.NOT_COMPARED if nothing and verdict is Verdict.PROVEN else verdict
+
+
+def spared(truth: Sequence[Tensor], usual: Sequence[Tensor], got: Sequence[Tensor]) -> list[Tensor]:
+    """``got``, with the truth where the reference itself overflows in its stored dtype: there it tells nothing of the other."""
+    if len(got) != len(truth) or any(g.shape != t.shape for g, t in zip(got, truth, strict=True)):
+        return list(got)
+    over = [torch.isfinite(t) & ~torch.isfinite(u) for t, u in zip(truth, usual, strict=True)]
+    return [torch.where(o, t, g.to(t.dtype)) if o.any() else g for o, t, g in zip(over, truth, got, strict=True)]
 
 
 def _shaken(program: Program, flat: Sequence[Any], weights: Weights | None, draw: int, steps: Steps) -> list[Tensor]:
@@ -244,9 +258,10 @@ def _otherwise(program: Program, flat: Sequence[Any], steps: Steps, weights: Wei
     return run(program, flat, wide=True, weights=weights, beside=steps.followed())
 
 
-def _not_rounded(rows: Sequence[Rounding]) -> Missing | None:
+def not_rounded(rows: Sequence[Rounding]) -> Missing | None:
+    """Why the rounding level is no yes on the inputs as given; None if it is one, or a no."""
     if rows and rows[0].verdict is Verdict.NOT_COMPARED:
-        reason = "the rounding level was not compared: the model does not run in its stored dtype on this machine"
+        reason = "the rounding level was not compared: in its stored dtype the model overflows, or does not run on this machine"
         return Missing(reason, "convert the model to float32 first")
     return None
 

@@ -169,3 +169,26 @@ def test_a_way_of_more_steps_is_no_other_function() -> None:
     folded = normfuse.rewrite(fold.module(), "all", inputs=fold.inputs).module()
     for a, b in ((fold.module(), folded), (folded, fold.module())):
         assert normfuse.verify(a, b, fold.inputs).ok
+
+
+class Squares(nn.Module):
+    """Overflows in float16 where an input is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).pow(4)
+
+
+def test_what_overflows_in_the_reference_is_no_difference_and_what_overflows_in_the_other_alone_is() -> None:
+    half, x = spread(Squares()).eval().half(), noise(2, 4).half()
+    assert normfuse.verify(half, copy.deepcopy(half), (x,)).ok
+    wider = normfuse.verify(copy.deepcopy(half).float(), half, (x.float() + 100.0,))
+    assert wider.verdict == "disproven"
+    other = copy.deepcopy(half)
+    with torch.no_grad():
+        other.layer.weight.mul_(1.5)
+    assert normfuse.verify(half, other, (x,)).verdict == "disproven"
+    assert normfuse.verify(half, copy.deepcopy(half), (x + 100.0,)).verdict == "not compared"
