@@ -113,10 +113,12 @@ def _worst(size: Tensor, error: Tensor, squares: Tensor, draws: int, floor: floa
     own = torch.maximum(squares.sqrt(), noise[place])
     multiples = torch.tensor([_multiple(int(each), size.numel()) for each in taken.tolist()], dtype=size.dtype).to(size)
     steady = torch.tensor([_multiple(int(each), 1) / _multiple(10**6, 1) for each in taken.tolist()], dtype=size.dtype)
+    moving = (samples / draws).clamp_min(1.0)
+    luck = 1.0 - NormalDist().inv_cdf(CHANCE) / (2.0 * moving).sqrt()  # how far the root of so few squares may be off
     root = (_summed(error.square() * moves, place, octave) * draws / samples.clamp_min(1.0)).sqrt()
     return max(
         _at_worst(error, SPREAD * multiples[place] * own + least[place], own, scale[place]),
-        _at_worst(root, SPREAD * steady.to(size) * noise + least, noise, scale),
+        _at_worst(root, SPREAD * luck * steady.to(size) * noise + least, noise, scale),
         key=lambda each: each.excess,
     )
 
