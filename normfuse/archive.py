@@ -23,6 +23,8 @@ import importlib
 import json
 import math
 import re
+import struct
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,6 +35,9 @@ from normfuse.allowlist import is_installed
 from normfuse.constructors import check_extent
 from normfuse.limits import OverLimit
 from normfuse.pickles import Unreadable
+
+NO_ZIP = (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError, struct.error)
+"""What `zipfile` answers a damaged file with; ValueError for names that are no text."""
 
 _WORD = re.compile(r"[\w.:/+-]*")
 _TREE_TEXT = re.compile(r"[\w. -]*")

@@ -154,8 +154,8 @@ def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
         reader.get_all_records()  # which can fail too
         return reader
     except RuntimeError as error:
-        with contextlib.suppress(zipfile.BadZipFile, OSError), zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+        with contextlib.suppress(*archive.NO_ZIP), zipfile.ZipFile(path) as unpacked:
+            names = unpacked.namelist()
             if "serialized_exported_program.json" in names:
                 hint = "export it again with this torch, or load it with the old one and save it again"
                 what = "an exported program in torch's format from before 2.8"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from normfuse.archive import NO_ZIP
 from normfuse.constructors import Stored
 from normfuse.pickles import Name, Unreadable
 
@@ -75,7 +76,7 @@ def _is_uncompressed(path: Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except NO_ZIP:
         return False
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from normfuse.archive import NO_ZIP
 from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.deployed import deployed
@@ -80,7 +81,7 @@ def is_aoti(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return any(INSIDE in f"/{name}" for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
+    except NO_ZIP:
         return False
 
 
