@@ -101,8 +101,8 @@ def test_a_file_of_other_weights_is_not_the_model(tmp_path: Path, monkeypatch: p
     result = CliRunner().invoke(main, ["verify", "model.pt2", "other.pt2", "--bisect", "--json"])
     assert json.loads(result.stdout)["parts_at"]["node"].startswith("linear")
     result = CliRunner().invoke(main, ["verify", "model.pt2", "other.onnx", "--bisect"])
-    assert result.exit_code == 2
-    assert "shows no inner values" in result.stderr
+    assert result.exit_code == 1
+    assert "linear" in result.stdout
 
 
 def test_two_files_without_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
