@@ -79,7 +79,8 @@ def _has_rows(program: Program, name: str) -> bool:
         return False
     node, value = program.reader_of(name), program.tensor(name)
     tables = [each.target is aten.embedding.default and arguments(each)["weight"] is node for each in node.users]
-    filled = value.is_floating_point() and value.dim() > 0 and bool(value.count_nonzero())
+    there = value.is_floating_point() and value.dim() > 0 and not value.is_meta  # a new tensor of a plan has a formula only
+    filled = there and bool(value.count_nonzero())
     return filled and bool(node.users) and not any(tables)
 
 
