@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,8 @@ import torch
 from tests.zoo import torchvision_shim, trained
 
 torchvision_shim.install()
+hypothesis.settings.register_profile("same every time", derandomize=True)  # `make fuzz` looks for more
+hypothesis.settings.load_profile("same every time")
 torch.set_num_threads(1)
 
 

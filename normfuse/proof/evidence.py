@@ -58,6 +58,7 @@ class Agreement:
         compared: how many entries of the outputs are finite.
         entries: how many there are.
         noise: the model's own there.
+        relative: the largest difference of any entry, over the largest entry of its output.
     """
 
     case: str
@@ -67,6 +68,7 @@ class Agreement:
     compared: int
     entries: int
     noise: float = math.nan
+    relative: float = math.inf
 
     @property
     def ok(self) -> bool:
@@ -175,8 +177,13 @@ class Evidence:
 
     @property
     def error(self) -> float:
-        """The largest algebra error of all cases; 0 where nothing was changed."""
+        """The largest algebra error of all cases, each relative to the entries around it; 0 where nothing was changed."""
         return max((each.error for each in self.algebra), default=0.0)
+
+    @property
+    def relative(self) -> float:
+        """The largest algebra error of all cases, relative to the largest entry of the output."""
+        return max((each.relative for each in self.algebra), default=0.0)
 
     @property
     def noise(self) -> float:

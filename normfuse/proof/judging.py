@@ -35,6 +35,10 @@ LARGEST = 10.0
 """Of very few samples, Student's t would explain anything."""
 
 
+HUGE = 1e100
+"""The square of much more is none in float64, so that larger outputs are judged in a unit of their own."""
+
+
 @dataclass(frozen=True)
 class Judged:
     """One output.
@@ -84,9 +88,10 @@ def judged(truth: Tensor, other: Tensor, samples: Sequence[Tensor], floor: float
     size, error = true[finite].abs(), (got - true)[finite].abs()
     if not size.numel():
         return Judged(0.0, floor)
+    unit = 2.0 ** float(size.max().log2().floor()) if float(size.max()) > HUGE else 1.0
     off = [(_parts(each)[finite] - true[finite]).nan_to_num(0.0, 0.0, 0.0) for each in samples if each.shape == truth.shape]
-    squares = sum((each.square() for each in off), torch.zeros_like(size)) / max(len(off), 1)
-    return _worst(size, error, squares, max(len(off), 1), floor)
+    squares = sum(((each / unit).square() for each in off), torch.zeros_like(size)) / max(len(off), 1)
+    return _worst(size / unit, error / unit, squares, max(len(off), 1), floor)
 
 
 def _parts(value: Tensor) -> Tensor:

@@ -305,7 +305,8 @@ def agreement(
             found = [Judged(x, MARGIN * y, y) if not each.agrees and x <= MARGIN * y else each for each, x, y in errors]
     worst = max(found, key=lambda each: (not each.agrees, each.excess), default=Judged(0.0, FLOOR))
     verdict = verdict_of(all(each.agrees for each in found), compared)
-    return Agreement(case, worst.error, worst.allowed, verdict, compared, entries, worst.noise)
+    relative = max(distances(truth, got), default=0.0)
+    return Agreement(case, worst.error, worst.allowed, verdict, compared, entries, worst.noise, relative)
 
 
 def told_of(rows: Sequence[Agreement]) -> list[str]:

@@ -90,7 +90,7 @@ def test_where_readers_cannot_the_writers_are_centred() -> None:
     model = removed(spread(Gated()), x)
     result = normfuse.rewrite(model, "strip_layernorm", inputs=(x,))
     assert not left(result.program)
-    assert result.report.evidence.error <= 1e-12
+    assert result.report.evidence.relative <= 1e-12
     assert "what writes its input is centred" in str([each.because for each in result.report.plan.rewrites])
     torch.testing.assert_close(result.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
@@ -155,7 +155,7 @@ def test_hugging_face_gpt2_folds_into_its_conv1d() -> None:
     model = removed(spread(GPT2LMHeadModel(config)), ids)
     result = normfuse.rewrite(model, "strip_layernorm", inputs={"input_ids": ids})
     assert not left(result.program)
-    assert result.report.evidence.error <= 1e-12
+    assert result.report.evidence.relative <= 1e-12
 
 
 class Image(nn.Module):
@@ -196,7 +196,7 @@ def test_one_norm_for_several_readers_and_tokens_that_are_picked() -> None:
     result = normfuse.rewrite(model, "strip_layernorm", inputs=(x,))
     assert not result.report.plan.refusals
     assert not [each for each in result.program.graph.nodes if "sub." in str(each.target)]
-    assert result.report.evidence.error <= 1e-12
+    assert result.report.evidence.relative <= 1e-12
 
 
 # -- approximate: never unasked ----------------------------------------------------------------------------------------

@@ -159,7 +159,7 @@ def test_it_is_refused_for_that_reason(name: str) -> None:
     norms = [each["because"] for each in report["rewrites"] if each["was"] != "affine"]
     assert [because.startswith(WRITERS) for because in norms] == [True] * case.folded
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
 
 
 @pytest.mark.parametrize("name", [name for name, case in ADAPTIVE.items() if case.refused])

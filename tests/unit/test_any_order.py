@@ -60,4 +60,4 @@ def test_one_plan_of_all_is_exact_in_any_order(name: str) -> None:
     for passes in ("all", PASSES, PASSES[::-1]):
         evidence = normfuse.rewrite(model, passes, inputs=TRAPS[name].inputs).report.evidence
         assert evidence.ok
-        assert evidence.error <= 1e-11
+        assert evidence.relative <= 1e-11

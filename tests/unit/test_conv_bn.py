@@ -27,7 +27,7 @@ def test_every_batch_norm_goes_where_it_should(name: str) -> None:
     assert tuple(refusal["code"] for refusal in report["refusals"]) == fold.codes
     assert report["norms"]["after"].get("batch_norm", 0) == len(fold.codes)
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     expected, got = fold.module()(*fold.inputs), result.module()(*fold.inputs)
     for ours, theirs in zip(_flat(got), _flat(expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -103,8 +103,10 @@ def test_honest_noise_of_any_size_by_channel_is_no_alarm(seed: int, decades: flo
     rough = scale * 10.0 ** (
         3 * torch.rand(channels, generator=generator, dtype=torch.float64)
     )  # of each channel, its own noise
-    first, second, honest = (truth + 1e-15 * rough * normal(rows, channels) for _ in range(3))
-    assert judged(truth, truth + (honest - truth) / 3, [first, second], FLOOR).agrees
+    honest, *samples = (truth + 1e-15 * rough * normal(rows, channels) for _ in range(6))
+    got = truth + (honest - truth) / 3
+    # as in a proof: two samples, and three more where those do not explain it, because a lone loud entry's may be small by luck
+    assert any(judged(truth, got, some, FLOOR).agrees for some in (samples[:2], samples[2:]))
 
 
 class Detector(nn.Module):

@@ -30,7 +30,7 @@ def test_every_norm_goes_where_it_should(name: str) -> None:
     assert _ways(result) == (fold.writers, fold.readers, fold.halves, fold.kept)
     assert result.report.to_dict()["norms"]["after"] == {}
     assert not [node for node in result.program.graph.nodes if any(root in str(node.target) for root in ROOTS)]
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_narrows_what_it_should(trap: tuple[str, str, normfuse.Result]) -> None:
 def test_result_is_exact(trap: tuple[str, str, normfuse.Result]) -> None:
     _, name, result = trap
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     module = TRAPS[name].module()
     inputs = TRAPS[name].inputs
     for ours, theirs in zip(_flat(result.module()(*inputs)), _flat(module(*inputs)), strict=True):
@@ -140,7 +140,7 @@ def test_beside_pre_rmsnorm(name: str, passes: tuple[str, str]) -> None:
     both = normfuse.rewrite(TRAPS[name].module(), passes, inputs=TRAPS[name].inputs)
     assert _narrowed(both) == _narrowed(alone) > 0
     assert both.report.evidence.ok
-    assert both.report.evidence.error <= 1e-11
+    assert both.report.evidence.relative <= 1e-11
 
 
 # -- after pre_rmsnorm -------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_a_result_still_knows_its_means(name: str, form: str) -> None:
     further = normfuse.rewrite(first, form)
     both = normfuse.rewrite(TRAPS[name].module(), ["pre_rmsnorm", form], inputs=TRAPS[name].inputs)
     assert _narrowed(further) == _narrowed(both) > 0
-    assert further.report.evidence.error <= 1e-11
+    assert further.report.evidence.relative <= 1e-11
     ours, theirs = (result.program.exported.state_dict for result in (further, both))
     assert all(torch.allclose(ours[key], theirs[key], rtol=0, atol=1e-6) for key in theirs)
 
@@ -212,7 +212,7 @@ def test_hostile_sizes(form: str, sizes: tuple[int, int, int]) -> None:
     result = normfuse.rewrite(model, form, inputs=(noise(batch, length - 1, 3),))
     assert _narrowed(result) == 3
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     assert [shape(each)[-1] for each in result.program.nodes.values() if "view" in each.name or "cat" in each.name] == [
         d - 1
     ] * 3
@@ -239,7 +239,7 @@ def test_a_tied_head_costs_two_changes_of_basis(form: str) -> None:
     result = normfuse.rewrite(model, form, inputs=IDS)
     assert _narrowed(result) == 4
     assert _explicit(result) == 2
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     state = result.program.exported.state_dict
     assert state["embed.weight"].data_ptr() == state["head.weight"].data_ptr() == model.embed.weight.data_ptr()
 
@@ -262,7 +262,7 @@ def test_half_precisions(form: str, dtype: torch.dtype) -> None:
     result = normfuse.rewrite(model, form, inputs=IDS)
     assert _narrowed(result) == 4
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     assert result.module()(*IDS).dtype == dtype
 
 
@@ -398,7 +398,7 @@ def test_zoo(zoo_model: ZooModel, passes: tuple[str, ...]) -> None:
     args, kwargs = zoo_model.inputs(model)
     result = normfuse.rewrite(model, passes, inputs=args, kwargs=kwargs)
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     if len(passes) == 1:
         assert _narrowed(result) == NARROWED.get(zoo_model.name, zoo_model.layer_norms)
 

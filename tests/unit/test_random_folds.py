@@ -83,5 +83,5 @@ def test_whatever_is_folded_is_proven(kinds: list[str], seed: int) -> None:
     model: Any = spread(nn.Sequential(*map(Layer, kinds))).eval()
     result = normfuse.rewrite(model, "offline_norm", inputs=(torch.randn(2, CHANNELS, 5, 5),))
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-9
+    assert result.report.evidence.relative <= 1e-9
     assert result.report.to_dict()["norms"]["after"] == {}

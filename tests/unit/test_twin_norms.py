@@ -63,7 +63,7 @@ class NeoX(nn.Module):
 
 def rewritten(model: nn.Module, passes: str | tuple[str, ...] = "fold_affine") -> normfuse.Result:
     result = normfuse.rewrite(spread(model).eval(), passes, inputs=(tokens(),))
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     return result
 
 

@@ -161,7 +161,7 @@ class Packed(Attention):
 
 def rewritten(model: nn.Module, *inputs: Any, **named: Any) -> normfuse.Result:
     result = normfuse.rewrite(spread(model).eval(), "fold_affine", inputs=inputs or HIDDEN, **named)
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     return result
 
 

@@ -25,7 +25,7 @@ def few(names: tuple[str, ...]) -> list[Any]:
 
 def exact(result: normfuse.Result) -> normfuse.Result:
     assert result.report.evidence.ok
-    assert result.report.evidence.error <= 1e-11
+    assert result.report.evidence.relative <= 1e-11
     return result
 
 

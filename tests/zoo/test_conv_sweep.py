@@ -84,4 +84,4 @@ def test_no_batch_norm_is_left(name: str) -> None:
     assert ways[WRITERS] >= behind_a_convolution(program.run_decompositions({}))
     evidence = result.report.evidence
     assert evidence.ok
-    assert evidence.error <= 1e-11
+    assert evidence.relative <= 1e-11

@@ -30,4 +30,4 @@ def test_every_batch_norm_goes_where_it_should(name: str) -> None:
     assert tuple(ways[way] for way in WAYS) == entry.counts, entry.note
     evidence = result.report.evidence
     assert evidence.ok
-    assert evidence.error <= 1e-11
+    assert evidence.relative <= 1e-11

@@ -81,7 +81,7 @@ def test_every_batch_norm_is_folded_exactly_into_its_convolution(loaded: Loaded)
     assert [each["because"] for each in report["rewrites"]] == [WRITERS] * loaded.network.batch_norms
     assert report["refusals"] == []
     assert report["evidence"]["ok"]
-    assert report["evidence"]["error"] <= 1e-11
+    assert loaded.result.report.evidence.relative <= 1e-11
 
 
 def test_the_folded_network_says_the_same(loaded: Loaded) -> None:

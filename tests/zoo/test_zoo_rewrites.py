@@ -36,4 +36,4 @@ def test_rewrites(zoo_model: ZooModel) -> None:
         assert {refusal["code"] for refusal in report["refusals"]} == REASONS[zoo_model.name]
     evidence = result.report.evidence
     assert evidence.ok
-    assert evidence.error <= 1e-11
+    assert evidence.relative <= 1e-11
