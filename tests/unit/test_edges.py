@@ -250,8 +250,9 @@ def test_export_never_replaces_the_model_nor_a_good_file_by_a_bad_one(tmp_path: 
     saved = result.save(tmp_path / "model.pt2")
     before = saved.read_bytes()
     again = normfuse.rewrite(saved, "pre_rmsnorm")
-    with pytest.raises(InputError, match="is the input"):
-        normfuse.export(again, saved)
+    for target, why in (("onnx", "is a .onnx file, not model.pt2"), ("aoti", "is the input")):
+        with pytest.raises(InputError, match=why):
+            normfuse.export(again, saved, to=target)
     assert saved.read_bytes() == before
     good = tmp_path / "model.onnx"
     assert normfuse.export(again, good).ok
