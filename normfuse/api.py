@@ -430,13 +430,9 @@ def _unchecked(module: nn.Module, given: Inputs) -> Program:
 
 
 def _tracer(mode: str, level: str) -> Tracer:
-    return (
-        living.traced_as_set
-        if one_of(mode, ("deploy", "live"), "mode") == "live"
-        else traced
-        if level == "full"
-        else _unchecked
-    )
+    if one_of(mode, ("deploy", "live"), "mode") == "live":
+        return living.traced_as_set
+    return traced if level == "full" else _unchecked
 
 
 def _deployed(result: Result) -> Result:

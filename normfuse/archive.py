@@ -239,11 +239,11 @@ def _bits(node: ast.AST, depth: int) -> float:
 def _power_bits(bits: float, base: ast.AST, exponent: ast.AST) -> float:
     """Of a power or a shift: a number may only be raised to a small one that is written out."""
     match exponent:
-        case ast.Call(func=ast.Name(id="Integer"), args=[inner]):
-            return _power_bits(bits, base, inner)
-        case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return _power_bits(bits, base, inner)
-        case ast.Call(func=ast.Name(id="Rational"), args=[inner, _]):
+        case (
+            ast.Call(func=ast.Name(id="Integer"), args=[inner])
+            | ast.Call(func=ast.Name(id="Rational"), args=[inner, _])
+            | ast.UnaryOp(op=ast.USub(), operand=inner)
+        ):
             return _power_bits(bits, base, inner)
         case ast.Constant(value=int() | float() as value):
             return max(bits, 1) * max(abs(value), 1)

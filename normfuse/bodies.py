@@ -69,15 +69,21 @@ def graphs_of(node: Node) -> list[tuple[str, GraphModule]]:
     """The graphs that a call runs, by their names; none for an ordinary call."""
     if node.op != "call_function":
         return []
-    owner = node.graph.owning_module
-    named = [(str(each.target), _attribute(owner, str(each.target))) for each in node.all_input_nodes if each.op == "get_attr"]
+    named = [(str(each.target), attribute_of(each)) for each in node.all_input_nodes if each.op == "get_attr"]
     return [(name, module) for name, module in named if isinstance(module, GraphModule)]
 
 
-def _attribute(owner: Any, path: str) -> Any:
-    for part in path.split("."):
+def attribute_of(node: Node) -> Any:
+    """What a ``get_attr`` node gives; None where the graph's module does not have it."""
+    owner: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
         owner = getattr(owner, part, None)
     return owner
+
+
+def all_graphs(module: torch.nn.Module) -> Iterator[Graph]:
+    """The graph of a module and those of all bodies in it."""
+    return (each.graph for each in module.modules() if isinstance(each, GraphModule))
 
 
 def operator_name(node: Node) -> str:

@@ -9,19 +9,21 @@ stay whole, because exporters and recognition know them by their names. Nobody h
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from normfuse.bodies import all_graphs
 from normfuse.rules import knows
+from normfuse.shapes import unguarded
 from normfuse.views import aten
 
 Composites: TypeAlias = dict[torch._ops.OperatorBase, Callable[..., Any]]
@@ -30,8 +32,8 @@ Composites: TypeAlias = dict[torch._ops.OperatorBase, Callable[..., Any]]
 def composites(exported: ExportedProgram) -> Composites:
     """What to give to ``run_decompositions``: the composites of a program that are to be taken apart, and of what they are."""
     calls: dict[Any, list[Node]] = {}
-    for part in exported.graph_module.modules():
-        for node in part.graph.nodes if isinstance(part, GraphModule) else ():
+    for graph in all_graphs(exported.graph_module):
+        for node in graph.nodes:
             if node.target in _NUMBERS or (_is_composite(node.target) and not knows(node.target) and _yields_tensors(node)):
                 calls.setdefault(node.target, []).append(node)
     found = [op for op, nodes in calls.items() if op not in _NUMBERS and all(map(_becomes_known, nodes))]
@@ -61,7 +63,8 @@ def _becomes_known(node: Node) -> bool:
     """Whether a composite is another operator's name, or made of operators that are known."""
     with contextlib.suppress(Exception):  # what cannot be taken apart without numbers stays whole
         args, kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-        with _unguarded(node), _Calls() as recorded:
+        modes = (getattr(each.meta.get("val"), "fake_mode", None) for each in node.all_input_nodes)
+        with unguarded(next(filter(None, modes), None)), torch.no_grad(), _Calls() as recorded:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         calls = [each for each in recorded.calls if _computes(*each[1:])]
         if len(calls) == 1 and calls[0][0] is not node.target and _alike(calls[0][1], (args, kwargs)):
@@ -102,13 +105,3 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         self.calls.append((func, (args, kwargs or {}), result))
         return result
-
-
-@contextlib.contextmanager
-def _unguarded(node: Node) -> Iterator[None]:
-    """Sizes are looked at without leaving a guard; calls run on fake tensors."""
-    modes = (getattr(each.meta.get("val"), "fake_mode", None) for each in node.all_input_nodes)
-    mode: Any = next((mode for mode in modes if mode is not None), None)
-    guards = mode.shape_env.suppress_guards() if mode is not None and mode.shape_env is not None else contextlib.nullcontext()
-    with guards, mode or contextlib.nullcontext(), torch.no_grad():
-        yield

@@ -9,15 +9,16 @@ from __future__ import annotations
 import inspect
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from normfuse import limits
+from normfuse.bodies import all_graphs
 from normfuse.limits import OverLimit
 from normfuse.pickles import Unreadable
 
@@ -32,7 +33,7 @@ def check_numbers(module: GraphModule) -> None:
         OverLimit: a number could have more than `limits.EXPRESSION_BITS`.
         Unreadable: there is arithmetic on what is no number.
     """
-    for graph in _graphs(module):
+    for graph in all_graphs(module):
         bits: dict[Node, float] = {}
         for node in graph.nodes:
             bits[node] = _bits(node, bits)
@@ -48,7 +49,7 @@ def check_values(module: GraphModule) -> None:
     Raises:
         OverLimit: a value would take more than `limits.VALUE_BYTES`.
     """
-    for graph in _graphs(module):
+    for graph in all_graphs(module):
         for node in graph.nodes:
             for value in pytree.tree_leaves(node.meta.get("val")):
                 taken = _bytes(value) if isinstance(value, Tensor) and value.layout is torch.strided else 0
@@ -61,10 +62,6 @@ def _bytes(value: Tensor) -> int:
     if not all(isinstance(extent, int) for extent in (*value.shape, *value.stride())):
         return 0
     return math.prod(size for size, step in zip(value.shape, value.stride(), strict=True) if step) * value.dtype.itemsize
-
-
-def _graphs(module: GraphModule) -> Iterator[Graph]:
-    return (each.graph for each in module.modules() if isinstance(each, GraphModule))
 
 
 def _is_passing(node: Node) -> bool:

@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
-from normfuse.bodies import draws, operator_name
+from normfuse.bodies import attribute_of, draws, operator_name
 from normfuse.errors import InputError
 from normfuse.formula import evaluate
 from normfuse.literals import counts_short, short_arguments
@@ -136,7 +136,7 @@ def _values(graph: Graph, fetch: Callable[[Node], Any], how: _How) -> Any:
         if node.op == "output":
             return map_arg(node.args[0], lambda each: values[each])
         if node.op == "get_attr":
-            values[node] = _attribute(graph, node, how)
+            values[node] = _attribute(node, how)
         elif node.op == "call_function" and (node in last_reader or draws(node)):  # assertions have no reader
             value, own = _called(node, values, how)
             if how.beside is not None:
@@ -212,10 +212,8 @@ def _is_batched(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
-def _attribute(graph: Graph, node: Node, how: _How) -> Any:
-    value: Any = graph.owning_module
-    for part in str(node.target).split("."):
-        value = getattr(value, part)
+def _attribute(node: Node, how: _How) -> Any:
+    value = attribute_of(node)
     if isinstance(value, GraphModule):
         return _body(value.graph, how)
     return widened(value, how.width) if how.wide else value

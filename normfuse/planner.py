@@ -137,7 +137,8 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
     rounds: list[tuple[Rewrite, ...]] = []
     judged: list[Refusal] = []
     first_said: dict[tuple[str, str], Refusal] = {}
-    inside = tuple(refusal for each in chosen for refusal in _inside_bodies(each, analyze(program)))
+    bodies = analyze(program)
+    inside = tuple(refusal for each in chosen for refusal in _inside_bodies(each, bodies))
     for _ in range(_ROUNDS):
         facts = analyze(program, in_place=in_place)
         accepted: list[Rewrite] = []

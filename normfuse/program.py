@@ -223,10 +223,13 @@ class Program:
     def baked(self) -> Program:
         """The program with every formula evaluated in float64 and rounded once (deploy mode).
 
-        Tensors that no formula changes are shared with the original, not copied.
+        Tensors that no formula changes are shared with the original, not copied. It is evaluated once, however often it is
+        asked for.
         """
-        if not self.formulas:
-            return self
+        return self._baked if self.formulas else self
+
+    @cached_property
+    def _baked(self) -> Program:
         state, constants = dict(self.exported.state_dict), dict(self.exported.constants)
         for name in self.formulas:
             new = rounded(self.formulas[name], self.tensor, self.tensor(name).dtype)

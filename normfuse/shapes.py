@@ -168,10 +168,18 @@ def fake_mode(graph: Graph) -> Iterator[None]:
     """
     values = (node.meta.get("val") for node in graph.nodes)
     mode = next((value.fake_mode for value in values if hasattr(value, "fake_mode")), None)
+    dynamic = mode is not None and mode.shape_env is not None
+    # as while tracing: kernels in C++ take sizes for numbers
+    with unguarded(mode), enable_python_dispatcher() if dynamic else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def unguarded(mode: Any) -> Iterator[None]:
+    """A fake mode in which sizes are looked at without leaving a guard; nothing where there is none."""
     with contextlib.ExitStack() as inside:
         if mode is not None:
             inside.enter_context(mode)
             if mode.shape_env is not None:
                 inside.enter_context(mode.shape_env.suppress_guards())
-                inside.enter_context(enable_python_dispatcher())  # as while tracing: kernels in C++ take sizes for numbers
         yield

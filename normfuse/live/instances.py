@@ -32,12 +32,12 @@ from normfuse.live.records import (
     home_of,
     is_idle,
     is_rewritten,
-    memory,
     own,
     own_class,
     plain,
     rewritten,
 )
+from normfuse.program import identity
 
 
 def install(module: nn.Module, record: Rewritten) -> None:
@@ -210,7 +210,7 @@ def bake(model: nn.Module) -> None:
         if kept.tensor is None or kept.data is None:
             kept.module.register_parameter(kept.name, nn.Parameter(value))
         else:
-            kept.tensor.data = tied.setdefault(memory(kept.data), value)
+            kept.tensor.data = tied.setdefault(identity(kept.data), value)
     gone: list[tuple[nn.Module, str]] = []
     for module, record in records.items():
         for holder, home, name in record.spare:

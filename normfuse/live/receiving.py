@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfuse.errors import NormfuseError
-from normfuse.live.records import GIVEN_UP, RECORD, Deployment, Rewritten, is_rewritten, memory, own_class, rewritten
+from normfuse.live.records import GIVEN_UP, RECORD, Deployment, Rewritten, is_rewritten, own_class, rewritten
+from normfuse.program import identity
 
 _HINT = "normfuse.restore(model) first, or load it whole into a new model; then deploy"
 
@@ -28,12 +29,12 @@ def note(model: nn.Module, changed: Iterable[Tensor], gone: Iterable[tuple[nn.Mo
         came: tensors were added.
     """
     before = [record.deployment for _, record in rewritten(model) if record.deployment is not None]
-    names: dict[tuple[Any, ...], set[str]] = {memory(each): set() for each in changed}
+    names: dict[tuple[Any, ...], set[str]] = {identity(each): set() for each in changed}
     paths = {module: path for path, module in model.named_modules()}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and memory(tensor) in names and name not in module._non_persistent_buffers_set:
-                names[memory(tensor)].add(_joined(path, name))
+            if tensor is not None and identity(tensor) in names and name not in module._non_persistent_buffers_set:
+                names[identity(tensor)].add(_joined(path, name))
     deployment = Deployment(
         frozenset(frozenset(each) for each in names.values() if each).union(*(each.changed for each in before)),
         frozenset(_joined(paths[module], name) for module, name in gone).union(*(each.gone for each in before)),

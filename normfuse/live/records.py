@@ -238,8 +238,3 @@ def own_class(module: nn.Module) -> None:
     """Give a module its own class back."""
     if is_rewritten(module):
         del plain(module).__dict__[RECORD]
-
-
-def memory(tensor: Tensor) -> tuple[Any, ...]:
-    """What is the same for tensors that are one memory seen alike."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()

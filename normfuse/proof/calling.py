@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import InputError, first_line
 from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program, at_inference
+from normfuse.proof.differences import same
 from normfuse.proof.trial_run import lacks_kernel
 from normfuse.undisturbed import seeded, undisturbed
 
@@ -86,25 +87,28 @@ def call_of_module(module: nn.Module, program: Program) -> Call:
     return call
 
 
-def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
-    """Whether outputs are the same, bit for bit but for the bits of NaN."""
-    return len(ours) == len(theirs) and all(_same(a, b) for a, b in zip(ours, theirs, strict=True))
+def returned(
+    module: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[list[Any], list[Tensor]]:
+    """All that a call returns, flat, and the state that it updates; the arguments are copied.
 
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+    Args:
+        module: the program's own, or what it was traced from.
+        program: says which state that is.
+        args: positional arguments.
+        kwargs: keyword arguments.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
+    leaves = [each.detach() if isinstance(each, Tensor) else each for each in pytree.tree_leaves(module(*args, **kwargs))]
+    return leaves, [each.detach().clone() for each in _updated(module, program, pytree.tree_leaves((args, kwargs)))]
 
 
 def _called(module: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of what a call returns, and the state that it updates; the arguments are copied."""
-    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
-    returned = [each.detach() for each in pytree.tree_leaves(module(*args, **kwargs)) if isinstance(each, Tensor)]
-    return returned + [each.detach().clone() for each in updated(module, program, pytree.tree_leaves((args, kwargs)))]
+    leaves, state = returned(module, program, args, kwargs)
+    return [*(each for each in leaves if isinstance(each, Tensor)), *state]
 
 
-def updated(module: nn.Module, program: Program, inputs: Sequence[Any]) -> Iterator[Tensor]:
+def _updated(module: nn.Module, program: Program, inputs: Sequence[Any]) -> Iterator[Tensor]:
     """What a program says that it updates, as the module has it after a call.
 
     Args:

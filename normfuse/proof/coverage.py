@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from normfuse.proof.differences import same_bits
+
 GIVE_OTHERS = "give inputs on which the outputs are numbers: --inputs FILE on the command line, inputs= in Python"
 
 
@@ -57,7 +59,7 @@ class Coverage:
         if given:
             self._finite = [seen or bool(torch.isfinite(each).any()) for seen, each in zip(self._finite, truth, strict=False)]
         both = zip(self._moved, truth, nudged, self._first, strict=False)
-        self._moved = [seen or not (_same(each, noisy) and _same(each, first)) for seen, each, noisy, first in both]
+        self._moved = [seen or not (same_bits(each, noisy) and same_bits(each, first)) for seen, each, noisy, first in both]
 
     def missing(self) -> Missing | None:
         """What the cases do not show; None where they show all outputs."""
@@ -77,7 +79,3 @@ class Coverage:
             reason = "nothing was compared: the outputs are the same whatever the inputs and the weights are"
             return Missing(reason, "give inputs, or compare an inner part of the model, whose outputs depend on its weights")
         return None
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -5,12 +5,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 TOP = 5
+
+
+def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    """Whether outputs are the same, bit for bit but for the bits of NaN."""
+    return len(ours) == len(theirs) and all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are of one form and have the same entries; NaN is NaN."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from normfuse.literals import numbers_cut
 from normfuse.program import Program
 from normfuse.proof.apart import coarser_inputs, nudges
 from normfuse.proof.artifacts import Artifact, Port
-from normfuse.proof.calling import Answer, Call, answer, same
+from normfuse.proof.calling import Answer, Call, answer
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage
-from normfuse.proof.differences import Difference, difference
+from normfuse.proof.differences import Difference, difference, same
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Sensitivity, Verdict
 from normfuse.proof.proving import (
     DRAWS,

@@ -23,12 +23,13 @@ from normfuse.errors import InputError, TraceError, first_line
 from normfuse.inputs import Inputs
 from normfuse.interpret import flat_inputs, run
 from normfuse.program import Program, Trains, at_inference
-from normfuse.proof.calling import same, updated
+from normfuse.proof.calling import returned
 from normfuse.proof.cases import Case, other_sizes, other_values
+from normfuse.proof.differences import same
 from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.proving import distances
-from normfuse.proof.trial_run import lacks_kernel, trial_run
+from normfuse.proof.trial_run import GIVE_FITTING, lacks_kernel, trial_run
 from normfuse.undisturbed import seeded, undisturbed
 
 RANDOM = "two calls of the model differ: its outputs are random, and were compared on the same random numbers"
@@ -94,8 +95,7 @@ class _Comparison:
                 if lacks_kernel(error):
                     return self._noted(f"the trace was not compared with the model: {first_line(error)}")
                 trial_run(self.program, flat)  # which knows what to write instead
-                hint = "give inputs on which the model itself runs"
-                raise InputError(f"the model does not run on these inputs: {first_line(error)}", hint=hint) from error
+                raise InputError(f"the model does not run on these inputs: {first_line(error)}", hint=GIVE_FITTING) from error
             notes += self._judged(case, seed, theirs)
         return self._noted(*dict.fromkeys(notes))
 
@@ -120,13 +120,11 @@ class _Comparison:
 
     def _module(self, case: Case, seed: int, *, grad: bool = False) -> _Called:
         """What the module gives."""
-        copies = [each.clone() if isinstance(each, Tensor) else each for each in case.flat]
-        args, kwargs = pytree.tree_unflatten(copies, self.program.exported.call_spec.in_spec)
+        args, kwargs = pytree.tree_unflatten(list(case.flat), self.program.exported.call_spec.in_spec)
         mode = torch.enable_grad() if grad else torch.no_grad()
         with undisturbed(self.module), at_inference(self.module, self.trains), seeded(seed), mode:
-            leaves = pytree.tree_leaves(self.module(*args, **kwargs))
-            state = [each.detach().clone() for each in updated(self.module, self.program, copies)]
-        tensors = [each.detach() for each in leaves if isinstance(each, Tensor)]
+            leaves, state = returned(self.module, self.program, args, kwargs)
+        tensors = [each for each in leaves if isinstance(each, Tensor)]
         return _Called([*tensors, *state], {p: each for p, each in enumerate(leaves) if not isinstance(each, Tensor)})
 
     def _trace(self, case: Case, seed: int, theirs: _Called) -> _Called:

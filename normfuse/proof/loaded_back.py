@@ -20,11 +20,13 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import InputError, first_line
 from normfuse.interpret import run
 from normfuse.program import Program, quiet
-from normfuse.proof.calling import Answer, Call, answer, call_of_program, same
+from normfuse.proof.calling import Answer, Call, answer, call_of_program
 from normfuse.proof.cases import Case, sizes_of_ranges
+from normfuse.proof.differences import same
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import rounded_alike
 from normfuse.proof.randomness import is_random
+from normfuse.proof.trial_run import GIVE_FITTING
 from normfuse.proof.written import narrower
 from normfuse.stored import own_state
 
@@ -113,8 +115,7 @@ class _Trial:
         if theirs.outputs is not None:
             self.objections.append(f"the written program refuses '{case.name}', which the original takes: {got.refusal}")
         elif case.given and theirs.refusal.startswith("Guard failed"):
-            hint = "give inputs on which the model itself runs"
-            raise InputError(f"the original refuses these inputs when it is called: {theirs.refusal}", hint=hint)
+            raise InputError(f"the original refuses these inputs when it is called: {theirs.refusal}", hint=GIVE_FITTING)
         else:
             self.notes.append(f"not called on '{case.name}', which the original does not take either: {theirs.refusal}")
 

@@ -395,15 +395,17 @@ def _nudged_inputs(flat: Sequence[Any], draw: int, size: float = NUDGE) -> list[
 
 def kick(name: str, like: Tensor) -> Tensor:
     """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name."""
-    generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
-    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64, device=like.device) * 2.0 - 1.0
+    drawn = torch.rand(like.shape, generator=_named(name, like), dtype=torch.float64, device=like.device) * 2.0 - 1.0
     return drawn + torch.where(drawn < 0.0, -0.5, 0.5)
 
 
 def _noise(name: str, like: Tensor) -> Tensor:
     """Standard normal numbers, the same ones for the same name in every run."""
-    generator = torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device=like.device)
+    return torch.randn(like.shape, generator=_named(name, like), dtype=torch.float64, device=like.device)
+
+
+def _named(name: str, like: Tensor) -> torch.Generator:
+    return torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
 
 
 def distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch.fx import Graph
 
 from normfuse.bodies import draws, graphs_of, operator_name
 from normfuse.interpret import run
 from normfuse.program import Program
 from normfuse.proof.coverage import Missing
+from normfuse.proof.differences import same
 
 _HINT = "compare the models without what is random: call eval() on them, or set dropout to 0"
 
@@ -20,8 +20,7 @@ def is_random(program: Program, flat: Sequence[Any]) -> bool:
     """Whether two runs of a program differ."""
     if not _drawn(program.graph):
         return False
-    one, other = (run(program, flat, seed=seed) for seed in (0, 1))
-    return not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return not same(*(run(program, flat, seed=seed) for seed in (0, 1)))
 
 
 def uncompared(reference: Program, other: Program | None, flat: Sequence[Any]) -> Missing | None:

@@ -11,6 +11,9 @@ from normfuse.errors import InputError, first_line
 from normfuse.interpret import run
 from normfuse.program import Program
 
+GIVE_FITTING = "give inputs on which the model itself runs"
+"""What to do where a model refuses inputs."""
+
 
 def described(value: Any) -> str:
     """An input as `--input` writes it, such as ``float32[2,3]``; of anything but a tensor, what it is."""
@@ -45,9 +48,9 @@ def _what_to_write(program: Program, flat: Sequence[Any]) -> str:
     held = sorted((each for each in stored if each.is_floating_point), key=str)
     said = f"they are {', '.join(given)}"
     if len(held) != 1:
-        return f"{said}; give inputs on which the model itself runs"
+        return f"{said}; {GIVE_FITTING}"
     fitting = [described(value.to(held[0])) if isinstance(value, Tensor) else described(value) for value in flat]
     if fitting == given:
-        return f"{said}; give inputs on which the model itself runs"
+        return f"{said}; {GIVE_FITTING}"
     dtype = str(held[0]).removeprefix("torch.")
     return f"{said}, and the model's tensors are {dtype}: give {', '.join(fitting)} (--input '{fitting[0]}')"
