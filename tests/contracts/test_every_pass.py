@@ -20,28 +20,10 @@ from normfuse.planner import Plan, plan
 from normfuse.program import Program
 from normfuse.proof.cases import cases
 from normfuse.proof.proving import prove
-from tests.batch_norms import FOLDS, Fold
-from tests.models import TRAPS, Trap
-from tests.streams import STREAMS
-from tests.stripping.models import REMOVED, Removed
+from tests.every_model import MODELS, REWRITTEN
 
 PASSES = sorted(registry.passes())
 HEADINGS = ("What", "Formula", "Needs", "Refuses", "Claim", "Reference")
-
-
-MODELS: dict[str, Trap | Fold | Removed] = {**TRAPS, **FOLDS, **STREAMS, **REMOVED}
-REWRITTEN = {
-    "conv_bn": "conv",
-    "fold_affine": "plain",
-    "offline_norm": "by hand",
-    "pre_crmsnorm": "missing biases",
-    "pre_crmsnorm_compressed": "plain",
-    "pre_rmsnorm": "tied head",
-    "prepbn": "rep tokens",
-    "strip_layernorm": "removed",
-    "unified_norm": "unified norm, post-norm",
-}
-"""A model per pass that the pass rewrites."""
 
 
 @pytest.fixture(scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODELS])

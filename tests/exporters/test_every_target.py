@@ -17,27 +17,13 @@ from normfuse.interpret import flat_inputs
 from normfuse.planner import plan
 from normfuse.program import Program
 from normfuse.proof.cases import Case, cases
-from tests.batch_norms import FOLDS
+from tests.every_model import MODELS, REWRITTEN
 from tests.exporters.agreement import excess
-from tests.models import TRAPS
-from tests.streams import STREAMS
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 
-MODELS: dict[str, Any] = {**TRAPS, **FOLDS, **STREAMS}
 OPSETS = range(18, 25)
-SAMPLE = {
-    "conv_bn": "conv",
-    "fold_affine": "plain",
-    "offline_norm": "by hand",
-    "pre_crmsnorm": "missing biases",
-    "pre_crmsnorm_compressed": "plain",
-    "pre_rmsnorm": "tied head",
-    "prepbn": "rep tokens",
-    "unified_norm": "unified norm, post-norm",
-}
-"""A model per pass that the pass rewrites."""
 
 
 @cache
@@ -80,17 +66,17 @@ def check_onnx(path: Path, model: str, name: str, program: Program, opset: int) 
 # -- ONNX Runtime ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", REWRITTEN)
 def test_each_pass_in_onnx_runtime(tmp_path: Path, name: str) -> None:
     pytest.importorskip("onnxruntime")
-    program = rewritten(SAMPLE[name], name)
+    program = rewritten(REWRITTEN[name], name)
     assert program is not None
     for opset in (20, 23):
-        check_onnx(tmp_path / "m.onnx", SAMPLE[name], name, program, opset)
+        check_onnx(tmp_path / "m.onnx", REWRITTEN[name], name, program, opset)
 
 
 def test_the_sample_has_every_pass() -> None:
-    assert set(SAMPLE) == set(registry.passes()) - {"strip_layernorm"}  # of trained models: tests/stripping exports one
+    assert set(REWRITTEN) == set(registry.passes())
 
 
 @pytest.mark.slow
@@ -105,10 +91,10 @@ def test_every_pass_and_opset_in_onnx_runtime(tmp_path: Path, model: str) -> Non
 # -- TensorRT, ahead of time -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", REWRITTEN)
 def test_each_pass_builds_with_tensorrt(tmp_path: Path, name: str) -> None:
     pytest.importorskip("tensorrt_rtx")
-    program = rewritten(SAMPLE[name], name)
+    program = rewritten(REWRITTEN[name], name)
     assert program is not None
     check_tensorrt(tmp_path / "m.engine", program, 20)
 
@@ -146,7 +132,7 @@ class Together(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLE)
+@pytest.mark.parametrize("name", REWRITTEN)
 def test_every_rewrite_of_a_pass_with_aoti(tmp_path: Path, name: str) -> None:
     from normfuse.exporters import aoti
 

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.batch_norms import FOLDS
-from tests.models import IDS, TRAPS, D, Stream, Trap, noise
-from tests.streams import STREAMS
+from tests import every_model
+from tests.models import IDS, D, Stream, Trap, noise
 
 
 class MaskedLM(Stream):
@@ -61,7 +60,7 @@ HIDING = {
     "detector": Trap(Detector, (noise(2, 3, 9, 9),), 2),
     "partly NaN": Trap(PartlyNaN, IDS, 3),
 }
-MODELS: dict[str, Any] = {**TRAPS, **FOLDS, **STREAMS, **HIDING}
+MODELS: dict[str, Any] = {**every_model.MODELS, **HIDING}
 
 CANNOT_RUN = {("masked logits", torch.float16), ("masked logits", torch.bfloat16)}
 """Model and dtype: the mask's number, float32's least, is none of half precision, and the model itself raises."""

@@ -19,7 +19,7 @@ from normfuse.planner import plan
 from normfuse.program import Program
 from normfuse.proof.written import narrower
 from normfuse.registry import ALL
-from tests.contracts.test_every_pass import MODELS
+from tests.every_model import MODELS
 from tests.models import noise
 from tests.zoo.spread import spread
 

@@ -69,6 +69,7 @@ def refusal(path: Path) -> str:
     assert time.monotonic() - begin < 10
     assert "bug" not in str(caught.value)
     assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 600
     assert caught.value.hint
     return str(caught.value)
 

@@ -19,27 +19,15 @@ import torch
 from torch import nn
 
 from normfuse import archive, limits
-from normfuse.errors import InputError, LoadError, TraceError
+from normfuse.errors import InputError, TraceError
 from normfuse.inputs import from_file, from_specs
 from normfuse.limits import OverLimit
 from normfuse.loading import load
 from normfuse.program import Program
-from tests.unit.test_hostile_pickles import doubled, saved
+from tests.unit.test_hostile_pickles import doubled, refusal, saved
 from tests.unit.test_loading import LEAF, Call, graph_of, in_program, in_record, tampered, tree, with_record
 
 Edit = Callable[[dict[str, bytes]], None]
-
-
-def refusal(path: Path) -> str:
-    begin = time.monotonic()
-    with pytest.raises(LoadError) as caught:
-        load(path)
-    assert time.monotonic() - begin < 10
-    assert "bug" not in str(caught.value)
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < 600
-    assert caught.value.hint
-    return str(caught.value)
 
 
 def size(text: str) -> Edit:
