@@ -202,7 +202,7 @@ def rewrite(
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (_kinds(original), _kinds(planned))
-    notes = (*original.notes, *_told(given), *spelling.notes(original, planned))
+    notes = (*original.notes, *given.notes, *spelling.notes(original, planned))
     report = Report(name, chosen, evidence, before, after, clock.laps, notes)
     checked(evidence, report)
     return Result(
@@ -515,10 +515,6 @@ def _given(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
             hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
         )
     return given if dynamic_shapes is None else replace(given, dynamic_shapes=dynamic_shapes)
-
-
-def _told(given: Inputs) -> tuple[str, ...]:
-    return (given.left_out,) if given.left_out else ()
 
 
 def _names(passes: Any) -> list[str]:

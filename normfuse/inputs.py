@@ -62,6 +62,11 @@ class Inputs:
     more: tuple[Inputs, ...] = ()
     left_out: str | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be told of them."""
+        return (self.left_out,) if self.left_out else ()
+
 
 @dataclass(frozen=True)
 class DynamicDim:

@@ -102,7 +102,7 @@ def verify(
 
 
 def _noted(evidence: Evidence, given: Inputs) -> Evidence:
-    return replace(evidence, notes=(*evidence.notes, given.left_out)) if given.left_out else evidence
+    return replace(evidence, notes=(*evidence.notes, *given.notes))
 
 
 def _fitted(program: Program, given: Inputs) -> Inputs:

@@ -205,7 +205,7 @@ def strip(
     folded = folding.apply(linear)
     tried = cases_for(linear, given)
     evidence = prove(linear, folded, folding, tried, level=verify, progress=progress)
-    notes = (*program.notes, *filter(None, [given.left_out]))
+    notes = (*program.notes, *given.notes)
     report = Report(name, folding, evidence, _kinds(program), _kinds(folded), notes=notes)
     checked(evidence, report)
     baked = folded.baked()
