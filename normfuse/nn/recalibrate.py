@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from normfuse.batches import as_batch, taken, warn_of
 from normfuse.nn.batch_channel_norm import EstimatedBatchNorm
 from normfuse.nn.evo_norm import EvoNormB0
 from normfuse.nn.power_norm import PowerNorm
@@ -65,6 +64,8 @@ def recalibrate(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is a share in [0, 1], not {alpha}")
+    from normfuse.batches import as_batch, taken, warn_of  # only here: the modules of this room need torch alone
+
     meters = {name: _Meter(name, module, alpha) for name, module in model.named_modules() if _statistics(module)}
     if not meters:
         raise ValueError("no module of this model has running statistics that could be measured")
