@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import normfuse
 from benchmarks.rms_norm import heading, row
-from normfuse.program import Program
+from normfuse.graph.program import Program
 
 PRODUCTS = {  # tokens, d
     "d = 64, 64 tokens": (64, 64),

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import normfuse
 from normfuse.errors import TraceError
-from normfuse.folding.dissolve import HALF, LEFT
+from normfuse.transforms.fold import HALF, LEFT
 from tests.batch_norms import FOLDS, IMAGE, Chain, Fold
 from tests.models import noise
 

@@ -32,8 +32,8 @@ from torch._inductor import config as inductor
 
 import normfuse
 from normfuse.exporters import onnx, onnxruntime
+from normfuse.graph.program import Program
 from normfuse.nn import RepBN, convert, recalibrate
-from normfuse.program import Program
 from tests.zoo import torchvision_shim
 
 NORMS = (nn.modules.batchnorm._BatchNorm, RepBN)

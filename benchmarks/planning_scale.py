@@ -16,8 +16,8 @@ from collections.abc import Callable
 import torch
 from rich.progress import track
 
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from tests.zoo import torchvision_shim
 
 

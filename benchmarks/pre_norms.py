@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import normfuse
 from benchmarks.crms_norm import MODELS, Build, _session
 from benchmarks.rms_norm import heading, timed
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from tests.zoo.spread import spread
 
 REWRITES = {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import normfuse
 from benchmarks.crms_norm import _session
 from benchmarks.rms_norm import heading, row
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.stripping import attach, places
 
 COLUMNS = ("with LayerNorm", "stored σ", "folded", "never a norm")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import normfuse
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.stripping.quality import loss, measure
 from tests.zoo import trained
 

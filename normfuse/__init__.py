@@ -13,20 +13,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from normfuse.api import Inspection, Result, deploy, inspect, restore, rewrite, tune
+    from normfuse.api import (
+        Inspection,
+        Result,
+        assert_equivalent,
+        bisect,
+        deploy,
+        export,
+        inspect,
+        restore,
+        rewrite,
+        tune,
+        verify,
+    )  # fmt: skip
     from normfuse.errors import NormfuseError, VerificationFailed
-    from normfuse.exporting import export
-    from normfuse.findings import Claim
-    from normfuse.inputs import Inputs
-    from normfuse.loading import load
+    from normfuse.graph.findings import Claim
+    from normfuse.graph.program import Program
     from normfuse.nn.recalibrate import recalibrate
-    from normfuse.planner import Plan, plan
-    from normfuse.program import Program
+    from normfuse.planning.planner import Plan, plan
     from normfuse.proof.evidence import Evidence
-    from normfuse.report import Report
+    from normfuse.report.record import Report
+    from normfuse.sources.inputs import Inputs
+    from normfuse.sources.loading import load
     from normfuse.stripping.calibration import Calibration, calibrate
     from normfuse.stripping.removal import strip
-    from normfuse.verification import assert_equivalent, bisect, verify
 
 __version__ = "0.1.0"
 
@@ -37,21 +47,22 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "api": ("Inspection", "Result", "deploy", "inspect", "restore", "rewrite", "tune"),
+    "api": (
+        "Inspection", "Result", "assert_equivalent", "bisect", "deploy", "export", "inspect", "restore", "rewrite", "tune",
+        "verify",
+    ),
     "errors": ("NormfuseError", "VerificationFailed"),
-    "proof.evidence": ("Evidence",),
-    "exporting": ("export",),
-    "findings": ("Claim",),
-    "inputs": ("Inputs",),
-    "loading": ("load",),
+    "graph.findings": ("Claim",),
+    "graph.program": ("Program",),
     "nn.recalibrate": ("recalibrate",),
-    "planner": ("Plan", "plan"),
-    "program": ("Program",),
-    "report": ("Report",),
+    "planning.planner": ("Plan", "plan"),
+    "proof.evidence": ("Evidence",),
+    "report.record": ("Report",),
+    "sources.inputs": ("Inputs",),
+    "sources.loading": ("load",),
     "stripping.calibration": ("Calibration", "calibrate"),
     "stripping.removal": ("strip",),
-    "verification": ("assert_equivalent", "bisect", "verify"),
-}
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def normfuse_equivalent(record_property: Callable[[str, object], None]) -> Callable[..., Evidence]:
     """`normfuse.assert_equivalent`; the figures go into the JUnit report as properties of the test."""
-    from normfuse.verification import assert_equivalent
+    from normfuse.api.verification import assert_equivalent
 
     def check(a: Any, b: Any, inputs: Any = None, **options: Any) -> Evidence:
         evidence = assert_equivalent(a, b, inputs, **options)

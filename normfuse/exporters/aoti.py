@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.archive import NO_ZIP
-from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError, first_line
-from normfuse.exporters.deployed import deployed
-from normfuse.program import Program, quiet
+from normfuse.exporters.lowering import deployed
+from normfuse.graph.program import Program, quiet
 from normfuse.proof.artifacts import Artifact
+from normfuse.sources.archive import NO_ZIP
+from normfuse.sources.atomic import write_atomically
 
 INSIDE = "/data/aotinductor/"
 CHECK = "AOTI_RUNTIME_CHECK_INPUTS"

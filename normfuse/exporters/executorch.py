@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.atomic import write_atomically
 from normfuse.errors import ExportError, InputError, first_line
-from normfuse.exporters.deployed import deployed
 from normfuse.exporters.extras import package
-from normfuse.program import Program, quiet
+from normfuse.exporters.lowering import deployed
+from normfuse.graph.program import Program, quiet
 from normfuse.proof.artifacts import Artifact, Port
+from normfuse.sources.atomic import write_atomically
 
 # as PyTorch and ExecuTorch count dtypes
 DTYPES = {0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32,

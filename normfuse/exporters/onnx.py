@@ -3,7 +3,7 @@
 Opsets 18 to 25 are written; 20 is the default, which every TensorRT 10 and every ONNX Runtime of the last years reads. 23 is
 the first with RMSNormalization, and wants ONNX Runtime 1.23 or TensorRT 10.15.
 
-Formulas and computed weights are evaluated first, and norms written by hand become operators (`normfuse.exporters.deployed`),
+Formulas and computed weights are evaluated first, and norms written by hand become operators (`normfuse.exporters.lowering`),
 such as the (1 + w) norms of Gemma.
 
 RMSNorm below opset 23 is spelled ``x / sqrt(mean(x²) + eps) * w``: ONNX Runtime fuses that into one
@@ -33,13 +33,13 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind
 
-from normfuse.atomic import scratch, write_atomically
 from normfuse.errors import ExportError, InputError, NormfuseWarning
-from normfuse.exporters import spelled
-from normfuse.exporters.deployed import deployed, in_float32, with_operators
+from normfuse.exporters import onnx_translations
 from normfuse.exporters.extras import package
+from normfuse.exporters.lowering import deployed, in_float32, with_operators
 from normfuse.exporters.onnxruntime import Array, as_array, first_line
-from normfuse.program import Program, Site, quiet
+from normfuse.graph.program import Program, Site, quiet
+from normfuse.sources.atomic import scratch, write_atomically
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 25
 WIDE_GROUP_NORM_OPSET = 21
@@ -161,7 +161,7 @@ def _convert(program: Program, opset: int) -> tuple[Any, dict[str, Site]]:
                 opset_version=opset,
                 verbose=False,
                 optimize=False,
-                custom_translation_table=spelled.translations(opset),
+                custom_translation_table=onnx_translations.translations(opset),
             )
             _shield_small_numbers(converted.model)
             with _kept(converted.model, "BatchNormalization"):

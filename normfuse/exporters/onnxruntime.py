@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.atomic import scratch
 from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseError
-from normfuse.exporters import pieces, widening
+from normfuse.exporters import onnx_float64, onnx_precision
 from normfuse.exporters.extras import package
-from normfuse.exporters.ports import ports
+from normfuse.exporters.onnx_signature import ports
 from normfuse.proof.artifacts import Artifact, Port, Run
+from normfuse.sources.atomic import scratch
 
 BFLOAT16 = 16  # as ONNX counts dtypes
 Array = np.ndarray[Any, Any]
@@ -76,7 +76,7 @@ def open_artifact(path: str | Path, *, provider: str = "CPU") -> Artifact:
 
 def _artifact(path: Path, provider: str) -> Artifact:
     ort, model = package("onnxruntime", "cpu"), _read(path)
-    held = widening.dtypes_of(model)
+    held = onnx_precision.dtypes_of(model)
     runtime = f"ONNX Runtime {ort.__version__} ({provider})"
     try:
         session = _session(path, True, provider=provider)
@@ -89,7 +89,7 @@ def _artifact(path: Path, provider: str) -> Artifact:
         "": lambda inputs: _tensors(session, inputs),
         "without graph optimizations": lambda inputs: _tensors(slow(), inputs),
     }
-    wide, widened = _widened(path, provider, widening.wider(model))
+    wide, widened = _widened(path, provider, onnx_precision.wider(model))
     notes = (_norms_note(path),) if provider == "CPU" else ()
     inner = partial(_inner, path, provider, wide)
     return Artifact(path.name, runtime, ports(model), runs, widened, _nudged(path, provider, wide), notes, inner)
@@ -129,7 +129,7 @@ def _inner(path: Path, provider: str, wide: Any) -> tuple[tuple[str, ...], Run]:
     model.graph.outputs.clear()
     model.graph.outputs.extend([*shown, *outputs])
     if wide is not None:
-        widening.widen(model, wide)
+        onnx_precision.widen(model, wide)
     run = _of(model, path.name, provider, wide)
     return names, lambda inputs: [*(values := run(inputs)), *values[len(shown) :]]
 
@@ -137,18 +137,18 @@ def _inner(path: Path, provider: str, wide: Any) -> tuple[tuple[str, ...], Run]:
 def _changed(path: Path, provider: str, *, optimized: bool = False, wide: Any = None, nudged: bool = False) -> Run:
     """The same model with nudged weights, in a wider dtype, or both."""
     model = _read(path)
-    sizes = widening.roundings(model)  # of the dtypes that are stored, not of the wider ones
+    sizes = onnx_precision.roundings(model)  # of the dtypes that are stored, not of the wider ones
     if wide is not None:
-        widening.widen(model, wide)
+        onnx_precision.widen(model, wide)
     if nudged:
-        widening.nudge(model, sizes)
+        onnx_precision.nudge(model, sizes)
     return _of(model, path.name, provider, wide, optimized)
 
 
 def _of(model: Any, name: str, provider: str, wide: Any, optimized: bool = False) -> Run:
     """How to run a model that was changed, on inputs of the file's own dtypes."""
     opened = partial(_opened, name=name, optimized=optimized, provider=provider)
-    run = pieces.assembled(model, opened) if wide == package("onnx_ir", "onnx").DataType.DOUBLE else opened(model)
+    run = onnx_float64.assembled(model, opened) if wide == package("onnx_ir", "onnx").DataType.DOUBLE else opened(model)
     return lambda inputs: run(_as_wide(inputs, wide))
 
 

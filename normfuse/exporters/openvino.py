@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from normfuse.atomic import scratch, write_atomically
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx
 from normfuse.exporters.extras import package
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.proof.artifacts import Artifact, Port, Run
+from normfuse.sources.atomic import scratch, write_atomically
 
 PRECISION = "INFERENCE_PRECISION_HINT"
 NORMS = ("RMS", "MVN", "BatchNormInference", "GroupNormalization", "NormalizeL2")

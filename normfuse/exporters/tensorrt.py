@@ -21,15 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.atomic import scratch, write_atomically
 from normfuse.errors import ExportError, InputError
-from normfuse.exporters import kernels, onnx
+from normfuse.exporters import engine_kernels, onnx
+from normfuse.exporters.engine_kernels import Kernel, NormKernels
 from normfuse.exporters.extras import package
-from normfuse.exporters.kernels import Kernel, NormKernels
-from normfuse.interpret import flat_inputs, user_inputs
-from normfuse.program import Program, Site
+from normfuse.graph.interpreter import flat_inputs, user_inputs
+from normfuse.graph.program import Program, Site
+from normfuse.graph.views import is_tensor, shape
 from normfuse.proof.artifacts import Artifact, Port
-from normfuse.views import is_tensor, shape
+from normfuse.sources.atomic import scratch, write_atomically
 
 UNBOUNDED = 8
 """A profile needs a largest size: where the program has none, this many times the example's."""
@@ -61,7 +61,7 @@ class EngineInfo:
     def __str__(self) -> str:
         """A line for a report."""
         count = "" if self.kernels is None else f", {len(self.kernels)} kernels"
-        return f"{self.builder}{count}: {kernels.in_words(self.norms)}"
+        return f"{self.builder}{count}: {engine_kernels.in_words(self.norms)}"
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,9 @@ def export(
     if engine is None:
         raise _refused(log.errors(), info.sites)
     content = bytes(engine)
-    found = kernels.from_log(log.lines) or _inspected(trt, log, content)
+    found = engine_kernels.from_log(log.lines) or _inspected(trt, log, content)
     write_atomically(path, lambda file: _write(file, content))
-    norms = None if found is None else kernels.of_norms(program, info.sites, found)
+    norms = None if found is None else engine_kernels.of_norms(program, info.sites, found)
     return EngineInfo(path, _title(trt), tuple(map(_dotted, capabilities)), profiles, found, norms)
 
 
@@ -301,7 +301,8 @@ def _inspected(trt: Any, log: Any, engine: bytes) -> tuple[Kernel, ...] | None:
     loaded = trt.Runtime(log).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
-    return kernels.from_inspector(loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
+    told = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return engine_kernels.from_inspector(told)
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -50,8 +50,8 @@ def recalibrate(
     Args:
         model: changed in place; its training flags are the same afterwards.
         data: batches. A mapping is passed as keyword arguments; of a list or tuple, as a loader with labels yields, what the
-            forward requires, and the first element where it requires nothing (`normfuse.batches`); anything else as it is. An
-            optional argument that was given nothing of a longer tuple is told of by a `NormfuseWarning`.
+            forward requires, and the first element where it requires nothing (`normfuse.sources.batches`); anything else as it
+            is. An optional argument that was given nothing of a longer tuple is told of by a `NormfuseWarning`.
         alpha: share of the new statistics: 1 replaces the old ones, less mixes (α-BN).
         call: how to run the model on a batch, in place of the above.
 
@@ -64,7 +64,7 @@ def recalibrate(
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha is a share in [0, 1], not {alpha}")
-    from normfuse.batches import as_batch, taken, warn_of  # only here: the modules of this room need torch alone
+    from normfuse.sources.batches import as_batch, taken, warn_of  # only here: the modules of this room need torch alone
 
     meters = {name: _Meter(name, module, alpha) for name, module in model.named_modules() if _statistics(module)}
     if not meters:

@@ -32,13 +32,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.facts import Facts
-from normfuse.findings import Finding, Refusal
-from normfuse.folding.affine import Affine, forms, why_adaptive
-from normfuse.folding.dissolve import dissolve
-from normfuse.formula import Apply
-from normfuse.program import Program
-from normfuse.views import Norm
+from normfuse.analysis.affine import Affine, forms, why_adaptive
+from normfuse.analysis.facts import Facts
+from normfuse.graph.findings import Finding, Refusal
+from normfuse.graph.formula import Apply
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm
+from normfuse.transforms.fold import dissolve
 
 NORMS = ("batch_norm", "offline_norm")
 

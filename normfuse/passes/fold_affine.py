@@ -42,18 +42,18 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfuse.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
-from normfuse.facts import Facts
-from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
-from normfuse.folding.absorb import Absorbed, Obstacle, column, new_tensor
-from normfuse.folding.affine import Affine, constant, forms, maximal, moved
-from normfuse.folding.averages import MASKED, is_mean
-from normfuse.folding.dissolve import makes_tensors, told
-from normfuse.folding.readers import into_readers, well_conditioned
-from normfuse.formula import Apply
-from normfuse.program import Program
-from normfuse.rules import rank, times_read
-from normfuse.views import Norm, arguments, aten, dtype, is_tensor
+from normfuse.analysis.affine import Affine, constant, forms, maximal, moved
+from normfuse.analysis.attention import MASKED, is_mean
+from normfuse.analysis.facts import Facts
+from normfuse.graph.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
+from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
+from normfuse.graph.formula import Apply
+from normfuse.graph.ops.carrying import rank, times_read
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, arguments, aten, dtype, is_tensor
+from normfuse.transforms.draft import Absorbed, Obstacle, column, new_tensor
+from normfuse.transforms.fold import makes_tensors, told
+from normfuse.transforms.into_readers import into_readers, well_conditioned
 
 _PLAIN = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
 

@@ -31,14 +31,14 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.facts import Facts
-from normfuse.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.folding.absorb import LAYERS, Draft
-from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
-from normfuse.folding.dissolve import dissolve
-from normfuse.program import Program
-from normfuse.recognize import MEANS, ROOTS
-from normfuse.views import Norm, arguments, aten
+from normfuse.analysis.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.analysis.facts import Facts
+from normfuse.analysis.norms import MEANS, ROOTS
+from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, arguments, aten
+from normfuse.transforms.draft import LAYERS, Draft
+from normfuse.transforms.fold import dissolve
 
 
 def offline_norm(program: Program, facts: Facts) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ What
     cannot change reads the stream through one explicit change of basis.
 
 Formula
-    With Q of d rows and d - 1 columns, QᵀQ = I and Qᵀ1 = 0 (a Householder reflection, see `normfuse.streams.bases`): x = Qy,
+    With Q of d rows and d - 1 columns, QᵀQ = I and Qᵀ1 = 0 (a Householder reflection, see `normfuse.transforms.basis`): x = Qy,
     writers W ← QᵀW, b ← Qᵀb, readers W ← √(d/(d-1)) W diag(gain) Q, b ← b + W shift, and the norm is RMS over d - 1 entries,
     eps ← eps·d/(d-1). The mean that LayerNorm subtracts vanishes with Qᵀ. `pre_crmsnorm_compressed` has the paper's form.
 
@@ -49,11 +49,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.facts import Facts
-from normfuse.findings import Finding
-from normfuse.program import Program
-from normfuse.streams.bases import Rotated
-from normfuse.streams.narrowing import propose
+from normfuse.analysis.facts import Facts
+from normfuse.graph.findings import Finding
+from normfuse.graph.program import Program
+from normfuse.transforms.basis import Rotated
+from normfuse.transforms.width import propose
 
 NORMS = ("layer_norm", "rms_norm")
 

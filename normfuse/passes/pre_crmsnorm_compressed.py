@@ -26,11 +26,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.facts import Facts
-from normfuse.findings import Finding
-from normfuse.program import Program
-from normfuse.streams.bases import Compressed
-from normfuse.streams.narrowing import propose
+from normfuse.analysis.facts import Facts
+from normfuse.graph.findings import Finding
+from normfuse.graph.program import Program
+from normfuse.transforms.basis import Compressed
+from normfuse.transforms.width import propose
 
 NORMS = ("layer_norm", "rms_norm")
 

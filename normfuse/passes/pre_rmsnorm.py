@@ -51,14 +51,14 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.edits import Call, Expression, Ref, Reroute, SetTensor
-from normfuse.facts import Facts
-from normfuse.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.folding.scales import why_fixed
-from normfuse.program import Program
-from normfuse.rules import rank
-from normfuse.streams.establish import Obstacle, Region, center
-from normfuse.views import Norm, arguments, aten, dtype, shape
+from normfuse.analysis.facts import Facts
+from normfuse.analysis.scales import why_fixed
+from normfuse.graph.edits import Call, Expression, Ref, Reroute, SetTensor
+from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, arguments, aten, dtype, shape
+from normfuse.transforms.zero_mean import Obstacle, Region, center
 
 NORMS = ("layer_norm",)
 

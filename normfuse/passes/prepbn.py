@@ -32,12 +32,12 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.facts import Facts
-from normfuse.findings import Finding, Refusal
-from normfuse.folding.affine import MOVES, Affine, forms, why_adaptive
-from normfuse.folding.dissolve import dissolve
-from normfuse.program import Program
-from normfuse.views import Norm, aten
+from normfuse.analysis.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.analysis.facts import Facts
+from normfuse.graph.findings import Finding, Refusal
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, aten
+from normfuse.transforms.fold import dissolve
 
 NORMS = ("batch_norm",)
 

@@ -43,17 +43,17 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from normfuse.edits import Call, Edit, Expression, Ref, Reroute
-from normfuse.facts import Facts
-from normfuse.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
-from normfuse.folding.absorb import Absorbed, Obstacle
-from normfuse.folding.affine import Affine, forms
-from normfuse.folding.centring import Centring, as_norm, blind, centrings, into_weights
-from normfuse.folding.dissolve import dissolve, told
-from normfuse.program import Program, Site
-from normfuse.rules import rank
-from normfuse.streams.establish import Region, center
-from normfuse.views import Norm, dtype
+from normfuse.analysis.affine import Affine, forms
+from normfuse.analysis.facts import Facts
+from normfuse.graph.edits import Call, Edit, Expression, Ref, Reroute
+from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.program import Program, Site
+from normfuse.graph.views import Norm, dtype
+from normfuse.transforms.draft import Absorbed, Obstacle
+from normfuse.transforms.fold import dissolve, told
+from normfuse.transforms.mean_subtraction import Centring, as_norm, blind, centrings, into_weights
+from normfuse.transforms.zero_mean import Region, center
 
 PUBLISHED_EPS = 1e8
 """The least eps that is meant to swallow the variance: ten thousand times the deviation of any stream."""

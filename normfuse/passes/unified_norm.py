@@ -29,12 +29,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.facts import Facts
-from normfuse.findings import Finding
-from normfuse.folding.affine import Affine, forms
-from normfuse.folding.dissolve import dissolve
-from normfuse.program import Program
-from normfuse.views import Norm
+from normfuse.analysis.affine import Affine, forms
+from normfuse.analysis.facts import Facts
+from normfuse.graph.findings import Finding
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm
+from normfuse.transforms.fold import dissolve
 
 NORMS = ("offline_norm",)
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from normfuse.interpret import Weights, user_inputs
-from normfuse.program import Program
+from normfuse.graph.interpreter import Weights, user_inputs
+from normfuse.graph.program import Program
+from normfuse.graph.views import dtype, is_tensor
 from normfuse.proof.proving import NUDGE, kick, nudged, rounding_of
-from normfuse.views import dtype, is_tensor
 
 
 def nudges(a: Program, b: Program) -> Callable[[float | None, int], Weights]:

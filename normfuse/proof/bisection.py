@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.facts import analyze
-from normfuse.interpret import NARROW, run
-from normfuse.program import Program
+from normfuse.analysis.facts import analyze
+from normfuse.graph.interpreter import NARROW, run
+from normfuse.graph.program import Program
+from normfuse.graph.views import shape
 from normfuse.proof.evidence import MARGIN
 from normfuse.proof.proving import FLOOR, distance, distances, nudged, rounding_of
-from normfuse.views import shape
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def bisect(a: Program, b: Program, flat: Sequence[Any]) -> Parting | None:
     Args:
         a: the reference.
         b: the other; it takes the same flat inputs.
-        flat: the inputs, as `normfuse.interpret.flat_inputs` gives them.
+        flat: the inputs, as `normfuse.graph.interpreter.flat_inputs` gives them.
     """
     centred = set() if _same_graph(a, b) else _widths(a)
     found = _parting(b, _Reference.of(a, flat), *_values(b, flat), centred)

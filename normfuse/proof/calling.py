@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, first_line
-from normfuse.interpret import flat_inputs, run
-from normfuse.program import Program, at_inference
+from normfuse.graph.interpreter import flat_inputs, run
+from normfuse.graph.program import Program, at_inference
 from normfuse.proof.differences import same
 from normfuse.proof.trial_run import lacks_kernel
-from normfuse.undisturbed import seeded, undisturbed
+from normfuse.proof.undisturbed import seeded, undisturbed
 
 Call = Callable[[Sequence[Any], Mapping[str, Any]], list[Tensor]]
 """A call with arguments -> the tensors of what it returns, and behind them the state that it updates."""
@@ -28,7 +28,7 @@ class Answer:
     """What a call came to.
 
     Attributes:
-        outputs: its tensors, as `normfuse.interpret.run` orders them; None where it raised.
+        outputs: its tensors, as `normfuse.graph.interpreter.run` orders them; None where it raised.
         refusal: a line on why it raised.
         idle: it was never a question of the inputs: this machine does not have an operator in that dtype, or they were known
             not to fit before the call.

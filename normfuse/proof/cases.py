@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.inputs import Inputs
-from normfuse.interpret import flat_inputs, user_inputs
-from normfuse.program import Program
-from normfuse.views import arguments, aten, is_tensor, shape
+from normfuse.graph.interpreter import flat_inputs, user_inputs
+from normfuse.graph.program import Program
+from normfuse.graph.views import arguments, aten, is_tensor, shape
+from normfuse.sources.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Case:
 
     Attributes:
         name: what is special about it, for the report.
-        flat: inputs in the order of `normfuse.interpret.flat_inputs`.
+        flat: inputs in the order of `normfuse.graph.interpreter.flat_inputs`.
         given: they are the user's own.
     """
 

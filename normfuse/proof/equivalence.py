@@ -21,9 +21,9 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, NormfuseError, first_line
-from normfuse.interpret import NARROW, flat_inputs, run
-from normfuse.literals import numbers_cut
-from normfuse.program import Program
+from normfuse.graph.interpreter import NARROW, flat_inputs, run
+from normfuse.graph.literals import numbers_cut
+from normfuse.graph.program import Program
 from normfuse.proof.apart import coarser_inputs, nudges
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.calling import Answer, Call, answer

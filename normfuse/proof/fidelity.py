@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
-from normfuse.bodies import draws
 from normfuse.errors import InputError, TraceError, first_line
-from normfuse.inputs import Inputs
-from normfuse.interpret import flat_inputs, run
-from normfuse.program import Program, Trains, at_inference
+from normfuse.graph.bodies import draws
+from normfuse.graph.interpreter import flat_inputs, run
+from normfuse.graph.program import Program, Trains, at_inference
 from normfuse.proof.calling import returned
 from normfuse.proof.cases import Case, other_sizes, other_values
 from normfuse.proof.differences import same
@@ -30,7 +29,8 @@ from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.proving import distances
 from normfuse.proof.trial_run import GIVE_FITTING, lacks_kernel, trial_run
-from normfuse.undisturbed import seeded, undisturbed
+from normfuse.proof.undisturbed import seeded, undisturbed
+from normfuse.sources.inputs import Inputs
 
 RANDOM = "two calls of the model differ: its outputs are random, and were compared on the same random numbers"
 UNCOMPARED = "the model draws its random numbers in another order than its trace, so the two could not be compared"

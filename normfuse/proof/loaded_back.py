@@ -18,8 +18,9 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, first_line
-from normfuse.interpret import run
-from normfuse.program import Program, quiet
+from normfuse.graph.interpreter import run
+from normfuse.graph.program import Program, quiet
+from normfuse.graph.stored import own_state
 from normfuse.proof.calling import Answer, Call, answer, call_of_program
 from normfuse.proof.cases import Case, sizes_of_ranges
 from normfuse.proof.differences import same
@@ -28,7 +29,6 @@ from normfuse.proof.proving import rounded_alike
 from normfuse.proof.randomness import is_random
 from normfuse.proof.trial_run import GIVE_FITTING
 from normfuse.proof.written import narrower
-from normfuse.stored import own_state
 
 SMALL = 2**12
 """Entries of a tensor up to which it is saved and loaded back itself; larger ones would be a third copy of the model."""

@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.edits import SetTensor
+from normfuse.analysis.facts import analyze
 from normfuse.errors import NormfuseError, first_line, one_of
-from normfuse.facts import analyze
-from normfuse.interpret import Weights, run
-from normfuse.planner import Plan
-from normfuse.program import Program
+from normfuse.graph.edits import SetTensor
+from normfuse.graph.interpreter import Weights, run
+from normfuse.graph.program import Program
+from normfuse.graph.views import dtype, is_tensor, shape
+from normfuse.planning.planner import Plan
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage, Missing, counts
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
@@ -41,7 +42,6 @@ from normfuse.proof.sensitivity import sensitivity
 from normfuse.proof.steps import Steps, jumping, told_of_own
 from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
-from normfuse.views import dtype, is_tensor, shape
 
 NUDGE = 1e-15
 DRAWS = 2
@@ -358,7 +358,7 @@ def samples_of_rounding(
 
     Args:
         program: what is run.
-        flat: its inputs, as `normfuse.interpret.flat_inputs` orders them.
+        flat: its inputs, as `normfuse.graph.interpreter.flat_inputs` orders them.
         size: of a rounding, relative; None for that of the dtype in which a weight or a value is stored.
         weights: changes the weights first.
         steps: of the run that is the truth.

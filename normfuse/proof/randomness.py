@@ -7,9 +7,9 @@ from typing import Any
 
 from torch.fx import Graph
 
-from normfuse.bodies import draws, graphs_of, operator_name
-from normfuse.interpret import run
-from normfuse.program import Program
+from normfuse.graph.bodies import draws, graphs_of, operator_name
+from normfuse.graph.interpreter import run
+from normfuse.graph.program import Program
 from normfuse.proof.coverage import Missing
 from normfuse.proof.differences import same
 

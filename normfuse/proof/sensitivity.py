@@ -12,10 +12,10 @@ from functools import partial
 
 from torch import Tensor
 
-from normfuse.interpret import Weights
-from normfuse.program import Program
+from normfuse.graph.interpreter import Weights
+from normfuse.graph.program import Program
+from normfuse.graph.views import arguments, aten
 from normfuse.proof.evidence import Agreement, Sensitivity, Verdict
-from normfuse.views import arguments, aten
 
 Judge = Callable[[Sequence[Tensor]], Agreement]
 """Told the outputs of a model, whether they agree with those of the reference."""

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.bodies import operator_name
-from normfuse.program import Program
+from normfuse.graph.bodies import operator_name
+from normfuse.graph.program import Program
+from normfuse.graph.views import aten, dtype
 from normfuse.proof.evidence import MARGIN
-from normfuse.views import aten, dtype
 
 FLOOR = 2.0**-50
 """Four roundings of a float64: a single operand of a step, where `normfuse.proof.proving` has whole sums in mind."""
@@ -90,7 +90,7 @@ class Steps:
 
 
 class _Run:
-    """One run; see `normfuse.interpret.Beside`."""
+    """One run; see `normfuse.graph.interpreter.Beside`."""
 
     def __init__(self, steps: Steps, take: Any) -> None:
         self.steps, self.take = steps, take

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from normfuse.errors import InputError, first_line
-from normfuse.interpret import run
-from normfuse.program import Program
+from normfuse.graph.interpreter import run
+from normfuse.graph.program import Program
 
 GIVE_FITTING = "give inputs on which the model itself runs"
 """What to do where a model refuses inputs."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from normfuse.interpret import user_inputs
-from normfuse.program import Program
-from normfuse.views import shape
+from normfuse.graph.interpreter import user_inputs
+from normfuse.graph.program import Program
+from normfuse.graph.views import shape
 
 
 def narrower(original: Program, rewritten: Program) -> Iterator[str]:

@@ -19,21 +19,21 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from normfuse.api import to_program
-from normfuse.atomic import write_atomically
-from normfuse.batches import as_batch, taken
+from normfuse.analysis.facts import analyze
+from normfuse.api.opening import to_program
 from normfuse.errors import InputError, LoadError, NormfuseError, first_line
 from normfuse.escaping import escaped, json_text
-from normfuse.facts import analyze
-from normfuse.inputs import Inputs
-from normfuse.interpret import flat_inputs, run_graph, user_inputs
+from normfuse.graph.interpreter import flat_inputs, run_graph, user_inputs
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, aten, dtype
 from normfuse.limits import OverLimit
-from normfuse.program import Program
 from normfuse.proof.proving import Progress
-from normfuse.report import plain_table
-from normfuse.rules import rank
+from normfuse.report.text import plain_table
+from normfuse.sources.atomic import write_atomically
+from normfuse.sources.batches import as_batch, taken
+from normfuse.sources.inputs import Inputs
 from normfuse.strict_json import items, number, parsed, read_file, record, text, whole
-from normfuse.views import Norm, aten, dtype
 
 TARGETS = "targets"
 """The key of a batch's targets, which are not an input of the model."""
@@ -186,7 +186,7 @@ def calibrate(
     Args:
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, or the path of one; it runs as at inference.
         data: batches; the first one is what a module is traced with, so all have its sizes unless dims are dynamic. Of tuples
-            what the forward requires is taken (`normfuse.batches`).
+            what the forward requires is taken (`normfuse.sources.batches`).
         dynamic_shapes: as for `torch.export.export`.
         trust_pickle: as for `rewrite`.
         progress: told (what, done, total); total is 0 where the data do not tell their length.

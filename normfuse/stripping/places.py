@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from normfuse.analysis.affine import MOVES
+from normfuse.analysis.facts import Facts, analyze
 from normfuse.errors import NormfuseError
-from normfuse.facts import Facts, analyze
-from normfuse.folding.absorb import LAYERS
-from normfuse.folding.affine import MOVES
-from normfuse.interpret import call
+from normfuse.graph.interpreter import call
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, arguments, aten, shape
 from normfuse.nn.convert import _forget_layer_norms
 from normfuse.nn.fake_layer_norm import FakeLayerNorm
-from normfuse.program import Program
-from normfuse.rules import rank
-from normfuse.views import Norm, arguments, aten, shape
+from normfuse.transforms.draft import LAYERS
 
 
 @dataclass(frozen=True)

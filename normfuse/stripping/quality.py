@@ -13,12 +13,12 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import Tensor
 
-from normfuse.batches import taken
 from normfuse.errors import InputError
-from normfuse.interpret import flat_inputs, run
-from normfuse.program import Program
+from normfuse.graph.interpreter import flat_inputs, run
+from normfuse.graph.program import Program
 from normfuse.proof.proving import Progress
-from normfuse.report import plain_table
+from normfuse.report.text import plain_table
+from normfuse.sources.batches import taken
 from normfuse.stripping.calibration import TARGETS, Batch, inputs_of, targets_of
 
 IGNORED = -100

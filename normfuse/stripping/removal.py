@@ -18,23 +18,25 @@ from rich.console import RenderableType
 from rich.text import Text
 from torch import nn
 
-from normfuse.api import _kinds, to_program
-from normfuse.atomic import write_atomically
+from normfuse.analysis.facts import norm_counts
+from normfuse.api.opening import to_program
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
 from normfuse.escaping import escaped, json_text
-from normfuse.findings import Claim
-from normfuse.inputs import Inputs
+from normfuse.graph.findings import Claim
+from normfuse.graph.program import Program, Site
+from normfuse.graph.views import Norm
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
-from normfuse.planner import plan
-from normfuse.program import Program, Site
+from normfuse.planning.planner import plan
+from normfuse.planning.registry import find
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import checked
 from normfuse.proof.proving import Progress, checked_level, prove
-from normfuse.registry import find
-from normfuse.report import Report, plain_table
+from normfuse.report.record import Report
+from normfuse.report.text import plain_table
+from normfuse.sources.atomic import write_atomically
+from normfuse.sources.inputs import Inputs
 from normfuse.stripping.calibration import Batch, Calibration, calibrate, inputs_of, last_axis_norms
 from normfuse.stripping.quality import Quality, loss, measure
-from normfuse.views import Norm
 
 
 class TooCostly(VerificationFailed):
@@ -206,7 +208,7 @@ def strip(
     tried = cases_for(linear, given)
     evidence = prove(linear, folded, folding, tried, level=verify, progress=progress)
     notes = (*program.notes, *given.notes)
-    report = Report(name, folding, evidence, _kinds(program), _kinds(folded), notes=notes)
+    report = Report(name, folding, evidence, norm_counts(program), norm_counts(folded), notes=notes)
     checked(evidence, report)
     baked = folded.baked()
     quality = measure(program, baked, batches, progress)

@@ -21,8 +21,9 @@ from torch import nn
 
 from normfuse import api
 from normfuse.cli import main
-from normfuse.registry import ALL, codes
-from normfuse.report import sites_text, wrapped
+from normfuse.planning.registry import ALL, codes
+from normfuse.report.manual import wrapped
+from normfuse.report.sites import sites_text
 
 SPEC = "float32[batch=2,seq=3,16]"
 

@@ -33,10 +33,10 @@ from normfuse.errors import (
     VerificationFailed,
 )
 from normfuse.escaping import escaped, json_text
-from normfuse.inputs import Inputs
 from normfuse.proof.evidence import Agreement, Evidence, Verdict
-from normfuse.report import html as page
-from normfuse.report import junit
+from normfuse.report.html import html as page
+from normfuse.report.junit import junit
+from normfuse.sources.inputs import Inputs
 from tests.kills import killed_at_moments
 from tests.zoo.spread import spread
 
@@ -149,7 +149,7 @@ def test_junit_always_parses() -> None:
 
 
 def test_a_page_shows_names() -> None:
-    from normfuse.report import evidence_lines
+    from normfuse.report.evidence import evidence_lines
 
     text = page(evidence_lines(evidence()), NASTY)
     assert harmless(text)
@@ -313,7 +313,7 @@ def killed(model: Path, folder: Path, words: tuple[object, ...], moments: int) -
 
     def check() -> None:
         assert out.read_bytes() == b"old" or torch.export.load(out)
-        normfuse.atomic.write_atomically(out, lambda path: (path.write_bytes(b"next"), None)[1])
+        normfuse.sources.atomic.write_atomically(out, lambda path: (path.write_bytes(b"next"), None)[1])
         assert [path.name for path in folder.iterdir()] == ["out.pt2"]
 
     return killed_at_moments((*words, "-o", out), moments, prepare=prepare, check=check)[0]

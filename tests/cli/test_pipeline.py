@@ -14,8 +14,8 @@ from click.testing import CliRunner
 from torch import nn
 
 import normfuse
+from normfuse.api.verification import assert_equivalent
 from normfuse.cli import main
-from normfuse.verification import assert_equivalent
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from normfuse.backend import normfuse as backend
-from normfuse.edits import SetTensor
 from normfuse.errors import NormfuseWarning
-from normfuse.planner import plan
+from normfuse.graph.edits import SetTensor
+from normfuse.planning.planner import plan
+from normfuse.torch_compile.backend import normfuse as backend
 from tests.batch_norms import FOLDS
 from tests.models import IDS, TRAPS, Stream, Tied, noise
 from tests.zoo.spread import spread
@@ -426,7 +426,7 @@ def test_a_pass_that_is_wrong_does_not_reach_the_model(monkeypatch: pytest.Monke
         lost = next(edit for each in made.rewrites for edit in each.edits if isinstance(edit, SetTensor))
         return made.without(lost)
 
-    monkeypatch.setattr("normfuse.backend.plan", sloppy)
+    monkeypatch.setattr("normfuse.torch_compile.backend.plan", sloppy)
     model = net()
     with torch.no_grad(), pytest.warns(NormfuseWarning, match="without normfuse"):
         same(model, compiled(model, verify="full"), X)

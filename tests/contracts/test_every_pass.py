@@ -10,14 +10,14 @@ from functools import cache
 import pytest
 import torch
 
-from normfuse import registry
-from normfuse.edits import Reroute
+from normfuse.analysis.facts import analyze
 from normfuse.errors import InvalidPlan
-from normfuse.facts import analyze
-from normfuse.findings import Refusal
-from normfuse.interpret import flat_inputs
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
+from normfuse.graph.edits import Reroute
+from normfuse.graph.findings import Refusal
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.planning import registry
+from normfuse.planning.planner import Plan, plan
 from normfuse.proof.cases import cases
 from normfuse.proof.proving import prove
 from tests.every_model import MODELS, REWRITTEN

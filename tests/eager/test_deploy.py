@@ -211,7 +211,7 @@ def test_what_cannot_be_done_is_told_and_the_rest_is_done() -> None:
 
 
 def test_a_wrong_result_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normfuse.live import tuning
+    from normfuse.modules import tuning
 
     model, original = net(), net()
     attach = tuning.attach

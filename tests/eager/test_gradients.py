@@ -12,7 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.grad import conv2d_weight
 
 import normfuse
-from normfuse.live import layers
+from normfuse.modules import layers
 from tests.batch_norms import FOLDS
 from tests.eager.models import IMAGES, distance, gradients, loss, net
 from tests.models import TRAPS

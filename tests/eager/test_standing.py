@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import CannotApply
-from normfuse.formula import rounded
-from normfuse.live.standing import filled
+from normfuse.graph.formula import rounded
+from normfuse.modules.standing import filled
 from tests.eager.models import IMAGES, Net
 from tests.models import TRAPS, D, noise
 from tests.zoo.spread import spread
@@ -239,7 +239,7 @@ def test_a_batch_norm_that_does_nothing(dtype: torch.dtype, eps: float) -> None:
 
 def test_nothing_changes_where_it_fails_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """The class itself would compute something else: the model is as before, to the byte."""
-    from normfuse.live import eager
+    from normfuse.modules import placement as eager
 
     build, inputs = MODELS["layer norm"]
     model = build().eval()

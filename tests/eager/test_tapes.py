@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, formed
-from normfuse.live.tapes import NoTapeError, Tape
+from normfuse.graph.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, formed
+from normfuse.modules.codegen import NoTapeError, Tape
 
 WEIGHT, GAIN, SHIFT, MEAN, VARIANCE = (Read(name) for name in ("weight", "gain", "shift", "mean", "variance"))
 SCALE = Apply("mul.Tensor", (GAIN, Apply("rsqrt.default", (Apply("add.Tensor", (VARIANCE, 1e-5)),))))

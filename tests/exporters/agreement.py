@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.interpret import run
-from normfuse.program import Program
+from normfuse.graph.interpreter import run
+from normfuse.graph.program import Program
 
 MARGIN = 32.0
 """Nudges are a sample of a random quantity, and other orders of the same sums are as many roundings again."""

@@ -13,10 +13,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import normfuse
 from normfuse.errors import ExportError
-from normfuse.exporters.deployed import deployed, in_float32, with_operators
-from normfuse.interpret import run
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.exporters.lowering import deployed, in_float32, with_operators
+from normfuse.graph.interpreter import run
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from tests.exporters.agreement import excess
 from tests.models import TRAPS
 from tests.zoo.spread import spread

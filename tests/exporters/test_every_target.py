@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse import registry
-from normfuse.exporting import compared
-from normfuse.interpret import flat_inputs
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.api.exporting import compared
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.planning import registry
+from normfuse.planning.planner import plan
 from normfuse.proof.cases import Case, cases
 from tests.every_model import MODELS, REWRITTEN
 from tests.exporters.agreement import excess

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfuse
+from normfuse.api.exporting import compared
 from normfuse.exporters import onnx as exporter
-from normfuse.exporting import compared
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.proof.cases import Case
 from normfuse.proof.equivalence import program_side
 

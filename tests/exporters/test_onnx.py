@@ -19,8 +19,8 @@ from torch.export import Dim, ExportedProgram
 from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseWarning
 from normfuse.exporters import onnx as exporter
 from normfuse.exporters import onnxruntime as runtime
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from tests.exporters.test_deployed import Gemma
 from tests.models import TRAPS
 

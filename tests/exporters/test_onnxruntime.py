@@ -15,7 +15,7 @@ from torch.export import Dim
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx as exporter
 from normfuse.exporters import onnxruntime as runtime
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.proof.cases import Case
 from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
 from tests.exporters.agreement import excess

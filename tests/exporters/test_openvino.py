@@ -11,8 +11,8 @@ from torch.export import Dim
 
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import openvino
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from tests.exporters.agreement import excess
 from tests.models import TRAPS
 from tests.zoo.spread import spread

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from normfuse.exporters import onnx_float64
 from normfuse.exporters import onnxruntime as runtime
-from normfuse.exporters import pieces
-from normfuse.interpret import NARROW, run
-from normfuse.program import Program
+from normfuse.graph.interpreter import NARROW, run
+from normfuse.graph.program import Program
 from tests.exporters.agreement import distance
 
 onnx = pytest.importorskip("onnx")
@@ -136,7 +136,7 @@ def test_an_operator_of_a_file(tmp_path: Path, op: str) -> None:
 
 
 def test_every_kernel_is_tried() -> None:
-    assert set(pieces.KERNELS) == {*ALONE, *(op for _, _, op in MODULES.values())}
+    assert set(onnx_float64.KERNELS) == {*ALONE, *(op for _, _, op in MODULES.values())}
 
 
 JOINED = """

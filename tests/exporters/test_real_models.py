@@ -15,14 +15,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from normfuse import registry
-from normfuse.api import to_program
+from normfuse.api.exporting import compared
+from normfuse.api.opening import to_program
 from normfuse.errors import ExportError
-from normfuse.exporting import compared
-from normfuse.inputs import Inputs
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.planning import registry
+from normfuse.planning.planner import plan
 from normfuse.proof.cases import Case, cases_for
+from normfuse.sources.inputs import Inputs
 from tests.zoo import trained, trained_conv
 from tests.zoo.conv_models import CONV_ZOO, ConvModel
 from tests.zoo.models import ZOO, ZooModel

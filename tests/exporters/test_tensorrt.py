@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from normfuse.errors import ExportError, InputError, MissingExtra
-from normfuse.exporters import kernels, tensorrt
-from normfuse.exporters.kernels import Kernel, NormKernels
-from normfuse.planner import plan
-from normfuse.program import Program, Site
+from normfuse.exporters import engine_kernels, tensorrt
+from normfuse.exporters.engine_kernels import Kernel, NormKernels
+from normfuse.graph.program import Program, Site
+from normfuse.planning.planner import plan
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS
 
@@ -165,25 +165,25 @@ LOG = (
 
 def test_kernels_are_read_off_the_log() -> None:
     expected = (Kernel("__myl_MulMean_0", "kgen", ("a", "b")), Kernel("gemm_1", "gemm", ("c",)))
-    assert kernels.from_log(["something else", LOG]) == expected
+    assert engine_kernels.from_log(["something else", LOG]) == expected
     inspector = '{"Layers": [{"Name": "gemm_1", "LayerType": "gemm", "Metadata": "[ONNX Layer: c]"}]}'
-    assert kernels.from_inspector(inspector) == expected[1:]
+    assert engine_kernels.from_inspector(inspector) == expected[1:]
 
 
 @pytest.mark.parametrize("text", ["", "Layers:", "Layers:\nName: k", LOG.replace("Metadata", "Origin"), "Layers: Name"])
 def test_a_log_of_another_form_is_not_known(text: str) -> None:
-    assert kernels.from_log([text]) is None
-    assert kernels.from_inspector(text) is None
-    assert "not known" in kernels.in_words(None)
+    assert engine_kernels.from_log([text]) is None
+    assert engine_kernels.from_inspector(text) is None
+    assert "not known" in engine_kernels.in_words(None)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"Layers": ["a", "b"]}', '{"Layers": [{"Name": "a"}]}', "null"])
 def test_an_inspector_of_another_form_is_not_known(text: str) -> None:
-    assert kernels.from_inspector(text) is None
+    assert engine_kernels.from_inspector(text) is None
 
 
 def test_an_unreadable_log_is_no_failure(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "from_log", lambda lines: None)
+    monkeypatch.setattr(engine_kernels, "from_log", lambda lines: None)
     info = tensorrt.export(Program.trace(nn.LayerNorm(8), (torch.randn(2, 8),)), path)
     assert info.kernels is None
     assert info.norms is None
@@ -202,4 +202,4 @@ def test_an_unreadable_log_is_no_failure(path: Path, monkeypatch: pytest.MonkeyP
 )
 def test_the_summary(counts: list[int], words: str) -> None:
     norms: list[Any] = [NormKernels(Site("n"), "rms_norm", tuple("k" * count)) for count in counts]
-    assert kernels.in_words(norms) == words
+    assert engine_kernels.in_words(norms) == words

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.exporters import widening
-from normfuse.program import Program
+from normfuse.exporters import onnx_precision
+from normfuse.graph.program import Program
 
 onnx = pytest.importorskip("onnx")
 ir = pytest.importorskip("onnx_ir")
@@ -83,9 +83,9 @@ def runs(path: Path, built: Any, **feed: Any) -> list[Any]:
 @pytest.mark.parametrize("flag", [True, False])
 def test_no_half_is_left_and_no_value_changes(tmp_path: Path, flag: bool) -> None:
     built = model(EVERYWHERE)
-    assert widening.wider(built) == [ir.DataType.DOUBLE, ir.DataType.FLOAT]
-    widening.widen(built, ir.DataType.FLOAT)
-    assert ir.DataType.FLOAT16 not in widening.dtypes_of(built)
+    assert onnx_precision.wider(built) == [ir.DataType.DOUBLE, ir.DataType.FLOAT]
+    onnx_precision.widen(built, ir.DataType.FLOAT)
+    assert ir.DataType.FLOAT16 not in onnx_precision.dtypes_of(built)
     x = np.random.default_rng(0).standard_normal((2, 3)).astype(np.float32)
     y, z, w = runs(tmp_path / "m.onnx", built, x=x, flag=np.array(flag), n=np.array([4]))
     exact = {number: float(np.float16(number)) for number in (0.1, 0.2, 0.3, 0.7, 0.9, 0.001, 0.3333)}
@@ -98,9 +98,9 @@ def test_no_half_is_left_and_no_value_changes(tmp_path: Path, flag: bool) -> Non
 
 def test_float32_becomes_float64(tmp_path: Path) -> None:
     built = model(SINGLE)
-    assert widening.wider(built) == [ir.DataType.DOUBLE]
-    widening.widen(built, ir.DataType.DOUBLE)
-    assert ir.DataType.FLOAT not in widening.dtypes_of(built)
+    assert onnx_precision.wider(built) == [ir.DataType.DOUBLE]
+    onnx_precision.widen(built, ir.DataType.DOUBLE)
+    assert ir.DataType.FLOAT not in onnx_precision.dtypes_of(built)
     x = np.random.default_rng(0).standard_normal((2, 3))
     y, z = runs(tmp_path / "m.onnx", built, x=x, n=np.array([2]))
     weights = {number: float(np.float32(number)) for number in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.2, 1.3)}
@@ -116,10 +116,10 @@ def test_float32_becomes_float64(tmp_path: Path) -> None:
 def test_a_nudge_is_one_rounding_and_the_same_every_time(wide: bool) -> None:
     before, first, second = model(EVERYWHERE), model(EVERYWHERE), model(EVERYWHERE)
     for built in (first, second):
-        sizes = widening.roundings(built)
+        sizes = onnx_precision.roundings(built)
         if wide:
-            widening.widen(built, ir.DataType.FLOAT)
-        widening.nudge(built, sizes)
+            onnx_precision.widen(built, ir.DataType.FLOAT)
+        onnx_precision.nudge(built, sizes)
     old, new, again = (each.graph.initializers for each in (before, first, second))
     gains = [each["gain"].const_value.numpy() for each in (old, new, again)]
     assert np.array_equal(gains[1], gains[2])

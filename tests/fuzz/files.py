@@ -62,21 +62,21 @@ def _program(dynamic: bool) -> Any:
 
 def _onnx(path: Path, good: Path) -> None:
     from normfuse.exporters import onnx
-    from normfuse.program import Program
+    from normfuse.graph.program import Program
 
     onnx.export(Program.trace(good_model(), (torch.randn(2, 4),)), path)
 
 
 def _plan(path: Path, good: Path) -> None:
-    from normfuse.planner import plan
-    from normfuse.program import Program
+    from normfuse.graph.program import Program
+    from normfuse.planning.planner import plan
 
     chosen = plan(Program.trace(good_model(), (torch.randn(2, 4),)), ["pre_rmsnorm", "fold_affine", "conv_bn"])
     path.write_text(chosen.to_json())
 
 
 def _calibration(path: Path, good: Path) -> None:
-    from normfuse.inputs import Inputs
+    from normfuse.sources.inputs import Inputs
     from normfuse.stripping import calibration
 
     calibration.calibrate(good, [Inputs((torch.randn(8, 4),), {})]).save(str(path))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import normfuse
 from normfuse.errors import NormfuseError, TraceError
-from normfuse.registry import ALL, passes
+from normfuse.planning.registry import ALL, passes
 
 MARGIN = 300.0
 """How many nudges a rewritten model may be off by: wrong ones are off by their own size."""

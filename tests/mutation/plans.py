@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from normfuse.edits import Call, Edit, NewTensor, Ref, Reroute, SetTensor
-from normfuse.formula import Added, Apply, Centered, Formula, Number, Read, Scaled
-from normfuse.planner import Plan
-from normfuse.program import Program
+from normfuse.graph.edits import Call, Edit, NewTensor, Ref, Reroute, SetTensor
+from normfuse.graph.formula import Added, Apply, Centered, Formula, Number, Read, Scaled
+from normfuse.graph.program import Program
+from normfuse.planning.planner import Plan
 
 
 @dataclass(frozen=True)

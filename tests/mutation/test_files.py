@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from normfuse.api.exporting import compared
+from normfuse.api.verification import opened
 from normfuse.errors import InputError, NormfuseError
-from normfuse.exporting import compared
-from normfuse.interpret import flat_inputs
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from normfuse.proof.cases import Case, cases
-from normfuse.verification import opened
 from tests.mutation.models import CANNOT_RUN, MODELS
 
 pytest.importorskip("onnx")

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from normfuse import registry
 from normfuse.errors import NormfuseError
-from normfuse.interpret import flat_inputs
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.planning import registry
+from normfuse.planning.planner import plan
 from normfuse.proof.cases import cases
 from normfuse.proof.proving import prove
 from tests.mutation.models import CANNOT_RUN, HIDING, MODELS

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from normfuse.interpret import call, widened
-from normfuse.views import aten
+from normfuse.graph.interpreter import call, widened
+from normfuse.graph.views import aten
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.interpret import call
-from normfuse.rules import carries, hides, rank
+from normfuse.graph.interpreter import call
+from normfuse.graph.ops.carrying import carries, hides, rank
 from tests.rules.calls import Built, Case, drawn
 
 EXAMPLES = 40

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from normfuse import rules
-from normfuse.rules import METADATA, carries, hides, known_ops
-from normfuse.views import aten
+from normfuse.graph.ops import carrying as rules
+from normfuse.graph.ops.carrying import METADATA, carries, hides, known_ops
+from normfuse.graph.views import aten
 from tests.rules.calls import Built, Call
 from tests.rules.cases import CASES, HIDING
 from tests.rules.properties import by_name, check, check_carries, check_hides, quick

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.rules import carries
-from normfuse.views import aten
+from normfuse.graph.ops.carrying import carries
+from normfuse.graph.views import aten
 from tests.rules.calls import Built, Call
 from tests.rules.properties import check_carries
 

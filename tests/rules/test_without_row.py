@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.rules import WITHOUT_ROW, knows
+from normfuse.graph.ops.carrying import WITHOUT_ROW, knows
 
 BY_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "nan_to_num": lambda x: torch.nan_to_num(torch.where(x > 1, torch.inf, x)),

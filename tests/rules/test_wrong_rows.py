@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch.fx import Node
 
-from normfuse import rules
-from normfuse.rules import rank
-from normfuse.views import aten, shape
+from normfuse.graph.ops import carrying as rules
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.views import aten, shape
 from tests.rules.cases import CASES, HIDING
 from tests.rules.properties import by_name, check, check_carries, check_hides, unshrunk
 

@@ -173,7 +173,7 @@ def test_none_is_removed_where_none_may_be(model: Any) -> None:
 
 
 def test_a_norm_that_makes_nan_is_the_most_costly() -> None:
-    from normfuse.program import Program
+    from normfuse.graph.program import Program
 
     program = Program.trace(gpt().eval(), (tokens(),))
     bad = Candidate(program.site(next(iter(program.graph.nodes))), 1.0, "", cost=float("nan"))
@@ -195,7 +195,7 @@ def test_without_targets_it_says_so() -> None:
 
 
 def test_the_quality_is_that_of_the_two_models(model: Any) -> None:
-    from normfuse.program import Program
+    from normfuse.graph.program import Program
 
     twin = trained()
     with torch.no_grad():

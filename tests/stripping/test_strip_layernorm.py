@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.errors import NormfuseError
 from normfuse.exporters.onnxruntime import fused_ops
-from normfuse.findings import Claim
+from normfuse.graph.findings import Claim
+from normfuse.graph.program import Program
 from normfuse.nn.fake_layer_norm import FakeLayerNorm
 from normfuse.passes.strip_layernorm import with_sigmas
-from normfuse.planner import plan
-from normfuse.program import Program
-from normfuse.registry import Pass
+from normfuse.planning.planner import plan
+from normfuse.planning.registry import Pass
 from normfuse.stripping.removal import TooCostly
 from tests.float64 import error_in_float64
 from tests.stripping.models import KINDS, D, gpt, removed, tokens

@@ -28,10 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from normfuse import allowlist, constructors
-from normfuse.allowlist import Inert, NotAllowed
-from normfuse.building import REVIEWED, Builder, _shadows
-from normfuse.pickles import Made, Name, Unreadable
+from normfuse.sources import allowlist, constructors
+from normfuse.sources.allowlist import Inert, NotAllowed
+from normfuse.sources.building import REVIEWED, Builder, _shadows
+from normfuse.sources.pickles import Made, Name, Unreadable
 from tests.zoo import torchvision_shim
 
 partial: Any = functools.partial  # with arguments of all kinds

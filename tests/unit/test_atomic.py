@@ -17,10 +17,10 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse import atomic
-from normfuse.atomic import late_errors, proven_first, scratch, write_atomically
 from normfuse.errors import InputError
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.sources import atomic
+from normfuse.sources.atomic import late_errors, proven_first, scratch, write_atomically
 from tests.kills import killed_at_every_step
 
 NAMES = ("model.bin", "model.xml")
@@ -91,7 +91,7 @@ def test_two_files_do_not_fit_a_stream() -> None:
 
 def test_a_redirected_output_is_written_into(tmp_path: Path) -> None:
     script = (
-        "from pathlib import Path; from normfuse.atomic import write_atomically as w\n"
+        "from pathlib import Path; from normfuse.sources.atomic import write_atomically as w\n"
         "w(Path('/dev/stdout'), lambda path: path.write_text('answer'))"
     )
     with (tmp_path / "out").open("wb") as out:
@@ -231,8 +231,8 @@ SAVING = """
 import resource, sys, torch
 from pathlib import Path
 from torch import nn
-from normfuse.atomic import write_atomically
-from normfuse.program import Program
+from normfuse.sources.atomic import write_atomically
+from normfuse.graph.program import Program
 program = Program.trace(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)), (torch.randn(2, 64),))
 for limit in (0, 1, 100, 4096, 9000, 16000, 20000, 25000):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normfuse
-from normfuse.batches import as_batch, taken
 from normfuse.errors import NormfuseWarning
-from normfuse.inputs import Inputs
+from normfuse.sources.batches import as_batch, taken
+from normfuse.sources.inputs import Inputs
 from tests.zoo.spread import spread
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))

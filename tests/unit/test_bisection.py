@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfuse
-from normfuse.edits import SetTensor
-from normfuse.formula import Apply, Number
-from normfuse.interpret import flat_inputs
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.edits import SetTensor
+from normfuse.graph.formula import Apply, Number
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from normfuse.proof.bisection import bisect
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS

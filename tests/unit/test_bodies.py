@@ -15,10 +15,10 @@ from torch.export import ExportedProgram
 from torch.nn.attention.flex_attention import flex_attention
 
 import normfuse
-from normfuse.facts import analyze
-from normfuse.interpret import flat_inputs, run
-from normfuse.program import Program
-from normfuse.registry import codes
+from normfuse.analysis.facts import analyze
+from normfuse.graph.interpreter import flat_inputs, run
+from normfuse.graph.program import Program
+from normfuse.planning.registry import codes
 from tests.zoo.spread import spread
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))

@@ -15,11 +15,11 @@ from torch.export import Dim, ExportedProgram
 import normfuse
 from normfuse.cli import main
 from normfuse.errors import InputError, VerificationFailed
-from normfuse.inputs import Inputs
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.graph.stored import only_read
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.loaded_back import SMALL, loaded_back
-from normfuse.stored import only_read
+from normfuse.sources.inputs import Inputs
 from tests.models import noise
 from tests.zoo.spread import spread
 
@@ -111,7 +111,7 @@ def specialised(program: Program) -> Program:
 
 
 def test_a_dim_that_is_specialised_after_the_proof_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normfuse.api.only_read", lambda program: specialised(only_read(program)))
+    monkeypatch.setattr("normfuse.api.rewriting.only_read", lambda program: specialised(only_read(program)))
     with pytest.raises(
         VerificationFailed, match="the written program refuses 'smallest dynamic dims', which the original takes"
     ):
@@ -134,7 +134,7 @@ def test_a_constant_that_is_mangled_after_the_proof_shows(monkeypatch: pytest.Mo
         monkeypatch.setattr(Program, "rebuilt", faulty)
         return only_read(program)
 
-    monkeypatch.setattr("normfuse.api.only_read", after_the_proof)
+    monkeypatch.setattr("normfuse.api.rewriting.only_read", after_the_proof)
     with pytest.raises(VerificationFailed, match="gives other outputs on 'as given' than were proven"):
         rewritten(spread(Shifted()).eval())
 

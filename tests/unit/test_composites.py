@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.program import Program
-from normfuse.views import aten
+from normfuse.graph.program import Program
+from normfuse.graph.views import aten
 
 Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 

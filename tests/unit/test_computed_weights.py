@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.views import aten
+from normfuse.graph.views import aten
 
 X = torch.randn(2, 8, 9, 9, generator=torch.Generator().manual_seed(1))
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from normfuse import cli, deadline, limits
+from normfuse import limits
+from normfuse.cli import app, deadline
 from normfuse.limits import OverLimit
 
 
@@ -28,7 +29,7 @@ def swallowing_once() -> int:
 def test_a_command_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(limits, "SECONDS", 1)
     begin, before = time.monotonic(), signal.getsignal(signal.SIGALRM)
-    assert cli._answer(endless, []) == 2
+    assert app._answer(endless, []) == 2
     assert time.monotonic() - begin < 8
     told = capsys.readouterr().err
     assert "the limit SECONDS is 1" in told

@@ -15,10 +15,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import normfuse
 from normfuse.errors import VerificationFailed
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
+from normfuse.planning.registry import ALL
 from normfuse.proof.written import narrower
-from normfuse.registry import ALL
 from tests.every_model import MODELS
 from tests.models import noise
 from tests.zoo.spread import spread

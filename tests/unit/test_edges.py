@@ -13,7 +13,7 @@ from torch.export import Dim
 
 import normfuse
 from normfuse.errors import InputError, InvalidPlan, NormfuseError
-from normfuse.planner import Plan
+from normfuse.planning.planner import Plan
 from tests.models import IDS, TRAPS, D, Trap, noise
 
 
@@ -44,8 +44,8 @@ def test_a_plan_reaches_only_operators_that_compute(operator: str) -> None:
 
 
 def test_the_proof_sees_beside_a_mask() -> None:
-    from normfuse.edits import SetTensor
-    from normfuse.interpret import flat_inputs
+    from normfuse.graph.edits import SetTensor
+    from normfuse.graph.interpreter import flat_inputs
     from normfuse.proof.cases import cases
     from normfuse.proof.proving import prove
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import normfuse
-from normfuse.edits import SetTensor
 from normfuse.errors import VerificationFailed
-from normfuse.formula import Centered, Read
-from normfuse.interpret import run
+from normfuse.graph.edits import SetTensor
+from normfuse.graph.formula import Centered, Read
+from normfuse.graph.interpreter import run
 from normfuse.proof.cases import Case
 from normfuse.proof.equivalence import Side, compare
 from normfuse.proof.proving import distance, samples_of_rounding
@@ -99,7 +99,7 @@ def test_a_wrong_rewrite_is_refused_and_nothing_is_written(monkeypatch: pytest.M
     from dataclasses import replace
 
     from normfuse import api
-    from normfuse.planner import Plan, plan
+    from normfuse.planning.planner import Plan, plan
 
     def forgetful(program: normfuse.Program, names: list[str], **options: object) -> Plan:
         chosen = plan(program, names)
@@ -117,9 +117,9 @@ def test_a_wrong_rewrite_is_refused_and_nothing_is_written(monkeypatch: pytest.M
 
 def test_the_planner_does_not_trust_a_pass_with_tied_tensors() -> None:
     """A pass that overlooks the tied head's reading of the table is refused, whole."""
-    from normfuse.findings import Claim, Rewrite
-    from normfuse.planner import plan
-    from normfuse.registry import Pass
+    from normfuse.graph.findings import Claim, Rewrite
+    from normfuse.planning.planner import plan
+    from normfuse.planning.registry import Pass
 
     program = normfuse.Program.trace(TRAPS["tied head"].module(), IDS)
     (name,) = [each for each in program.stored.values() if each in ("embed.weight", "head.weight") and _is_read(program, each)]

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 import normfuse
-from normfuse.edits import Call, Ref, Reroute
-from normfuse.findings import Claim, Rewrite
-from normfuse.planner import plan
-from normfuse.program import Program
-from normfuse.registry import Pass, find
+from normfuse.graph.edits import Call, Ref, Reroute
+from normfuse.graph.findings import Claim, Rewrite
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
+from normfuse.planning.registry import Pass, find
 from tests.models import noise, tokens
 from tests.zoo.spread import spread
 

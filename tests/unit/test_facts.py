@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Node
 
-from normfuse import rules
-from normfuse.facts import Facts, analyze
-from normfuse.interpret import call
-from normfuse.program import Program
-from normfuse.rules import rank
-from normfuse.views import aten, shape
+from normfuse.analysis.facts import Facts, analyze
+from normfuse.graph.interpreter import call
+from normfuse.graph.ops import carrying as rules
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.program import Program
+from normfuse.graph.views import aten, shape
 
 D = 4
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.views import arguments, aten
+from normfuse.graph.views import arguments, aten
 from tests.models import TRAPS, noise
 from tests.zoo.spread import spread
 

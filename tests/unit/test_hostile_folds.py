@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Node
 
-from normfuse.facts import Facts
-from normfuse.folding.absorb import Absorbed, Obstacle
-from normfuse.folding.affine import Affine
-from normfuse.folding.readers import into_readers
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
+from normfuse.analysis.affine import Affine
+from normfuse.analysis.facts import Facts
+from normfuse.graph.program import Program
+from normfuse.planning.planner import Plan, plan
+from normfuse.transforms.draft import Absorbed, Obstacle
+from normfuse.transforms.into_readers import into_readers
 from tests.models import noise
 from tests.zoo.spread import spread
 
@@ -229,7 +229,7 @@ def test_a_long_stream_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         walks.append(value)
         return into_readers(facts, form, value, others)
 
-    monkeypatch.setattr("normfuse.folding.dissolve.into_readers", counted)
+    monkeypatch.setattr("normfuse.transforms.fold.into_readers", counted)
 
     class Unified(nn.Module):
         def __init__(self) -> None:

@@ -27,7 +27,7 @@ from torch import nn
 
 from normfuse import limits
 from normfuse.errors import LoadError, NormfuseWarning
-from normfuse.loading import load, load_data
+from normfuse.sources.loading import load, load_data
 from tests.unit.test_loading import Call, legacy, pickled, write_pickle
 
 transformers = pytest.importorskip("transformers")
@@ -248,7 +248,7 @@ class Dropper(nn.Module):
 def test_classes_that_act_when_they_are_filled_are_refused(
     cls: type, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("normfuse.allowlist.is_installed", lambda module: True)
+    monkeypatch.setattr("normfuse.sources.allowlist.is_installed", lambda module: True)
     path = saved(tmp_path / "evil.pt", Raw(cls, {}))
     assert told in refusal(path)
 

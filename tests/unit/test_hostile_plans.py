@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse.archive import _is_operator
-from normfuse.arithmetic import only_computes, operator_named
 from normfuse.errors import InputError, InvalidPlan, LoadError, NormfuseError
-from normfuse.locking import drift, read_lock
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
-from normfuse.rules import known_ops
+from normfuse.graph.arithmetic import only_computes, operator_named
+from normfuse.graph.ops.carrying import known_ops
+from normfuse.graph.program import Program
+from normfuse.planning.lockfile import drift, read_lock
+from normfuse.planning.planner import Plan, plan
+from normfuse.sources.archive import _is_operator
 from normfuse.stripping.calibration import Calibration
 from tests.zoo.spread import spread
 

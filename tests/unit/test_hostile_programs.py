@@ -18,12 +18,14 @@ import pytest
 import torch
 from torch import nn
 
-from normfuse import archive, limits
+from normfuse import limits
 from normfuse.errors import InputError, TraceError
-from normfuse.inputs import from_file, from_specs
+from normfuse.graph.program import Program
 from normfuse.limits import OverLimit
-from normfuse.loading import load
-from normfuse.program import Program
+from normfuse.sources import archive
+from normfuse.sources.input_files import from_file
+from normfuse.sources.loading import load
+from normfuse.sources.specs import from_specs
 from tests.unit.test_hostile_pickles import doubled, refusal, saved
 from tests.unit.test_loading import LEAF, Call, graph_of, in_program, in_record, tampered, tree, with_record
 

@@ -23,20 +23,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from normfuse.errors import InputError
-from normfuse.inputs import (
-    EXAMPLES,
-    DynamicDim,
-    Inputs,
-    Spec,
-    as_inputs,
-    found_on,
-    from_file,
-    from_loader,
-    from_script,
-    from_specs,
-    integer_limits,
-    parse_spec,
-)
+from normfuse.sources.found_inputs import found_on
+from normfuse.sources.index_limits import integer_limits
+from normfuse.sources.input_files import from_file, from_script
+from normfuse.sources.inputs import EXAMPLES, Inputs, as_inputs, from_loader
+from normfuse.sources.specs import DynamicDim, Spec, from_specs, parse_spec
 
 # ---- specs
 

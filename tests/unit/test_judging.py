@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.interpret import run
+from normfuse.graph.interpreter import run
 from normfuse.proof.judging import judged
 from tests.batch_norms import FOLDS
 from tests.models import noise

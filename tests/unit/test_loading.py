@@ -31,10 +31,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import parametrize
 
-from normfuse import allowlist
-from normfuse.atomic import write_atomically
 from normfuse.errors import InputError, LoadError
-from normfuse.loading import load, load_data
+from normfuse.sources import allowlist
+from normfuse.sources.atomic import write_atomically
+from normfuse.sources.loading import load, load_data
 
 
 def tiny() -> nn.Sequential:
@@ -357,7 +357,7 @@ def test_no_package_is_imported_for_a_file_that_is_refused_anyway(tmp_path: Path
 
 
 def test_our_own_modules_are_installed_ones() -> None:
-    assert allowlist.is_installed("normfuse.loading")
+    assert allowlist.is_installed("normfuse.sources.loading")
     assert allowlist.is_installed("torch.nn")
     assert not allowlist.is_installed("os")
     assert not allowlist.is_installed("tests.unit")

@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from normfuse.locking import drift
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
+from normfuse.graph.program import Program
+from normfuse.planning.lockfile import drift
+from normfuse.planning.planner import Plan, plan
 from tests.zoo.spread import spread
 
 

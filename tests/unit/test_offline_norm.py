@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import normfuse
-from normfuse.folding.dissolve import HALF, LEFT, READERS, WRITERS
-from normfuse.folding.readers import CONDITION
+from normfuse.transforms.fold import HALF, LEFT, READERS, WRITERS
+from normfuse.transforms.into_readers import CONDITION
 from tests.streams import STREAMS, WORDS, Statistic, Transformer
 
 WAYS = (WRITERS, READERS, HALF, LEFT)

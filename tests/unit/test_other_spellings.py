@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.facts import analyze
-from normfuse.program import Program
+from normfuse.analysis.facts import analyze
+from normfuse.graph.program import Program
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.edits import SetTensor
-from normfuse.interpret import run
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.edits import SetTensor
+from normfuse.graph.interpreter import run
+from normfuse.graph.program import Program
+from normfuse.planning.planner import plan
 from normfuse.proof.cases import Case
 from normfuse.proof.proving import prove
 from tests.zoo.spread import spread

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import normfuse
-from normfuse.edits import Reroute, Resize, apply
 from normfuse.errors import CannotApply, InvalidPlan
-from normfuse.findings import Rewrite
-from normfuse.formula import Read, evaluate
+from normfuse.graph.edits import Reroute, Resize, apply
+from normfuse.graph.findings import Rewrite
+from normfuse.graph.formula import Read, evaluate
+from normfuse.graph.program import Program
+from normfuse.graph.views import shape
 from normfuse.nn import CRMSNorm
-from normfuse.planner import plan
-from normfuse.program import Program
-from normfuse.streams.bases import Basis, Compressed, Rotated
-from normfuse.views import shape
+from normfuse.planning.planner import plan
+from normfuse.transforms.basis import Basis, Compressed, Rotated
 from tests.models import IDS, TRAPS, FreeStream, Mlp, Tied, Trap, noise, tokens
 from tests.zoo.models import ZOO, ZooModel
 from tests.zoo.spread import spread
@@ -345,8 +345,8 @@ def test_a_reader_outside_is_noticed() -> None:
     """The planner does not take a pass's word for who reads a value."""
     import dataclasses
 
-    from normfuse.facts import analyze
-    from normfuse.registry import Pass, find
+    from normfuse.analysis.facts import analyze
+    from normfuse.planning.registry import Pass, find
 
     def blind(program: Program, facts: Any) -> Any:
         for each in find("pre_crmsnorm").propose(program, facts):

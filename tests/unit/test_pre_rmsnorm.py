@@ -11,8 +11,8 @@ from torch.export import Dim
 
 import normfuse
 from normfuse.errors import InputError
-from normfuse.interpret import flat_inputs, run
-from normfuse.program import Program
+from normfuse.graph.interpreter import flat_inputs, run
+from normfuse.graph.program import Program
 from tests.models import IDS, TRAPS, D, LayerScaled, Stream, Tied, Trap, noise, tokens
 
 

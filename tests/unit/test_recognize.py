@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Node
 
-from normfuse.program import Program
-from normfuse.recognize import norms_of
-from normfuse.rules import rank
-from normfuse.views import Norm, aten
+from normfuse.analysis.norms import norms_of
+from normfuse.graph.ops.carrying import rank
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, aten
 
 D = 8
 EPS = (1e-12, 1e-5, 1e-3, 0.0)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.facts import analyze
-from normfuse.program import Program
+from normfuse.analysis.facts import analyze
+from normfuse.graph.program import Program
 
 
 class Gated(nn.Module):

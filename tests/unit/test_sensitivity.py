@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.edits import SetTensor
-from normfuse.formula import Apply, Number
-from normfuse.interpret import flat_inputs
-from normfuse.planner import Plan, plan
-from normfuse.program import Program
+from normfuse.graph.edits import SetTensor
+from normfuse.graph.formula import Apply, Number
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.planning.planner import Plan, plan
 from normfuse.proof.cases import cases
 from normfuse.proof.evidence import Evidence, Sensitivity
 from normfuse.proof.proving import prove
-from normfuse.report import evidence_lines, html
+from normfuse.report.evidence import evidence_lines
+from normfuse.report.html import html
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.interpret import flat_inputs
-from normfuse.program import Program
+from normfuse.exporters.eager_cpu import SLOWER, for_cpu
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
 from normfuse.proof.cases import cases
 from normfuse.proof.equivalence import compare, program_side
-from normfuse.spelling import SLOWER, for_cpu
 from tests.models import TRAPS
 from tests.zoo.spread import spread
 

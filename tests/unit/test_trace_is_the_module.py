@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import InputError, NormfuseError, TraceError
-from normfuse.inputs import Inputs
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.proof.fidelity import traced
+from normfuse.sources.inputs import Inputs
 from tests.zoo.spread import spread
 
 X = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))

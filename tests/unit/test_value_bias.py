@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.interpret import flat_inputs
-from normfuse.planner import plan
-from normfuse.program import Program
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.graph.views import arguments, aten
+from normfuse.planning.planner import plan
 from normfuse.proof.cases import cases
 from normfuse.proof.proving import prove
-from normfuse.views import arguments, aten
 from tests.models import noise
 from tests.zoo.spread import spread
 

@@ -18,7 +18,8 @@ import normfuse
 from normfuse.cli import main
 from normfuse.errors import InputError, NotCompared, VerificationFailed
 from normfuse.proof.evidence import Evidence, Verdict
-from normfuse.report import html, junit
+from normfuse.report.html import html
+from normfuse.report.junit import junit
 from tests.models import noise
 
 X = noise(2, 3, 9, 9)
@@ -163,7 +164,7 @@ def test_inputs_of_another_dtype_are_told(dtype: torch.dtype) -> None:
 
 
 def test_a_level_that_cannot_be_run_is_not_passed(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normfuse.interpret import run as real
+    from normfuse.graph.interpreter import run as real
 
     def without_kernels(*args: Any, wide: bool = False, **options: Any) -> Any:
         if not wide:
@@ -194,7 +195,7 @@ def test_every_form_of_a_report_says_not_compared(vacuous: Evidence) -> None:
     suite = ElementTree.fromstring(junit(vacuous, "a"))
     assert suite.get("errors") == "1"
     assert "the same whatever" in (suite.find(".//error").get("message") or "")  # type: ignore[union-attr]
-    from normfuse.report import evidence_lines
+    from normfuse.report.evidence import evidence_lines
 
     assert "not proven: nothing was compared" in html(evidence_lines(vacuous), "a")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.folding.dissolve import WRITERS
 from normfuse.proof.proving import distance
+from normfuse.transforms.fold import WRITERS
 from tests.zoo import trained_conv
 from tests.zoo.trained import FetchFailed
 from tests.zoo.trained_conv import CLASSES

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from normfuse.views import aten
+from normfuse.graph.views import aten
 from tests.rules.calls import HIDING, Draw, case
 from tests.rules.cases.elementwise import zeros_like
 

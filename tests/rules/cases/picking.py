@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.views import aten
+from normfuse.graph.views import aten
 from tests.rules.calls import Call, Draw, case
 from tests.rules.cases.products import norm
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from normfuse.views import aten
+from normfuse.graph.views import aten
 from tests.rules.calls import HIDING, Draw, case
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.views import aten
+from normfuse.graph.views import aten
 from tests.rules.calls import Draw, case
 
 

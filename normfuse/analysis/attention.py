@@ -1,0 +1,98 @@
+"""Means that are taken with weights of the input's: attention, whose rows of weights sum to one.
+
+A shift of all values is a shift of every such mean, whatever the weights are. A row of ``softmax`` sums to one, or it is NaN
+and stays so. ``scaled_dot_product_attention`` gives zeros for a query that its mask keeps from every key, so there the mask
+must be shown to leave each query one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from normfuse.analysis.affine import MOVES
+from normfuse.analysis.facts import Facts
+from normfuse.graph.interpreter import call
+from normfuse.graph.ops.carrying import carries, rank
+from normfuse.graph.program import Program
+from normfuse.graph.views import arguments, aten, shape
+
+VALUES: dict[Any, str] = {
+    aten.scaled_dot_product_attention.default: "value",
+    aten.matmul.default: "other",
+    aten.mm.default: "mat2",
+    aten.bmm.default: "mat2",
+}
+"""Products of weights and values, which are summed along the axis before the values' last: the name of the values."""
+
+_SOFTMAX = {aten.softmax.int, aten._softmax.default}
+_KEEPING = MOVES | {aten._to_copy.default, aten.type_as.default, aten.expand.default, aten.detach.default}
+
+MASKED = "may keep a query from every key, which gives it zeros and not a mean of the values"
+
+
+def is_mean(facts: Facts, node: Node) -> bool:
+    """Whether a node is a product of weights and values that depend on the input, and not one with a stored weight."""
+    return node.target in VALUES and arguments(node)[VALUES[node.target]] not in facts.constant
+
+
+def why_no_mean(facts: Facts, node: Node) -> str:
+    """Why the weights of one of `VALUES` may not sum to one, as half a sentence; empty where they are proven to."""
+    a = arguments(node)
+    if not statically_known_true(shape(a[VALUES[node.target]])[-2] > 0):
+        return "may have no keys at all"
+    if node.target is not aten.scaled_dot_product_attention.default:
+        weights = a["self"]
+        return "" if _sums_to_one(weights) else "multiplies by weights that need not sum to one"
+    if a["dropout_p"] != 0:
+        return "drops some of its weights"
+    return "" if _leaves_a_key(facts, a["attn_mask"]) else MASKED
+
+
+def _sums_to_one(weights: Node) -> bool:
+    """Whether rows along the last axis are those of a softmax, cast, moved or repeated as they are."""
+    node, axis = weights, rank(weights) - 1
+    while node.target in _KEEPING:
+        carried = carries(node, axis)
+        if not carried:
+            return False
+        ((node, axis),) = carried
+    return node.target in _SOFTMAX and bool(arguments(node)["dim"] % rank(node) == axis)
+
+
+def _leaves_a_key(facts: Facts, mask: Node | None) -> bool:
+    """Whether a mask is the same for all inputs and leaves every query a key; a causal attention leaves each the first one."""
+    if mask is None:
+        return True
+    value = _constant(facts.program, mask) if mask in facts.constant else None
+    if value is None:
+        return False
+    open_ = value if value.dtype == torch.bool else value > -torch.inf
+    return bool(open_.any(-1).all())
+
+
+def _constant(program: Program, wanted: Node) -> Tensor | None:
+    """The value of what depends on stored tensors alone; None where their numbers are not known."""
+    values: dict[Node, Any] = {}
+    waiting = [wanted]
+    while waiting:
+        node = waiting.pop()
+        if missing := [each for each in node.all_input_nodes if each not in values]:
+            waiting += [node, *missing]
+        elif node.op == "call_function":
+            values[node] = call(node, values, wide=False)
+        else:
+            name = program.stored.get(node.name, "")
+            if not name or name in program.formulas or not _is_known(program.tensor(name)):
+                return None
+            values[node] = program.tensor(name)
+    return values[wanted] if isinstance(values[wanted], Tensor) else None
+
+
+def _is_known(tensor: Tensor) -> bool:
+    return not tensor.is_meta and not isinstance(tensor, FakeTensor)

@@ -1,0 +1,170 @@
+"""`normfuse.export`: write a model for a runtime, run it there, and compare."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from normfuse.api.opening import Given, Model, files_of, to_program
+from normfuse.errors import ExportError, InputError, one_of
+from normfuse.escaping import is_text
+from normfuse.exporters.lowering import deployed
+from normfuse.graph.program import Program
+from normfuse.proof.cases import Case, cases_for
+from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
+from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.proving import Progress
+from normfuse.sources.atomic import proven_first, scratch
+
+if TYPE_CHECKING:
+    from normfuse.exporters.tensorrt import Support
+
+TARGETS = {"onnx": ".onnx", "tensorrt": ".engine", "openvino": ".xml", "executorch": ".pte", "aoti": ".pt2"}
+"""Name of a target, which is that of its module in `normfuse.exporters` -> how its files end."""
+
+
+def export(
+    model: Model,
+    path: str | Path,
+    *,
+    to: str | None = None,
+    opset: int = 20,
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_pickle: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Evidence:
+    """Write a model for a runtime, run the file there as a user would, and compare; what differs is not written.
+
+    Args:
+        model: as for `rewrite`; a `Result` brings its own inputs.
+        path: the file to write.
+        to: ``onnx``, ``tensorrt``, ``openvino``, ``executorch`` or ``aoti``; None to go by how the path ends.
+        opset: the ONNX opset, also of the file that an engine is built from; RMSNorm is written in the form that ONNX
+            Runtime fuses at that opset.
+        inputs: as for `rewrite`.
+        kwargs: as for `rewrite`.
+        dynamic_shapes: as for `rewrite`.
+        trust_pickle: as for `rewrite`.
+        progress: told (what, done, total).
+        options: further arguments of ``normfuse.exporters.<target>.export``, such as ``capabilities`` for an engine.
+
+    Returns:
+        The evidence. An engine that cannot run on this machine is not compared; the ONNX file that it was built from is.
+
+    Raises:
+        InputError: the path is the model's own file, or its folder does not exist.
+        MissingExtra: the packages for the target are not installed.
+        ExportError: the target cannot say the program; names the node.
+        VerificationFailed: the runtime computes something else; nothing is written.
+    """
+    target = target_of(to, path)
+    _check_name(target, Path(path))
+    _, program, given = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    program = program.baked()
+    tried = cases_for(program, given)
+    wanted = options if target in ("aoti", "executorch") else {"opset": opset, **options}
+    exporter = importlib.import_module(f"normfuse.exporters.{target}")
+    known = [name for name, each in inspect.signature(exporter.export).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    for name in options:
+        one_of(name, known, f"option of {target}")
+    written: list[Any] = []
+    with proven_first(
+        Path(path), lambda file: written.append(exporter.export(program, file, **wanted)), never_over=files_of(model)
+    ) as file:
+        evidence = compared(program, file, target, tried, opset=opset, progress=progress)
+        checked(evidence)
+    told = (str(written[0]),) if target == "tensorrt" else ()
+    return replace(evidence, notes=(*told, *evidence.notes))
+
+
+def compared(
+    program: Program, file: Path, target: str, tried: Iterable[Case], *, opset: int, progress: Progress | None
+) -> Evidence:
+    """The evidence that a file computes what the program does whose weights it holds.
+
+    Args:
+        program: what was exported.
+        file: what was written.
+        target: of `TARGETS`.
+        tried: the inputs.
+        opset: for the ONNX file that stands in for an engine.
+        progress: told (what, done, total).
+    """
+    from normfuse.api.verification import opened
+
+    try:
+        artifact = opened(file, trust=True)  # what was just written here is our own
+    except ExportError as error:
+        if target != "tensorrt":
+            raise
+        from normfuse.exporters import onnx
+
+        with scratch() as folder:
+            stand_in = folder / f"{file.stem}.onnx"
+            onnx.export(program, stand_in, opset=opset)
+            evidence = compared(program, stand_in, "onnx", tried, opset=opset, progress=progress)
+        return replace(evidence, notes=(f"{error}; the ONNX file that it was built from was compared", *evidence.notes))
+    stored, tried = deployed(program), list(tried)
+    if stored is not program:  # weights that its graph computes were rounded, so they are not the very same any more
+        evidence = compare(program_side("the program", program), program_side("as it is stored", stored), tried)
+        if not evidence.ok:
+            return evidence
+    reference = program_side("the program", stored, state=False, short=True)
+    return compare(reference, artifact_side(artifact, ports_of(program)), tried, same_weights=True, progress=progress)
+
+
+def supported(
+    model: Model,
+    *,
+    opset: int = 20,
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    trust_pickle: bool = False,
+) -> list[Support]:
+    """What TensorRT says of every operator of a model's ONNX file, before an engine is built.
+
+    Args:
+        model: as for `export`.
+        opset: as for `export`.
+        inputs: as for `export`.
+        kwargs: as for `export`.
+        dynamic_shapes: as for `export`.
+        trust_pickle: as for `export`.
+
+    Raises:
+        MissingExtra: TensorRT for RTX is not installed.
+        ExportError: ONNX cannot say the program.
+    """
+    from normfuse.exporters import tensorrt
+
+    _, program, _ = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
+    return tensorrt.dry_run(program.baked(), opset=opset)
+
+
+def _check_name(target: str, path: Path) -> None:
+    """Refuse now what could not be opened to be compared."""
+    endings = (".engine", ".plan") if target == "tensorrt" else (TARGETS[target],)
+    if path.suffix not in endings:
+        hint = f"write {path.stem}{endings[0]}, or say with --to (to=...) what the file is for"
+        raise InputError(f"what is written for {target} is a {endings[0]} file, not {path.name}", hint=hint)
+    if not is_text(path):
+        raise InputError(f"{path} is not UTF-8, and no runtime opens such a name", hint="give another name")
+
+
+def target_of(to: str | None, path: str | Path) -> str:
+    """The target that is asked for, or else the one whose files end like ``path``; ONNX where none does.
+
+    Raises:
+        InputError: there is no such target.
+    """
+    if to is None:
+        to = next((name for name, suffix in TARGETS.items() if Path(path).suffix == suffix and name != "aoti"), "onnx")
+    return one_of(to, TARGETS, "target")

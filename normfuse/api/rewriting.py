@@ -1,0 +1,128 @@
+"""`normfuse.rewrite`: plan, apply, prove."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from normfuse.analysis.facts import norm_counts
+from normfuse.api.opening import Given, Model, Tracer, files_of, served, to_program
+from normfuse.api.result import Result
+from normfuse.errors import one_of
+from normfuse.exporters import eager_cpu
+from normfuse.graph.findings import Claim
+from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.program import Program
+from normfuse.graph.stored import only_read, own_state
+from normfuse.modules import live_program
+from normfuse.planning.planner import plan
+from normfuse.planning.registry import requested
+from normfuse.proof.cases import cases_for
+from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.fidelity import traced
+from normfuse.proof.loaded_back import called_as_written
+from normfuse.proof.proving import Progress, checked_level, prove
+from normfuse.report.record import Report
+from normfuse.sources.inputs import Inputs
+
+
+def rewrite(
+    model: Model,
+    passes: str | Sequence[str],
+    inputs: Given = None,
+    kwargs: dict[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    *,
+    mode: str = "deploy",
+    verify: str = "full",
+    allow: str = "rounding",
+    trust_pickle: bool = False,
+    keep_unread: bool = False,
+    progress: Progress | None = None,
+) -> Result:
+    """Rewrite the norms of a trained model, and prove that its outputs stay the same.
+
+    Args:
+        model: an `nn.Module`, an `ExportedProgram`, a `Program`, a `Result`, or the path of a saved one. It is not changed.
+        passes: names of passes, or ``"all"`` for those of `normfuse.planning.registry.ALL`, which contain the others.
+        inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`, of whose
+            tuples the arguments that the forward requires are taken (`normfuse.sources.batches`); found on the model (timm,
+            transformers, ``.pt2``) when None.
+        kwargs: example keyword inputs.
+        dynamic_shapes: as for `torch.export.export`.
+        mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
+            and computes the new weights from them at every call, so that gradients and optimizers are the original's. A
+            module is then traced as it is set, in training or in evaluation mode.
+        verify: ``full`` (the trace is the module; structure, float64 algebra, rounding), ``structure`` (nothing is run), or
+            ``none``.
+        allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
+        trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
+        keep_unread: keep tensors that the rewritten program does not read, such as a folded norm's; in live mode all are kept.
+        progress: told (what, done, total) while the proof runs.
+
+    Returns:
+        The rewritten program with its report; with no rewrite possible, the original and the reasons.
+
+    Raises:
+        LoadError: the file cannot or may not be read.
+        InputError: no example inputs are known, or they do not fit.
+        TraceError: torch.export cannot trace the model, or the trace is another function than the model.
+        NormfuseError: there is no such mode, or the model is a live result.
+        VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
+    """
+    checked_level(verify)
+    trace = _tracer(mode, verify)
+    clock = _Clock()
+    start = served(model).planned if isinstance(model, Result) else model
+    inputs = model.inputs if isinstance(model, Result) and inputs is None else inputs
+    name, original, given = to_program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
+    clock.lap("trace")
+    chosen = plan(original, requested(passes), allow=Claim.named(allow))
+    planned = chosen.apply(original)
+    rewritten = live_program.alive(planned) if mode == "live" else planned
+    clock.lap("plan")
+    evidence = Evidence("none")
+    if verify != "none":
+        tried = cases_for(original, given)
+        evidence = prove(original, rewritten, chosen, tried, promised=planned, level=verify, progress=progress)
+    clock.lap("verify")
+    written = rewritten.baked()
+    if mode != "live":  # which is the original's own tensors, all of them
+        written = own_state(written if keep_unread or not chosen.rounds else only_read(written))
+    clock.lap("write")
+    if evidence.ok and not evidence.unchanged:
+        flat = flat_inputs(original, given.args, given.kwargs)
+        evidence = called_as_written(original, rewritten, written, flat, evidence)
+    clock.lap("verify")
+    counted = evidence.structure  # the proof has counted the norms already
+    before, after = (counted.norms_before, counted.norms_after) if counted else (norm_counts(original), norm_counts(planned))
+    notes = (*original.notes, *given.notes, *eager_cpu.notes(original, planned))
+    report = Report(name, chosen, evidence, before, after, clock.laps, notes)
+    checked(evidence, report)
+    return Result(
+        written, report, given, planned, files_of(model), mode, training=mode == "live" and getattr(model, "training", False)
+    )
+
+
+def _unchecked(module: nn.Module, given: Inputs) -> Program:
+    return traced(module, given, check=False)
+
+
+def _tracer(mode: str, level: str) -> Tracer:
+    if one_of(mode, ("deploy", "live"), "mode") == "live":
+        return live_program.traced_as_set
+    return traced if level == "full" else _unchecked
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.laps[stage] = self.laps.get(stage, 0.0) + now - self._last
+        self._last = now

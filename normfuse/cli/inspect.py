@@ -1,0 +1,25 @@
+"""`normfuse inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+if TYPE_CHECKING:
+    pass
+from normfuse.cli.console import tell, working
+from normfuse.cli.options import Source, with_answer, with_source
+
+
+@click.command()
+@click.argument("model")
+@with_source
+@with_answer
+def inspect(model: str, source: Source, as_json: bool) -> int:
+    """List every norm of MODEL: its kind, who sees the mean of its input, and what each pass would do with it."""
+    with working("loading and tracing"):
+        from normfuse import api
+
+        inspection = api.inspect(model, source.inputs(model), trust_pickle=source.trust_pickle)
+    return tell(as_json, inspection.to_dict(), *inspection.render())

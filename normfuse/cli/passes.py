@@ -1,0 +1,27 @@
+"""`normfuse passes`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+from rich.text import Text
+
+if TYPE_CHECKING:
+    pass
+from normfuse.cli.console import tell
+from normfuse.cli.options import with_answer
+
+
+@click.command()
+@with_answer
+def passes(as_json: bool) -> int:
+    """List the passes."""
+    from normfuse.planning.registry import passes
+    from normfuse.report.text import plain_table
+
+    table = plain_table("pass", "what it does")
+    for each in passes().values():
+        table.add_row(Text(each.name, "bold"), Text(each.summary))
+    data = [{"name": each.name, "summary": each.summary, "codes": list(each.codes)} for each in passes().values()]
+    return tell(as_json, {"passes": data}, table)

@@ -1,0 +1,92 @@
+"""`normfuse rewrite`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich_click as click
+from rich.text import Text
+
+from normfuse.cli.console import NO, YES
+from normfuse.errors import VerificationFailed
+from normfuse.escaping import escaped
+
+if TYPE_CHECKING:
+    from normfuse.report.record import Report
+from normfuse.cli.console import tell, working
+from normfuse.cli.files import check_writable, write_file, wrote
+from normfuse.cli.options import Source, known_passes, with_answer, with_source
+
+
+# fmt: off
+@click.command()
+@click.argument("model")
+@click.option("--pass", "passes", multiple=True, required=True, metavar="NAME", callback=known_passes,
+              help="A pass to run, or all; may be given again. See normfuse passes.")
+@click.option("-o", "--output", metavar="OUT.pt2", help="Where to write. [default=beside MODEL, MODEL's stem + .rewritten.pt2]")
+@click.option("--mode", type=click.Choice(["deploy", "live"]), default="deploy", show_default=True, metavar="MODE",
+              help="deploy evaluates the new weights; live writes a program to train, which keeps MODEL's own parameters and "
+                   "computes the new weights from them at every call.")
+@click.option("--dry-run", is_flag=True, help="Plan and print only: no model is written and nothing is proven.")
+@click.option("--strict", is_flag=True,
+              help="If a pass rewrote nothing (with all: if no pass rewrote anything), write no model and exit 1.")
+@click.option("--verify", type=click.Choice(["full", "structure", "none"]), default="full", show_default=True, metavar="LEVEL",
+              help="What to prove: full runs both models in float64 and in their own dtype, structure runs nothing, or none.")
+@click.option("--allow", type=click.Choice(["exact", "rounding", "approximate"]), default="rounding", show_default=True,
+              metavar="CLAIM", help="The weakest claim that a rewrite may make: exact, rounding or approximate.")
+@click.option("--keep-unread", is_flag=True,
+              help="Keep tensors that the result does not read, such as those of a folded norm.")
+@click.option("--report", metavar="FILE", help="Write the report as JSON: what was rewritten, refused and proven.")
+@click.option("--plan", metavar="FILE", help="Write the plan as JSON: the edits, with the formula of every new weight.")
+@click.option("--locked", metavar="FILE",
+              help="A plan that --plan wrote: if this model would be rewritten differently, write nothing and exit 1.")
+@with_source
+@with_answer
+def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: bool, strict: bool, verify: str, allow: str,
+            keep_unread: bool, report: str | None, plan: str | None, locked: str | None, source: Source, as_json: bool) -> int:
+    # fmt: on
+    """Rewrite the norms of MODEL, prove that its outputs stay the same, and write the result.
+
+    The result is a torch.export program, which torch.export.load opens without normfuse. It is written only if there was
+    something to rewrite, and it is proven first.
+    """
+    started, written = time.perf_counter(), None
+    target = Path(output) if output else Path(model).parent / f"{Path(model).stem}.rewritten.pt2"
+    check_writable((None if dry_run else target, report, plan), (model, source.path, locked))
+    with working("loading and tracing") as progress:
+        from normfuse import api
+        from normfuse.planning.lockfile import drift, read_lock
+
+        lock = read_lock(locked) if locked else None
+
+        try:
+            result = api.rewrite(
+                model, passes, source.inputs(model), mode=mode, verify="none" if dry_run else verify, allow=allow,
+                trust_pickle=source.trust_pickle, keep_unread=keep_unread, progress=progress,
+            )  # fmt: skip
+        except VerificationFailed as failure:
+            write_file(report, failure.report.to_json())
+            raise
+        drifted = drift(lock, result.report.plan) if lock else []
+        code, ending = _outcome(result.report, passes == "all", strict, dry_run, drifted)
+        if not ending:
+            written = str(result.save(target))
+            ending = wrote(written, started)
+        write_file(report, result.report.to_json())
+        write_file(plan, result.report.plan.to_json())
+    data = {**result.report.to_dict(), "dry_run": dry_run, "written": written, "drift": drifted}
+    return tell(as_json, data, *result.report.render(), "", Text(ending, "bold")) or code
+
+
+def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool, drifted: list[str]) -> tuple[int, str]:
+    """The exit code, and why no model is to be written (empty if it is)."""
+    done = any(report.plan.rewrites)
+    if drifted:
+        return NO, "\n".join(["--locked: the plan is another one; nothing written", *escaped(drifted)])
+    if strict and report.idle_passes and not (everything and done):
+        return NO, f"--strict: {', '.join(report.idle_passes)} rewrote nothing; nothing written"
+    if not done:
+        return YES, "nothing to rewrite; nothing written"
+    return YES, "dry run: no model written" if dry_run else ""

@@ -1,0 +1,1 @@
+"""A plan on the live `nn.Module`: tune, deploy, restore."""

@@ -1,0 +1,268 @@
+"""A module that reads formulas in place of its own tensors, or whose forward gives way: the same object, another class.
+
+A rewritten module's class becomes a subclass of its own class with the same name. Per changed tensor it has a property, which
+Python finds before `nn.Module.__getattr__`, so the module's own code reads the formula's value while its parameters, their
+names, hooks, optimizers, ``.to()`` and `state_dict` go on as before. Everything a module needs is data in its `Rewritten`
+record, so copying and pickling work, and taking the class away again restores the module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfuse.errors import NormfuseError
+from normfuse.graph.edits import Call, Ref
+from normfuse.graph.formula import rounded
+from normfuse.graph.program import identity
+from normfuse.modules.placement import VALUE
+from normfuse.modules.receiving import load_of, note, unwatched, watched
+from normfuse.modules.recompute import Formed
+from normfuse.modules.record import (
+    GIVEN_UP,
+    RECORD,
+    Forming,
+    Kept,
+    Recipe,
+    Rewritten,
+    home_of,
+    is_idle,
+    is_rewritten,
+    own,
+    own_class,
+    plain,
+    rewritten,
+)
+
+
+def install(module: nn.Module, record: Rewritten) -> None:
+    """Give a module the behaviour of a record; `own_class` takes it away again."""
+    if is_rewritten(module):
+        plain(module)
+    module.__dict__[RECORD] = record
+    attributes = tuple(sorted(record.tensors.keys() | record.borrowed))
+    module.__class__ = _class_for(type(module), attributes, record.change is not None)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def own_classes(model: nn.Module) -> Iterator[None]:
+    """A model as its own classes would have it, with the tensors that it has now."""
+    classes = [(module, type(module)) for module, _ in rewritten(model)]
+    try:
+        for module, _ in classes:
+            plain(module)
+        yield
+    finally:
+        for module, each in classes:
+            module.__class__ = each
+
+
+@contextlib.contextmanager
+def put_back(model: nn.Module, *, always: bool = False) -> Iterator[None]:
+    """Whatever is done to a model's classes, records and tensors is undone where it fails, or always."""
+    modules = [(each, type(each), _marks(each)) for each in model.modules()]
+    homes: list[Any] = [home for each, *_ in modules for home in (each._parameters, each._buffers)]
+    tensors = [(each, each.data) for home in homes for each in home.values() if each is not None]
+    fields = [(each, dict(each)) for each in (*homes, *(record.__dict__ for _, record in rewritten(model)))]
+    done = False
+    try:
+        yield
+        done = not always
+    finally:
+        if not done:
+            for module, own_type, marks in modules:
+                module.__class__ = own_type
+                for mark in _marks(module):
+                    del module.__dict__[mark]
+                module.__dict__.update(marks)
+            for each, before in fields:
+                each.clear()
+                each.update(before)
+            for tensor, data in tensors:
+                tensor.data = data
+
+
+def _marks(module: nn.Module) -> dict[str, Any]:
+    return {key: module.__dict__[key] for key in (RECORD, GIVEN_UP) if key in module.__dict__}
+
+
+@functools.cache
+def _class_for(base: Any, attributes: tuple[str, ...], forward: bool) -> type[nn.Module]:
+    """A subclass with the class's own name, a property per attribute, and the record's forward where there is one."""
+    members: dict[str, Any] = {name: _property(name) for name in attributes}
+    members |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made, args, *state = tuple(base.__reduce_ex__(self, protocol))
+        as_base = tuple(base if each is type(self) else each for each in args)
+        return _made_again, (attributes, forward, made, as_base), *state
+
+    members["_load_from_state_dict"] = load_of(base)
+    if forward:
+        members["forward"] = _forward_of(base)
+    return type(base.__name__, (base,), members | {"__reduce_ex__": reduce})
+
+
+def _made_again(attributes: tuple[str, ...], forward: bool, made: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """An unpickled or copied module, before its state is filled in."""
+    module = made(*args)
+    module.__class__ = _class_for(type(module), attributes, forward)  # type: ignore[arg-type]
+    return module
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def _property(name: str) -> property:
+    def read(self: nn.Module) -> Any:
+        try:
+            return _value(self, name)
+        except AttributeError as error:  # torch would hand out the module's own tensor instead
+            raise NormfuseError(f"'{name}' of a rewritten {type(self).__name__} cannot be computed: {error}") from error
+
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__[name] = value  # what DataParallel does with a replica's parameters
+
+    return property(read, write)
+
+
+def _value(module: nn.Module, name: str) -> Any:
+    record: Rewritten = module.__dict__[RECORD]
+    if is_idle(module, record):
+        return own(module, name)
+    if name in record.borrowed and name not in record.tensors:
+        holder, place = record.borrowed[name]
+        return getattr(holder, place)
+    if not torch.compiler.is_compiling():
+        return Formed.of(record, module, name)
+    forming = Forming(record, (name,))  # a compiler decides by itself what to keep for backward
+    return forming.by_autograd(*forming.leaves(module))[0]
+
+
+# -- forward -----------------------------------------------------------------------------------------------------------
+
+
+def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
+    original: Callable[..., Any] = base.forward
+
+    @functools.wraps(original)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        record: Rewritten = self.__dict__[RECORD]
+        if record.change is None or is_idle(self, record):
+            return original(self, *args, **kwargs)
+        by = record.change.by
+        if record.change.place == "after":
+            return _computed(by, original(self, *args, **kwargs), self, record)
+        value = args[0] if args else next(iter(kwargs.values()))
+        value = _computed(by, value, self, record)
+        if record.change.place == "instead":
+            return value
+        if args:
+            return original(self, value, *args[1:], **kwargs)
+        return original(self, **{**kwargs, next(iter(kwargs)): value})
+
+    return forward
+
+
+def _computed(by: Any, value: Any, module: nn.Module, record: Rewritten) -> Any:
+    """The value of a change's expression; what occurs in it twice is computed once."""
+    return value if by == VALUE else _part(by, value, module, record, {})
+
+
+def _part(by: Any, value: Any, module: nn.Module, record: Rewritten, done: dict[Any, Any]) -> Any:
+    # no closure: one that calls itself is a cycle, and would hold an activation until the garbage collector comes
+    match by:
+        case Ref():
+            holder, attribute = (None, None) if by == VALUE else record.home[by.node]
+            return value if attribute is None else getattr(holder or module, attribute)
+        case Call():
+            if by not in done:
+                args = (_part(each, value, module, record, done) for each in by.args)
+                done[by] = by.target()(*args, **by.keywords())
+            return done[by]
+        case tuple():
+            return list(by)
+        case _:
+            return by
+
+
+# -- deploy and the way back -------------------------------------------------------------------------------------------
+
+
+def bake(model: nn.Module) -> None:
+    """Put the formulas' values in the place of a model's tensors; the originals are kept in the records.
+
+    Every formula is evaluated in float64 and rounded once, and all of them are evaluated before any tensor changes. Tensors
+    that nobody reads any more become neutral, or leave the state dict: beside the changed ones they would tell the model's own
+    class to apply its norms twice.
+    """
+    records = dict(rewritten(model))
+    values = [each for module, record in records.items() for each in _values(module, record)]
+    before = [(_kept(module, name), value) for module, name, value in values]
+    tied: dict[tuple[Any, ...], Tensor] = {}
+    for kept, value in before:
+        records[kept.module].keep(kept)
+        if kept.tensor is None or kept.data is None:
+            kept.module.register_parameter(kept.name, nn.Parameter(value))
+        else:
+            kept.tensor.data = tied.setdefault(identity(kept.data), value)
+    gone: list[tuple[nn.Module, str]] = []
+    for module, record in records.items():
+        for holder, home, name in record.spare:
+            gone.append((holder, name))
+            record.keep(Kept(holder, home, name, getattr(holder, home)[name], None))
+            getattr(holder, home)[name] = None
+        record.evaluated()
+        install(module, record)
+    changed = [own(kept.module, kept.name) for kept, _ in before]
+    note(model, changed, gone, came=any(kept.tensor is None for kept, _ in before))
+
+
+def _values(module: nn.Module, record: Rewritten) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """(Module, attribute, value) of what a record's formulas become."""
+    for name, recipe in {**record.tensors, **record.neutral}.items():
+        if name not in record.lent:
+            yield module, name, _baked(module, record, recipe)
+
+
+def settle(model: nn.Module, *, keep: bool) -> None:
+    """Give up the originals that `bake` has kept, or not; what is loaded from now on is looked at."""
+    for module, record in () if keep else list(rewritten(model)):
+        record.kept = None
+        stands = record.deployment is None or record.deployment.stands
+        if stands and record.change is None and not record.borrowed:
+            own_class(module)
+            module.__dict__[GIVEN_UP] = True
+    watched(model)
+
+
+def undo(model: nn.Module) -> bool:
+    """Give a model its own classes and tensors back; False, and nothing done, where its own tensors were not kept."""
+    records = dict(rewritten(model))
+    if any(record.kept is None for record in records.values()) or any(GIVEN_UP in each.__dict__ for each in model.modules()):
+        return False
+    for module, record in records.items():
+        for kept in reversed(record.kept or ()):
+            kept.put_back()
+        own_class(module)
+    unwatched(model)
+    return True
+
+
+def _kept(module: nn.Module, name: str) -> Kept:
+    tensor = own(module, name)
+    return Kept(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
+
+
+def _baked(module: nn.Module, record: Rewritten, recipe: Recipe) -> Tensor:
+    def read(name: str) -> Tensor:
+        holder, place = record.home[name]
+        tensor: Tensor = own(module if holder is None else holder, place)
+        return tensor
+
+    return rounded(recipe.formula, read, own(module, recipe.like).dtype)

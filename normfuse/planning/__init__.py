@@ -1,0 +1,1 @@
+"""Which rewrites are made, in which order; the only judge of legality."""

@@ -1,0 +1,1 @@
+"""What the user keeps: a plan with its evidence, as data, text, HTML and JUnit."""

@@ -1,0 +1,85 @@
+"""Below which number integers are drawn: the size of the table that they index."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from normfuse.errors import InputError
+from normfuse.sources.inputs import INTEGERS, Inputs, Key
+
+# ---- limits of integer inputs
+
+
+def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inputs) -> dict[Key, int]:
+    """For each integer input that indexes a table, the size of the smallest one, found by one run of the model.
+
+    An input is followed through views, casts and copies, not through arithmetic. Inputs that index nothing are left out.
+
+    Raises:
+        InputError: the model does not run on these inputs.
+    """
+    module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
+    modes = [(part, part.training) for part in module.modules()]
+    given: dict[Key, Any] = dict(enumerate(inputs.args)) | dict(inputs.kwargs.items())
+    lookups = _Lookups(given)
+    try:
+        for part, _ in modes:
+            part.training = False  # not eval(): exported modules refuse it, and nothing may notice this run
+        with torch.no_grad(), torch.random.fork_rng(devices=()), lookups:
+            module(*inputs.args, **inputs.kwargs)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"the model does not run on these inputs: {reason}", hint="give others with --input") from error
+    finally:
+        for part, mode in modes:
+            part.training = mode
+    return lookups.limits
+
+
+class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Watches which inputs reach a table as indices; ``limits`` has the smallest table of each."""
+
+    def __init__(self, inputs: Mapping[Key, Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.limits: dict[Key, int] = {}
+        self._source: dict[int, Key] = {}
+        self._kept: list[Tensor] = []  # or the address of a freed tensor would be taken for it
+        for key, value in inputs.items():
+            if isinstance(value, Tensor):
+                self._follow(value, key)
+
+    def _follow(self, tensor: Tensor, key: Key | None) -> None:
+        if key is not None and tensor.dtype in INTEGERS and tensor.numel():
+            self._source[_address(tensor)] = key
+            self._kept.append(tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and note what it looks up."""
+        result = func(*args, **(kwargs or {}))
+        for index, limit in _looked_up(func, args):
+            key = self._source.get(_address(index))
+            if key is not None:
+                self.limits[key] = min(limit, self.limits.get(key, limit))
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.clone.default):
+            self._follow(result, self._source.get(_address(args[0])))
+        return result
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()  # shared by all views
+
+
+def _looked_up(func: Any, args: Sequence[Any]) -> Iterator[tuple[Tensor, int]]:
+    """The index tensors of one operator, each with the number of rows that it may choose from."""
+    aten = torch.ops.aten
+    if func in (aten.embedding.default, aten._embedding_bag.default, aten._embedding_bag_forward_only.default):
+        yield args[1], args[0].shape[0]
+    elif func is aten.index_select.default:
+        yield args[2], args[0].shape[args[1]]
+    elif func is aten.index.Tensor and args[1][0] is not None:  # table[ids]; indices of later dims are rare
+        yield args[1][0], args[0].shape[0]

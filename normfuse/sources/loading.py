@@ -1,0 +1,305 @@
+"""Read a model file, without executing it.
+
+    load(path)         a pickled nn.Module, or an exported program (.pt2); decided by content, not by ending
+    load_data(path)    tensors and plain containers, for example inputs
+
+Loading does not execute what a file brings. A pickle is read as a picture of what it describes (`pickles`); what that names
+is judged by `allowlist`'s rules, and refused by name; what is left is built by `building`, which calls a closed table of
+constructors and nothing else. Whatever a few bytes could make large has a bound with a name (`limits`). SECURITY.md tells
+what this protects from, and what not.
+
+Everything that is not a model is recognised where that is cheap, and answered with what to do instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from normfuse import limits
+from normfuse.errors import LoadError, NormfuseWarning
+from normfuse.limits import OverLimit, check_inflation
+from normfuse.sources import allowlist, archive
+from normfuse.sources.building import Builder, check_modules, names_in
+from normfuse.sources.constructors import Stored
+from normfuse.sources.extents import check_numbers
+from normfuse.sources.pickles import Unreadable, picture
+from normfuse.sources.storages import ArchiveStorages, LegacyStorages, pickles_in, unpacked_size
+
+TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
+RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
+BUILD = "build the model in Python, load these weights into it, then pass the module or torch.save(model, path)"
+
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
+# What is not a model, by its first bytes: (pattern, what it is, what to do). The first that matches is the answer.
+FOREIGN: tuple[tuple[bytes, str, str], ...] = (
+    (rb"\x80[\x01-\x05]", "is a plain pickle, not a file of torch.save", RESAVE),
+    (rb"\x93NUMPY", "is a NumPy array, not a model", "example inputs are passed with --input"),
+    (rb"GGUF", "is a GGUF file, which holds weights for llama.cpp", BUILD),
+    (rb"\x89HDF\r\n", "is an HDF5 file, such as Keras weights", BUILD),
+    (rb"(?s).{4}TFL3", "is a TensorFlow Lite model", "normfuse reads PyTorch models"),
+    (rb"(?s).{8}\{\s*\"", "is a safetensors file: weights without a model", BUILD),
+    (rb"version https://git-lfs", "is a Git LFS pointer, not the file that it points to", "run: git lfs pull"),
+    (rb"(?i)\s*<(!doctype|html|\?xml)", "is a web page", "the download answered with a page; fetch the file again"),
+    (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "looks like an ONNX model", "pass the PyTorch model instead"),
+    (rb"(?s)[^\x00-\x08\x0e-\x1a]+$", "is a text file, not a model", RESAVE),
+)
+
+
+def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Module | torch.export.ExportedProgram:
+    """The model in a file, as saved: on the CPU, in the mode (train or eval) that it was saved in.
+
+    Args:
+        path: a file of `torch.save(module)` or `torch.export.save(program)`.
+        trust_pickle: unpickle without any check. The file can then run code of its own.
+
+    Raises:
+        LoadError: the file is not a model, or asks for more than `allowlist` allows.
+    """
+    path = Path(path)
+    head = first_bytes(path)
+    if head.startswith(LEGACY):
+        return _as_module(path, _load_legacy(path, trust_pickle=trust_pickle))
+    if not head.startswith(b"PK\x03\x04"):
+        raise _foreign(path, head)
+    reader = _archive_reader(path)
+    records = set(reader.get_all_records())
+    if "archive_format" in records:
+        return _load_exported(path, reader, trust_pickle=trust_pickle)
+    if "constants.pkl" in records:
+        raise LoadError(f"{path} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
+    if "data.pkl" not in records:
+        raise LoadError(f"{path} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
+    return _as_module(path, _load_pickled(path, reader, trust_pickle=trust_pickle))
+
+
+def load_data(path: str | os.PathLike[str]) -> Any:
+    """What `torch.save` wrote, if it is made of tensors and plain containers only; nothing else is allowed by name.
+
+    Raises:
+        LoadError: it is not, or the file is no file of `torch.save`.
+    """
+    path = Path(path)
+    head = first_bytes(path)
+    if head.startswith(LEGACY):
+        return _load_legacy(path, trust_pickle=False, resolve=_nothing)
+    if not head.startswith(b"PK\x03\x04"):
+        raise _foreign(path, head)
+    reader = _archive_reader(path)
+    if "data.pkl" not in reader.get_all_records():
+        raise LoadError(f"{path} is a zip file, but not one of torch.save", hint="save the inputs with torch.save")
+    return _load_pickled(path, reader, trust_pickle=False, resolve=_nothing)
+
+
+Resolve = Callable[[set[str]], Mapping[str, Any]]
+
+
+def _nothing(names: set[str]) -> Mapping[str, Any]:
+    if names:
+        raise allowlist.NotAllowed(*sorted(names))
+    return {}
+
+
+def first_bytes(path: Path) -> bytes:
+    """What a file begins with.
+
+    Raises:
+        LoadError: it is empty, no regular file, or cannot be read.
+    """
+    try:
+        if path.is_dir():
+            raise _folder(path)
+        if path.exists() and not path.is_file():
+            raise LoadError(f"{path} is not a regular file", hint="copy the model to a file first")
+        with path.open("rb") as file:
+            head = file.read(512)
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise LoadError(f"cannot read {path}: {reason}", hint="check the path and its permissions") from error
+    if not head:
+        raise LoadError(f"{path} is empty", hint="fetch or save the file again")
+    return head
+
+
+def _folder(path: Path) -> LoadError:
+    if (path / "saved_model.pb").exists():
+        return LoadError(f"{path} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
+    if (path / "config.json").exists():
+        hint = "load it with transformers' from_pretrained, then pass the module or torch.save(model, path)"
+        return LoadError(f"{path} is a folder of transformers' save_pretrained", hint=hint)
+    return LoadError(f"{path} is a folder, not a model file", hint=RESAVE)
+
+
+def _foreign(path: Path, head: bytes) -> LoadError:
+    for pattern, what, hint in FOREIGN:
+        if re.match(pattern, head):
+            return LoadError(f"{path} {what}", hint=hint)
+    return LoadError(f"{path} is not a file of torch.save or torch.export.save", hint=RESAVE)
+
+
+def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
+    # The same reader as torch.load's and torch.export.load's: two zip readers can see two contents in one hostile file.
+    try:
+        reader = torch._C.PyTorchFileReader(os.fspath(path))
+        reader.get_all_records()  # which can fail too
+        return reader
+    except RuntimeError as error:
+        with contextlib.suppress(*archive.NO_ZIP), zipfile.ZipFile(path) as unpacked:
+            names = unpacked.namelist()
+            if "serialized_exported_program.json" in names:
+                hint = "export it again with this torch, or load it with the old one and save it again"
+                what = "an exported program in torch's format from before 2.8"
+                raise LoadError(f"{path} is {what}", hint=hint) from error
+            what = "a NumPy .npz file" if names[:1] and names[0].endswith(".npy") else "a zip file"
+            raise LoadError(f"{path} is {what}, not a model", hint=RESAVE) from error
+        raise LoadError(f"{path} is damaged or cut short", hint="fetch or save the file again") from error
+
+
+def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool) -> torch.export.ExportedProgram:
+    from torch.export.pt2_archive import _package as pt2
+
+    with _told_as_load_error(path):
+        if trust_pickle:
+            with path.open("rb") as file:
+                programs = pt2.load_pt2(file).exported_programs
+        else:
+            # torch.export.load falls back to another zip reader and an old format; this reads what was checked.
+            examples = _checked_archive(path, reader)
+            archived = _without_examples(path)
+            programs = pt2._load_exported_programs(archived, archived.get_file_names(), None)
+            for name in programs:
+                programs[name]._example_inputs = examples.get(f"data/sample_inputs/{name}.pt")
+    if set(programs) != {"model"}:
+        raise LoadError(f"{path} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
+    program: torch.export.ExportedProgram = programs["model"]
+    if not trust_pickle:
+        with _told_as_load_error(path):
+            check_numbers(program.graph_module)
+    return program
+
+
+def _without_examples(path: Path) -> Any:
+    """Torch's reader of a .pt2, to which the pickles of example inputs are empty: torch would unpickle them its own way."""
+    from torch.export.pt2_archive._package import PT2ArchiveReader
+
+    class WithoutExamples(PT2ArchiveReader):
+        def read_bytes(self, name: str) -> bytes:
+            return b"" if name.startswith("data/sample_inputs/") else super().read_bytes(name)
+
+    return WithoutExamples(os.fspath(path))
+
+
+def _checked_archive(path: Path, reader: torch._C.PyTorchFileReader) -> dict[str, Any]:
+    """The example inputs of a .pt2, by their records; refuses the archive if anything in it would execute."""
+    check_inflation(unpacked_size(reader), path.stat().st_size)
+    archive.check_version(reader)
+    if strangers := dict.fromkeys(archive.archive_strangers(reader)):
+        raise allowlist.NotAllowed(*strangers)
+    examples: dict[str, Any] = {}
+    for record in reader.get_all_records():
+        content = reader.get_record(record) if record.startswith("data/sample_inputs/") else b""
+        if content:
+            inside = torch._C.PyTorchFileReader(BytesIO(content))  # type: ignore[arg-type]
+            check_inflation(unpacked_size(inside), len(content))
+            examples[record] = _built(picture(inside.get_record("data.pkl")), ArchiveStorages(inside, None), allowlist.resolve)
+    return examples
+
+
+def _load_legacy(path: Path, *, trust_pickle: bool, resolve: Resolve = allowlist.resolve) -> Any:
+    with _told_as_load_error(path):
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        (_magic, _protocol, system, root, keys), behind = pickles_in(path.read_bytes(), 5)
+        if picture(system).get("little_endian") is not True:
+            raise Unreadable("it was written on a machine of another byte order")
+        storages = LegacyStorages(behind)
+        content = _built(picture(root), storages, resolve)
+        storages.fill(picture(keys))
+        return content
+
+
+def _load_pickled(
+    path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool, resolve: Resolve = allowlist.resolve
+) -> Any:
+    with _told_as_load_error(path):
+        if trust_pickle:
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        check_inflation(unpacked_size(reader), path.stat().st_size)
+        if reader.get_record_size("data.pkl") > limits.PICKLE_BYTES:
+            raise OverLimit(f"a pickle of {reader.get_record_size('data.pkl'):,} bytes", "PICKLE_BYTES")
+        return _built(picture(reader.get_record("data.pkl")), ArchiveStorages(reader, path), resolve)
+
+
+def _built(root: Any, stored: Callable[[Any], Stored], resolve: Resolve) -> Any:
+    builder = Builder(resolve(names_in(root)), stored)
+    content = builder.build(root)
+    if builder.unwrapped:
+        around = " and ".join(dict.fromkeys(builder.unwrapped))
+        warnings.warn(f"the file holds a model inside of {around}; the model itself was taken", NormfuseWarning, stacklevel=2)
+    check_modules(builder.modules)
+    return content
+
+
+@contextlib.contextmanager
+def _told_as_load_error(path: Path) -> Iterator[None]:
+    """A damaged or hostile file can fail anywhere in torch's readers, with anything: to the user it is one line."""
+    try:
+        yield
+    except LoadError:
+        raise
+    except allowlist.NotAllowed as refused:
+        raise LoadError(f"{path} wants {refused}; refused", hint=_hint(refused.names)) from None
+    except allowlist.Broken as broken:
+        hint = "repair that installation; the file itself may be fine"
+        raise LoadError(f"{path} needs {broken}", hint=hint) from broken
+    except OverLimit as over:
+        raise LoadError(f"{path} is not read: {over}", hint=over.hint) from None
+    except RecursionError as error:
+        raise LoadError(f"{path} cannot be read: it is nested too deeply", hint=RESAVE) from error
+    except Unreadable as error:
+        raise LoadError(f"{path} cannot be read: {error}", hint=RESAVE) from error
+    except Exception as error:
+        raise LoadError(f"{path} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
+
+
+def _hint(names: Sequence[str]) -> str:
+    tops = {name.partition(".")[0] for name in names if allowlist.is_identifier_path(name)}
+    if "__main__" in tops:
+        return f"export the model with torch.export, or move its classes into an installed package. {TRUST}"
+    if any(name.startswith(("torch.nn.utils.", "torch.nn.modules.module._Wrapped")) for name in names):
+        return f"remove its hooks before you save it, for example with torch.nn.utils.remove_spectral_norm. {TRUST}"
+    missing = sorted(top for top in tops - sys.stdlib_module_names if not allowlist.is_installed(top))
+    return f"install {', '.join(missing)} if these are model classes. {TRUST}" if missing else TRUST
+
+
+def _reason(error: Exception) -> str:
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line[:200]
+
+
+def _as_module(path: Path, content: Any) -> nn.Module:
+    """`content` if it is a module; otherwise the error that says what it is and how to get from there to a module."""
+    if isinstance(content, nn.Module):
+        return content
+    if not isinstance(content, Mapping):
+        raise LoadError(f"{path} holds a {type(content).__name__}, not a model", hint=RESAVE)
+    modules = [str(key) for key, value in content.items() if isinstance(value, nn.Module)]
+    if modules:
+        entry = f"torch.load(path, weights_only=False)[{modules[0]!r}]"
+        message = f"{path} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
+        raise LoadError(message, hint=f"save that entry alone: torch.save({entry}, 'model.pt')")
+    if content and all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise LoadError(f"{path} is a state dict: weights without a model", hint=BUILD)
+    held = ", ".join(map(str, list(content)[:6])) or "nothing"
+    raise LoadError(f"{path} is a checkpoint dictionary ({held}), without a model", hint=BUILD)

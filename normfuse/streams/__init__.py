@@ -1,1 +1,0 @@
-"""The residual stream: how it is given zero mean, and how it becomes narrower."""

@@ -1,0 +1,207 @@
+"""What both walks of absorption share: the draft that collects edits, the obstacle that stops it, and what passes a shift.
+
+`writers` folds a channel affine into what writes a value, `readers` into all that read it; where neither can, `scale_shift`
+leaves one multiplication and one addition.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch.fx import Node
+
+from normfuse.analysis.affine import MOVES, Affine, constant_formula, moved
+from normfuse.analysis.facts import Facts
+from normfuse.analysis.scales import computed_from, why_fixed
+from normfuse.graph.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
+from normfuse.graph.formula import Apply, Formula, Read, reads
+from normfuse.graph.ops.carrying import rank, times_read
+from normfuse.graph.views import arguments, aten, dtype, shape
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """Why an affine cannot be absorbed: the node in the way, and what it does there as half a sentence."""
+
+    at: Node
+    why: str
+
+
+@dataclass(frozen=True)
+class Absorbed:
+    """Edits that absorb an affine.
+
+    Attributes:
+        edits: the changes.
+        nodes: what the reasoning passed over.
+        values: other affine values that are dissolved with it.
+    """
+
+    edits: tuple[Edit, ...]
+    nodes: frozenset[Node]
+    values: frozenset[Node] = frozenset()
+
+
+LAYERS = {
+    aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+    aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input, aten.convolution.default,
+}  # fmt: skip
+"""Products with a weight and a bias."""
+
+_PASSING = MOVES | {
+    aten._to_copy.default, aten.expand.default, aten.repeat.default, aten.select.int, aten.slice.Tensor,
+    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem, aten.index_select.default,
+    aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default, aten.roll.default, aten.flip.default,
+    aten.rot90.default, aten.unfold.default, aten.diagonal.default, aten.narrow_copy.default,
+    aten.mean.dim, aten.embedding.default, aten.cat.default, aten.stack.default,
+    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
+    aten.adaptive_avg_pool3d.default, aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec,
+    aten.upsample_linear1d.vec, aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec,
+    aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten._upsample_bilinear2d_aa.vec,
+    aten._upsample_bicubic2d_aa.vec, aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec,
+    aten.upsample_trilinear3d.vec,
+}  # fmt: skip
+_AVERAGES = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
+
+
+def passes_shift(node: Node) -> bool:
+    """Whether an op picks, moves or averages entries: a constant added to all its operands is added to its result."""
+    if node.target is aten.pad.default:
+        return bool(arguments(node)["mode"] != "constant")
+    if node.target not in _AVERAGES:
+        return node.target in _PASSING
+    a = arguments(node)
+    return a.get("divisor_override") is None and (not a["count_include_pad"] or unpadded(a["padding"]))
+
+
+def unpadded(padding: Any) -> bool:
+    """Whether a convolution's or a pool's padding adds nothing."""
+    sizes = padding if isinstance(padding, (list, tuple)) else [padding]
+    return padding == "valid" or all(size == 0 for size in sizes)
+
+
+def channel(layer: Node, value: Node) -> int:
+    """The channel axis of a layer's input or output."""
+    return rank(value) - (1 if layer.target is aten.linear.default else rank(arguments(layer)["weight"]) - 1)
+
+
+def is_transposed(layer: Node) -> bool:
+    """Whether a layer is a transposed convolution, whose weight has its input channels first."""
+    return bool(arguments(layer).get("transposed", "conv_transpose" in str(layer.target)))
+
+
+class Draft:
+    """Edits that are being collected, and the nodes that the reasoning passed over."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts = facts
+        self.edits: list[Edit] = []
+        self.nodes: set[Node] = set()
+        self.biases: dict[Node, str] = {}
+        """layers that had no bias -> the name of the one that they get"""
+        self.mapped: set[Node] = set()
+        """layers to whose results a map is added"""
+
+    def change(self, node: Node, to: Callable[[Formula], Formula]) -> Obstacle | None:
+        """Give a value that depends on stored tensors alone, and is read once, another value."""
+        self.nodes.add(node)
+        if times_read(node) != 1:
+            return Obstacle(node, "is read more than once")
+        if self.facts.editable(node):
+            name = self.facts.program.stored[node.name]
+            if not self.change_again(name, to):
+                self.edits.append(SetTensor(name, to(Read(name))))
+            return None
+        if self.change_again(f"normfuse_{node.name}", to):
+            return None
+        formula = constant_formula(self.facts, node) if node.op == "call_function" else None
+        if formula is None or next(reads(formula), None) is None:
+            return Obstacle(*(why_fixed(self.facts, node) or (node, "is no stored tensor that may change")))
+        new, read = new_tensor(self.facts, f"normfuse_{node.name}", to(formula), node)
+        self.edits += [new, Reroute(node.name, read)]
+        return None
+
+    def change_again(self, name: str, to: Callable[[Formula], Formula]) -> bool:
+        """Change what the draft makes of a tensor already: a layer may both read a value and write to its stream."""
+        for place, edit in enumerate(self.edits):
+            if isinstance(edit, SetTensor | NewTensor) and edit.name == name:
+                self.edits[place] = replace(edit, formula=to(edit.formula))
+                return True
+        return False
+
+    def new_bias(self, layer: Node, value: Formula) -> Obstacle | None:
+        """A bias for a layer that has none: beside its weight, as torch would call it where that name is free."""
+        behind = (self.facts.program.stored.get(each.name) for each in computed_from(arguments(layer)["weight"]))
+        weight = next((name for name in behind if name is not None), None)
+        if weight is None:
+            return Obstacle(layer, "has a weight that is not stored")
+        folder, _, own = weight.rpartition(".")
+        made = f"{folder}.bias" if folder else "bias"
+        program = self.facts.program
+        if made in {*program.tensor_names(), *program.nodes, *self.biases.values()} or own == "bias":
+            made = f"{weight.replace('.', '_')}_normfuse_bias"
+        new, read = new_tensor(self.facts, made, value, arguments(layer)["weight"])
+        named = {**arguments(layer), "bias": read}
+        given = (each if isinstance(each, Call | Ref) else literal(each) for each in named.values())
+        self.edits += [new, Reroute(layer.name, Call(str(layer.target).removeprefix("aten."), tuple(given)))]
+        self.biases[layer] = made
+        return None
+
+    def add_map(self, layer: Node, value: Formula) -> None:
+        """Add a stored map to what a layer gives."""
+        new, read = new_tensor(self.facts, f"normfuse_{layer.name}_map", value, layer)
+        self.edits += [new, Reroute(layer.name, Call("add.Tensor", (Ref(layer.name), read)))]
+        self.mapped.add(layer)
+
+
+def new_tensor(facts: Facts, name: str, formula: Formula, at: Node) -> tuple[NewTensor, Expression]:
+    """A new stored tensor, and what reads it in the dtype of the value ``at``, which under autocast no stored one may have."""
+    program, kind = facts.program, dtype(at)
+    known = [each for each in (*reads(formula), *program.stored.values()) if program.tensor(each).is_floating_point()]
+    alike = next((each for each in known if program.tensor(each).dtype == kind), None)
+    if alike is not None:
+        return NewTensor(name, formula, alike), Ref(name)
+    return NewTensor(name, formula, known[0]), Call("_to_copy.default", (Ref(name),), str(kind).removeprefix("torch."))
+
+
+def per_group(weight: Formula, entries: Formula, groups: int, sizes: tuple[int, ...]) -> Formula:
+    """A grouped weight times the entries of the channels along its second axis, which are other ones in each group.
+
+    A convolution's weight [Cout, Cin/g, …] has input channels there, a transposed one's [Cin, Cout/g, …] output channels.
+    Either way row i belongs to group i // (rows/g), and entry (i, j) to channel j of that group.
+    """
+    split = Apply("view.default", (weight, (groups, sizes[0] // groups, sizes[1], -1)))
+    own = Apply("view.default", (entries, (groups, 1, sizes[1], 1)))
+    return Apply("view.default", (Apply("mul.Tensor", (split, own)), sizes))
+
+
+def full(entries: Formula, size: int) -> Formula:
+    """One entry per channel, also where a single one stands for all of them."""
+    return Apply("expand.default", (entries, (size,)))
+
+
+def column(entries: Formula, axis: int, value: Node) -> Formula:
+    """Entries along an axis of a value, in a shape that broadcasts with it."""
+    return Apply("view.default", (entries, (-1, *(1 for _ in range(rank(value) - 1 - axis)))))
+
+
+def sizes_of(node: Node) -> tuple[int, ...]:
+    """The sizes of a stored tensor."""
+    return tuple(int(size) for size in shape(node))
+
+
+def scale_shift(facts: Facts, form: Affine, value: Node) -> tuple[Edit, ...]:
+    """One multiplication and one addition in place of whatever computes the value."""
+    edits: list[Edit] = []
+    expression = moved(form)
+    for op, entries in (("mul.Tensor", form.scale), ("add.Tensor", form.shift)):
+        if entries is not None:
+            made = f"normfuse_{value.name}_{'scale' if op == 'mul.Tensor' else 'shift'}"
+            new, read = new_tensor(facts, made, column(entries, form.axis or 0, value), value)
+            edits.append(new)
+            expression = Call(op, (expression, read))
+    return (*edits, Reroute(value.name, expression))

@@ -1,0 +1,464 @@
+"""Take one entry away from every vector of a zero-mean stream: which norms profit, and the edits that do it.
+
+A stream is what norms read, and all that it is made of: values linked by sums, views, joins along other axes. `center` says
+which norms' inputs can have zero mean; then one entry is superfluous (`bases`). All values of the stream change together:
+stored tensors that write it are changed by a formula, and so are those that read its norms (`lifts`). What cannot change its
+width stays outside, behind an explicit change of basis: where a value enters the stream, or where somebody reads it as it was.
+There must be fewer of these than norms, or the stream is left alone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import networkx as nx
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from normfuse.analysis.facts import Facts
+from normfuse.graph.edits import Call, Edit, NewTensor, Ref, Reroute, Resize, SetTensor, literal
+from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.graph.formula import Added, Apply, Centered, Formula, Read, Scaled, reads
+from normfuse.graph.ops.carrying import carries, is_mean_of, rank
+from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
+from normfuse.graph.program import Program
+from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
+from normfuse.transforms.basis import Basis
+from normfuse.transforms.draft import Obstacle
+from normfuse.transforms.into_products import Key, Layer, Settled, is_blind, settle
+from normfuse.transforms.zero_mean import Centering, center
+
+
+def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Iterator[Finding]:
+    """One rewrite per stream, and a refusal for every norm that concerns the pass and stays as wide as it is.
+
+    Args:
+        program: the program.
+        facts: of it.
+        pass_name: who proposes.
+        basis: how streams are stored.
+    """
+    known = centered(facts)
+    concerned: list[Norm] = []
+    for norm in facts.norms:
+        is_centred = all(axis in known[norm.x] for axis in norm.axes)
+        if norm.kind == "layer_norm" or (norm.kind == "rms_norm" and is_centred):
+            size = shape(norm.x)[norm.axes[0]]
+            if len(norm.axes) == 1 and isinstance(size, int) and size > 2:
+                concerned.append(norm)
+            else:
+                over = f"{len(norm.axes)} axes together" if len(norm.axes) > 1 else f"an axis of size {size}"
+                yield Refusal(pass_name, program.site(norm.out), "NF402", f"it normalizes over {over}")
+        elif norm.kind == "rms_norm" and len(norm.axes) == 1 and (at := _rounded_writer(program, known, norm)) is not None:
+            why = f"its input has zero mean but for rounding: '{program.stored[at.name]}' and all that writes it were centred"
+            hint = f"run {pass_name} on the original model, alone or in one plan with what centred them"
+            yield Refusal(pass_name, program.site(norm.out), "NF406", f"{why}, and rounded", program.site(at), hint)
+    for found in narrow(facts, concerned, basis):
+        if isinstance(found, Kept):
+            site = program.site(found.at)
+            who = "the caller" if found.at.op == "output" else f"'{program.stored.get(found.at.name) or site}'"
+            yield Refusal(pass_name, program.site(found.norm.out), found.code, f"{_ABOUT[found.code]}{who} {found.why}", site)
+        else:
+            yield _rewrite(program, pass_name, basis, found)
+
+
+def _rewrite(program: Program, pass_name: str, basis: Basis, found: Narrowing) -> Rewrite:
+    tensors = sum(isinstance(edit, SetTensor) for edit in found.edits)
+    explicit = f"; {found.explicit} explicit change{'s' * (found.explicit > 1)} of basis inserted" if found.explicit else ""
+    return Rewrite(
+        pass_name=pass_name,
+        sites=tuple(program.site(norm.out) for norm in found.norms),
+        was=tuple(norm.kind for norm in found.norms),
+        becomes=basis.becomes,
+        edits=found.edits,
+        region=frozenset(node.name for node in found.nodes),
+        claim=Claim.ROUNDING,
+        because=f"their stream of zero mean is stored in one entry less; {tensors} stored tensors change{explicit}",
+    )
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Norms whose stream gets one entry less, with the edits that do it.
+
+    Attributes:
+        norms: in execution order.
+        edits: the changes, those of the norms included.
+        nodes: the values that the reasoning is about.
+        explicit: how many changes of basis are left to be computed at every call.
+    """
+
+    norms: tuple[Norm, ...]
+    edits: tuple[Edit, ...]
+    nodes: frozenset[Node]
+    explicit: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A norm that keeps its width, and why.
+
+    Attributes:
+        norm: the norm.
+        code: the refusal's code.
+        at: the node in the way.
+        why: what it does there, as half a sentence.
+    """
+
+    norm: Norm
+    code: str
+    at: Node
+    why: str
+
+
+def narrow(facts: Facts, norms: Iterable[Norm], basis: Basis) -> Iterator[Narrowing | Kept]:
+    """Choose the norms whose streams get one entry less.
+
+    Args:
+        facts: of the program.
+        norms: each over one axis of a fixed size of at least two.
+        basis: how the stream is stored.
+    """
+    settled: dict[Norm, Settled] = {}
+    for norm in norms:
+        found = settle(facts, norm)
+        if isinstance(found, Obstacle):
+            yield Kept(norm, "NF403", found.at, found.why)
+        else:
+            settled[norm] = found
+    known = centered(facts)
+    wishes = [norm for norm in settled if norm.kind == "layer_norm" and norm.axes[0] not in known[norm.x]]
+    centering = center(facts, wishes)
+    for norm, obstacle in centering.blocked:
+        yield Kept(norm, "NF401", obstacle.witness or obstacle.at, _KEEPS_MEAN[obstacle.kind])
+    blocked = {norm for norm, _ in centering.blocked}
+    streams = _Streams(facts, basis, settled, known, centering)
+    for group in streams.groups([norm for norm in settled if norm not in blocked]):
+        yield from streams.narrowed(group)
+
+
+_ABOUT = {
+    "NF401": "its input cannot have zero mean: ",
+    "NF403": "its output is read where no other basis can be: ",
+    "NF404": "its stream cannot be narrower: ",
+    "NF405": "it would cost what it saves: ",
+}
+_KEEPS_MEAN = {
+    "seen": "sees the mean of what this norm reads",
+    "tied": "sees the mean of a weight that writes what this norm reads",
+    "written": "is updated by the program itself",
+    "input": "gives what this norm reads its mean",
+    "joined": "joins or splits what this norm reads along its axis",
+    "norm": "writes what this norm reads, and its gain gives that a mean",
+    "gate": "scales what this norm reads channel by channel",
+    "op": "writes what this norm reads and cannot be centred",
+}
+"""What an obstacle of `center` does, by its kind."""
+
+
+def centered(facts: Facts) -> dict[Node, frozenset[int]]:
+    """Axes along which values have zero mean: by construction, or because a pass has centred what writes them."""
+    return facts.centered_with(partial(_centered_by_formula, facts.program))
+
+
+def _rounded_writer(program: Program, known: Mapping[Node, frozenset[int]], norm: Norm) -> Node | None:
+    """A stored tensor that writes a norm's input, where all that do have zero mean up to the rounding of their dtype.
+
+    Measured, so it says what a pass has done before and is no fact to rely on: what writes the input is zero-mean by chance.
+    """
+    frontier, visited, writer = [(norm.x, norm.axes[0])], set[Key](), None
+    while frontier:
+        node, axis = key = frontier.pop()
+        if key in visited or axis in known[node]:
+            continue
+        visited.add(key)
+        carried = carries(node, axis)
+        if node.op == "placeholder":
+            tensor = program.tensor(program.stored[node.name]) if node.name in program.stored else None
+            if tensor is None or not _is_nearly_centred(tensor, axis):
+                return None
+            writer = node if writer is None and tensor.any() else writer
+        elif carried is None:
+            return None
+        else:
+            frontier.extend(carried)
+    return writer
+
+
+def _is_nearly_centred(tensor: Tensor, axis: int) -> bool:
+    """Whether the means along an axis are no larger than rounding every entry once would make them."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return False
+    wide = tensor.detach().double()
+    means, sizes = wide.mean(axis).abs(), wide.abs().mean(axis)
+    least = max(torch.finfo(tensor.dtype).eps, 2.0**-49)  # a mean that is itself taken in float64
+    return bool((means <= least * sizes).all())
+
+
+def _centered_by_formula(program: Program, node: Node) -> set[int]:
+    formula, axes = program.formulas.get(program.stored.get(node.name, "")), set()
+    while isinstance(formula, Centered):
+        axes.add(formula.dim)
+        formula = formula.of
+    return axes
+
+
+@dataclass
+class _Stream:
+    """The values of one stream: those that get narrower, and where it begins and ends."""
+
+    keys: dict[Key, tuple[Key, ...]] = field(default_factory=dict)
+    entries: dict[Key, str] = field(default_factory=dict)
+    """values that stay as they are, beside a narrowed copy of this name"""
+    stopped: Obstacle | None = None
+
+
+class _Streams:
+    """Streams of one program in one basis."""
+
+    def __init__(
+        self,
+        facts: Facts,
+        basis: Basis,
+        settled: Mapping[Norm, Settled],
+        known: Mapping[Node, frozenset[int]],
+        centering: Centering,
+    ) -> None:
+        self.facts, self.basis, self.settled, self.known = facts, basis, settled, known
+        edits = [edit for region in centering.regions for edit in region.edits]
+        self.paid = {key for region in centering.regions for key in region.centered_copies}
+        self.centred = {edit.name: edit.formula for edit in edits if isinstance(edit, SetTensor)}
+        self.scaled = {edit.node: edit for edit in edits if isinstance(edit, Reroute) and isinstance(edit.by, Ref)}
+        """products with a LayerScale that goes into its writers"""
+        self.order = {node: place for place, node in enumerate(facts.program.graph.nodes)}
+
+    # -- walking back --------------------------------------------------------------------------------------------------
+
+    def groups(self, norms: list[Norm]) -> list[list[Norm]]:
+        """Norms that share a value of their streams belong together."""
+        links, stream = nx.Graph(), self._back(norms)
+        links.add_edges_from((norm, (norm.x, norm.axes[0])) for norm in norms)
+        links.add_edges_from((key, operand) for key, operands in stream.keys.items() for operand in operands)
+        members = [[m for m in each if isinstance(m, Norm)] for each in nx.connected_components(links)]
+        ordered = [sorted(each, key=lambda norm: self.order[norm.out]) for each in members]
+        return sorted(ordered, key=lambda each: self.order[each[0].out])
+
+    def _back(self, norms: Iterable[Norm]) -> _Stream:
+        stream = _Stream()
+        frontier = [(norm.x, norm.axes[0]) for norm in norms]
+        while frontier:
+            key = frontier.pop()
+            if key not in stream.keys and key not in stream.entries:
+                operands = self._step(key)
+                if isinstance(operands, Obstacle):
+                    stream.stopped = stream.stopped or operands
+                elif operands is None:
+                    stream.entries[key] = f"{key[0].name}_narrowed_{key[1]}"
+                else:
+                    stream.keys[key] = operands
+                    frontier.extend(operands)
+        return stream
+
+    def _step(self, key: Key) -> tuple[Key, ...] | Obstacle | None:
+        """What a value of a stream is made of; None where the stream begins and nothing before it changes."""
+        node, axis = key
+        if key in self.paid:
+            return None
+        if node.name in self.scaled:
+            branch = self.facts.program.nodes[next(iter(_refs(self.scaled[node.name])))]
+            return ((branch, axis - (rank(node) - rank(branch))),)
+        if node.op == "placeholder":
+            return () if self.facts.editable(node) else Obstacle(node, "cannot change its width")
+        carried = carries(node, axis)
+        if carried and (other := meets_full_width(node, axis, carried)) is not None:
+            return Obstacle(
+                node, f"reads '{other.name}', which is as wide and the same for every feature; let it broadcast instead"
+            )
+        if carried or (carried == () and says_size(node)):
+            return carried if follows(node, axis) else Obstacle(node, "has no rule for another width")
+        return None if axis in self.known[node] else Obstacle(node, "does not let a change of basis through")
+
+    # -- judging -------------------------------------------------------------------------------------------------------
+
+    def narrowed(self, norms: list[Norm]) -> Iterator[Narrowing | Kept]:
+        """One stream, as far as it can be narrowed; the norms that stay as they are."""
+        while norms:
+            refused = list(self._unclaimed(norms))
+            if not refused:
+                break
+            yield from refused
+            norms = [norm for norm in norms if norm not in {each.norm for each in refused}]
+        stream = self._back(norms)
+        outside = self._outside(stream, norms) if stream.stopped is None else stream.stopped
+        if isinstance(outside, Obstacle):
+            yield from (Kept(norm, "NF404", outside.at, outside.why) for norm in norms)
+            return
+        explicit = len(outside) + sum(not self._is_free(key, stream, norms) for key in stream.entries)
+        if explicit >= len(norms):
+            at = next(iter((*outside, *(key[0] for key in stream.entries))), None)
+            cost = f"needs one of {explicit} explicit changes of basis, which would serve {len(norms)} of the norms"
+            yield from (Kept(norm, "NF405", at or norm.x, cost) for norm in norms)
+        elif norms:
+            yield self._written(norms, stream, outside, explicit)
+
+    def _unclaimed(self, norms: list[Norm]) -> Iterator[Kept]:
+        """Norms some of whose layers read a weight that somebody else reads too, or reads in another way."""
+        layers = [layer for norm in norms for layer in self.settled[norm].layers]
+        for norm in norms:
+            rivals = (self._rival(layer, layers) for layer in self.settled[norm].layers)
+            found = next((rival for rival in rivals if rival is not None), None)
+            if found is not None:
+                name, reader = found
+                yield Kept(norm, "NF403", reader, f"reads '{name}' too, which it needs otherwise")
+
+    def _rival(self, layer: Layer, layers: list[Layer]) -> tuple[str, Node] | None:
+        """A tensor of a layer that somebody else reads, and who."""
+        for name in (layer.weight, layer.bias if layer.debt.shift is not None else None):
+            sharing = [other for other in layers if name is not None and name in (other.weight, other.bias)]
+            claimed = {other.way[-1][0] if other.way and name == other.weight else other.node for other in sharing}
+            users = self.facts.program.reader_of(name).users if name is not None else ()
+            others = (*(user for user in users if user not in claimed), *(o.node for o in sharing if not _alike(layer, o)))
+            if name is not None and others:
+                return name, others[0]
+        return None
+
+    def _outside(self, stream: _Stream, norms: list[Norm]) -> dict[Node, tuple[str, ...]] | Obstacle:
+        """Values of a stream that somebody reads in their full width, with these readers."""
+        inner = {node: norm for norm in norms for node in norm.inner}
+        taken: dict[Node, Counter[Key]] = defaultdict(Counter)
+        for (reader, _), operands in stream.keys.items():
+            taken[reader].update(operands)
+        outside: dict[Node, tuple[str, ...]] = {}
+        for node, axis in stream.keys:
+            strays = [
+                reader
+                for reader in node.users
+                if not (reader in inner and inner[reader].x is node)
+                and not is_blind(reader, node, axis)
+                and taken[reader][node, axis] != sum(each is node for each in tensors_in((reader.args, reader.kwargs)))
+            ]
+            if strays and (node in outside or node in self.facts.constant or any(each.op == "output" for each in strays)):
+                return Obstacle(strays[0], f"reads '{node.name}' in its full width")
+            if strays:
+                outside[node] = tuple(reader.name for reader in strays)
+        return outside
+
+    def _is_free(self, key: Key, stream: _Stream, norms: list[Norm]) -> bool:
+        """Whether the stream begins at a mean-subtraction that nobody else needs: it narrows instead."""
+        node, axis = key
+        inside = {reader for reader, _ in stream.keys}.union(*(norm.inner for norm in norms))
+        return _is_mean_subtraction(node, axis) and inside.issuperset(node.users)
+
+    # -- writing it down -----------------------------------------------------------------------------------------------
+
+    def _written(self, norms: list[Norm], stream: _Stream, outside: Mapping[Node, tuple[str, ...]], explicit: int) -> Narrowing:
+        resized = [*stream.keys, *(key for norm in norms for key in self.settled[norm].values)]
+        layers = [layer for norm in norms for layer in self.settled[norm].layers]
+        resized += [key for layer in layers for key in self._of_weight(layer)]
+        formulas = self._writers(stream)
+        made = list(self._readers(layers, formulas))
+        edits: list[Edit] = [SetTensor(name, formula) for name, formula in formulas.items()]
+        edits += [Resize(node.name, axis, _width(node, axis) - 1) for node, axis in dict.fromkeys(resized)]
+        edits += [self.scaled[node.name] for node, _ in stream.keys if node.name in self.scaled]
+        for key, name in stream.entries.items():
+            edits += [self._entry(key, name, stream), Resize(name, key[1], _width(*key) - 1)]
+        edits += [self._normalized(norm, stream) for norm in norms]
+        edits += [Reroute(node.name, Ref(x.name)) for norm in norms for node, x in self.settled[norm].dropped]
+        edits += made
+        axes = {node: axis for node, axis in stream.keys if node in outside}
+        for node, readers in outside.items():
+            by = self.basis.widened(Ref(node.name), axes[node], _width(node, axes[node]), _is_half(node))
+            edits.append(Reroute(node.name, by, readers))
+        nodes = {node for node, _ in (*resized, *stream.entries)} | {layer.node for layer in layers}
+        nodes |= {node for norm in norms for node in norm.inner}
+        nodes |= {self.facts.program.reader_of(layer.bias) for layer in layers if layer.bias and layer.debt.shift is not None}
+        return Narrowing(tuple(norms), tuple(edits), frozenset(nodes), explicit)
+
+    def _of_weight(self, layer: Layer) -> Iterator[Key]:
+        yield (self.facts.program.reader_of(layer.weight), layer.dim)
+        yield from layer.way
+
+    def _writers(self, stream: _Stream) -> dict[str, Formula]:
+        """The stored tensors that write a stream, one entry narrower."""
+        formulas: dict[str, Formula] = {}
+        for node, axis in stream.keys:
+            if node.op == "placeholder":
+                name = self.facts.program.stored[node.name]
+                before = formulas.get(name) or self.centred.get(name) or Read(name)
+                formulas[name] = self.basis.written(before, axis, _width(node, axis))
+        return formulas
+
+    def _readers(self, layers: list[Layer], formulas: dict[str, Formula]) -> Iterator[Edit]:
+        """The layers behind the norms; what writes a stream as well is changed on top of that."""
+        writers = dict(formulas)
+        for layer in layers:
+            node = self.facts.program.reader_of(layer.weight)
+            plain = writers.get(layer.weight, Read(layer.weight))
+            debt, d = layer.debt, _width(node, layer.dim)
+            scaled = plain if debt.scale is None else Scaled(plain, debt.scale, layer.dim)
+            formulas[layer.weight] = self.basis.read(scaled, layer.dim, d)
+            if debt.shift is None:
+                continue
+            weighed = Scaled(plain, debt.shift, layer.dim)
+            if layer.bias is not None or layer.takes_bias:
+                out = 1 - layer.dim if rank(node) == 2 else 0
+                added = Apply("sum.dim_IntList", (weighed, tuple(own for own in range(rank(node)) if own != out)))
+                if layer.bias is not None:
+                    formulas[layer.bias] = Added(writers.get(layer.bias, Read(layer.bias)), added, 0)
+                else:
+                    yield from self._new_bias(layer, added)
+            else:
+                made = f"normfuse_{layer.node.name}_map"
+                yield NewTensor(made, Apply("sum.dim_IntList", (weighed, (layer.dim,), rank(node) > 2)), layer.weight)
+                yield Reroute(layer.node.name, Call("add.Tensor", (Ref(layer.node.name), Ref(made))))
+
+    def _new_bias(self, layer: Layer, value: Formula) -> Iterator[Edit]:
+        made = f"normfuse_{layer.node.name}_bias"
+        named = {**arguments(layer.node), "bias": Ref(made)}
+        yield NewTensor(made, value, next(reads(value)))
+        yield Reroute(layer.node.name, Call(str(layer.node.target).removeprefix("aten."), tuple(map(literal, named.values()))))
+
+    def _entry(self, key: Key, name: str, stream: _Stream) -> Reroute:
+        """Where the stream begins at a value that stays as it is."""
+        node, axis = key
+        x = node.args[0] if _is_mean_subtraction(node, axis) else node
+        assert isinstance(x, Node)
+        readers = sorted({reader.name for (reader, _), operands in stream.keys.items() if key in operands})
+        return Reroute(node.name, self.basis.narrowed(Ref(x.name), axis, _width(*key), _is_half(node)), tuple(readers), name)
+
+    def _normalized(self, norm: Norm, stream: _Stream) -> Reroute:
+        (axis,) = norm.axes
+        x = Ref(stream.entries.get((norm.x, axis), norm.x.name))
+        d = _width(norm.x, axis)
+        return Reroute(norm.out.name, self.basis.normalized(x, axis, rank(norm.x), d, norm.eps, dtype(norm.x) in _HALVES))
+
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _is_half(node: Node) -> bool:
+    return dtype(node) in _HALVES
+
+
+def _width(node: Node, axis: int) -> int:
+    return int(shape(node)[axis])
+
+
+def _refs(edit: Reroute) -> Iterator[str]:
+    if isinstance(edit.by, Ref):
+        yield edit.by.node
+
+
+def _is_mean_subtraction(node: Node, axis: int) -> bool:
+    return node.target is aten.sub.Tensor and arguments(node)["alpha"] == 1 and is_mean_of(node.args[1], node.args[0], axis)  # type: ignore[arg-type]
+
+
+def _alike(one: Layer, other: Layer) -> bool:
+    """Whether two layers ask the same of a weight and bias that they share."""
+    return (one.weight, one.bias, one.dim, one.debt.scale, one.debt.shift) == (
+        other.weight, other.bias, other.dim, other.debt.scale, other.debt.shift,
+    )  # fmt: skip

@@ -1,0 +1,338 @@
+"""Ask for a fact; get the edits that make it true, or what stands in the way.
+
+`center` answers for many values at once: "which of these norms can have an input of zero mean, and at what price?" From
+each norm's input it walks back over `carries`. The walk ends well at stored tensors whose mean nobody sees
+(they are centred for free) and at values that are centred by construction; it is stuck at anything else. A stuck walk can
+still be paid for: one explicit mean-subtraction on any value between the obstacle and the norms. Which payments are worth
+it is a minimum cut: every path from an obstacle to a norm must be cut, either by a payment (price: just over one norm) or by
+giving up that norm. So a payment is made only where it serves at least two norms.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import networkx as nx
+import torch
+from torch.fx import Node
+
+from normfuse.analysis.facts import Facts
+from normfuse.graph.edits import Call, Edit, Ref, Reroute, SetTensor
+from normfuse.graph.formula import Centered, Formula, Read, Scaled
+from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, spans, times_read
+from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
+
+Key: TypeAlias = tuple[Node, int]
+"""A value and the axis along which it is to be centred."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """What keeps a value from being centred for free.
+
+    Attributes:
+        at: the node in the way.
+        kind: ``seen``, ``input``, ``tied``, ``written``, ``joined``, ``norm``, ``gate`` or ``op``.
+        witness: the reader that sees the mean, where there is one.
+    """
+
+    at: Node
+    kind: str
+    witness: Node | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """How one value gets centred: through operands, by edits (passing over other nodes on the way), or not at all."""
+
+    operands: tuple[Key, ...] = ()
+    edits: tuple[Edit, ...] = ()
+    passed: frozenset[Node] = frozenset()
+    obstacle: Obstacle | None = None
+
+
+@dataclass(frozen=True)
+class Region:
+    """Norms whose inputs get zero mean together, and the edits that do it (the norms themselves not included)."""
+
+    norms: tuple[Norm, ...]
+    edits: tuple[Edit, ...]
+    nodes: frozenset[Node]
+    centered_copies: dict[Key, str]
+    """values that stay as they are beside an explicitly centred copy of this name"""
+
+
+@dataclass(frozen=True)
+class Centering:
+    """The answer of `center`: regions that are worth it, and for every other norm its nearest obstacle."""
+
+    regions: tuple[Region, ...]
+    blocked: tuple[tuple[Norm, Obstacle], ...]
+
+
+def center(facts: Facts, norms: Iterable[Norm]) -> Centering:
+    """Choose the norms whose inputs are given zero mean along their (single) axis, and say how.
+
+    Args:
+        facts: of the program.
+        norms: the norms that would profit, each over one axis.
+    """
+    wishes = {norm: (norm.x, norm.axes[0]) for norm in norms}
+    steps = _explore(facts, wishes.values())
+    kept, paid = _choose(facts, wishes, steps)
+    regions = tuple(_regions(facts, kept, paid, steps))
+    blocked = tuple((norm, _nearest(key, steps)) for norm, key in wishes.items() if norm not in kept)
+    return Centering(regions, blocked)
+
+
+# -- walking back ------------------------------------------------------------------------------------------------------
+
+
+def _explore(facts: Facts, wishes: Iterable[Key]) -> dict[Key, Step]:
+    steps: dict[Key, Step] = {}
+    frontier = list(wishes)
+    while frontier:
+        key = frontier.pop()
+        if key not in steps:
+            steps[key] = _step(facts, key)
+            frontier.extend(steps[key].operands)
+    return steps
+
+
+def _step(facts: Facts, key: Key) -> Step:
+    node, axis = key
+    if axis in facts.centered[node]:
+        return Step()
+    if facts.program.stored.get(node.name) in facts.program.written:
+        return Step(obstacle=Obstacle(node, "written"))
+    if axis not in facts.unseen[node]:
+        kind = "tied" if node.name in facts.program.stored else "seen"
+        return Step(obstacle=Obstacle(node, kind, facts.first_sight(node, axis)))
+    if node.op == "placeholder":
+        return _stored(facts, node, axis)
+    carried = carries(node, axis)
+    if carried is not None and _carried_wholly(node, carried):
+        return Step(operands=carried)
+    return _scaled(facts, node, axis) or Step(obstacle=Obstacle(node, _kind(facts, node)))
+
+
+def _carried_wholly(node: Node, carried: tuple[Key, ...]) -> bool:
+    """Whether no carried operand also enters where it is not carried, as in matmul(x, x)."""
+    given = Counter(tensors_in((node.args, node.kwargs)))
+    return all(given[operand] == times for operand, times in Counter(operand for operand, _ in carried).items())
+
+
+def _stored(facts: Facts, node: Node, axis: int) -> Step:
+    name = facts.program.stored.get(node.name)
+    if name is None or not facts.editable(node):
+        return Step(obstacle=Obstacle(node, "input" if name is None else "op"))
+    return Step(edits=(SetTensor(name, Centered(Read(name), axis)),))
+
+
+def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
+    """A per-channel scale by a stored vector (LayerScale): folded into the writers behind it, which are then centred."""
+    if node.target is not aten.mul.Tensor:
+        return None
+    a = arguments(node)
+    for branch, scale in ((a["self"], a["other"]), (a["other"], a["self"])):
+        if not (spans(branch, node, axis) and spans(scale, node, axis)):
+            continue
+        vector = _vector_behind(facts, scale, axis - (rank(node) - rank(scale)))
+        writers = _sole_writers(facts, branch, axis - (rank(node) - rank(branch)))
+        if vector is None or writers is None or not same_sizes(branch, node) or dtype(branch) != dtype(node):
+            continue
+        stored = facts.program.stored
+        tensors = [(stored[writer.name], dim) for writer, dim in writers if writer.op == "placeholder"]
+        folds = (SetTensor(name, Centered(Scaled(Read(name), Read(vector), dim), dim)) for name, dim in tensors)
+        return Step(edits=(*folds, Reroute(node.name, Ref(branch.name))), passed=frozenset(passed for passed, _ in writers))
+    return None
+
+
+def _vector_behind(facts: Facts, node: Node, axis: int) -> str | None:
+    """The stored tensor that a value is, up to its shape, if it varies along ``axis`` alone."""
+    while node.target in _RESHAPING:
+        carried = carries(node, axis)
+        if carried is None:
+            return None
+        ((node, axis),) = carried
+    if facts.program.stored.get(node.name) in {None, *facts.program.written}:
+        return None
+    others = (size for own, size in enumerate(shape(node)) if own != axis)
+    return facts.program.stored[node.name] if all(same(size, 1) for size in others) else None
+
+
+_RESHAPING = {
+    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
+    aten.expand.default, aten.clone.default, aten.alias.default, aten._to_copy.default, aten.transpose.int,
+    aten.permute.default,
+}  # fmt: skip
+
+
+def _sole_writers(facts: Facts, node: Node, axis: int) -> list[Key] | None:
+    """All values on the way from a value back to the stored tensors that write it, if none has another reader."""
+    way: list[Key] = []
+    frontier = [(node, axis)]
+    while frontier:
+        value, own = frontier.pop()
+        if times_read(value) != 1:
+            return None
+        way.append((value, own))
+        if value.op == "placeholder":
+            if not facts.editable(value):
+                return None
+            continue
+        carried = carries(value, own)
+        if not carried:
+            return None
+        frontier.extend(carried)
+    return way
+
+
+def _kind(facts: Facts, node: Node) -> str:
+    if node.target is aten.cat.default or (node.target in (aten.view.default, aten._unsafe_view.default)):
+        return "joined"
+    if node in facts.norm_at:
+        return "norm"
+    return "gate" if node.target is aten.mul.Tensor else "op"
+
+
+def _nearest(key: Key, steps: dict[Key, Step]) -> Obstacle:
+    """The first obstacle met on the way back from a norm."""
+    frontier, visited = [key], {key}
+    while frontier:
+        step = steps[frontier.pop(0)]
+        if step.obstacle is not None:
+            return step.obstacle
+        for operand in step.operands:
+            if operand not in visited:
+                visited.add(operand)
+                frontier.append(operand)
+    raise AssertionError("a norm without an obstacle is never given up")
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def _choose(facts: Facts, wishes: dict[Norm, Key], steps: dict[Key, Step]) -> tuple[set[Norm], set[Key]]:
+    """The norms to convert and the values to centre explicitly: a minimum cut between obstacles and norms."""
+    tainted = _tainted(steps)
+    if not tainted:
+        return set(wishes), set()
+    worth = len(steps) + 1  # one norm; a payment costs one more, so that it must serve two norms to pay
+    flow = nx.DiGraph()
+    flow.add_nodes_from(("obstacles", "norms"))
+    for key in tainted:
+        step = steps[key]
+        if step.obstacle is not None:
+            flow.add_edge("obstacles", (key, "is"))
+        if _payable(facts, key):
+            flow.add_edge((key, "is"), (key, "read"), capacity=worth + 1)
+        else:
+            flow.add_edge((key, "is"), (key, "read"))
+        for operand in step.operands:
+            if operand in tainted:
+                flow.add_edge((operand, "read"), (key, "is"))
+    concerned = {norm: key for norm, key in wishes.items() if key in tainted}
+    for norm, key in concerned.items():
+        flow.add_edge((key, "read"), norm)
+        flow.add_edge(norm, "norms", capacity=worth)
+    _, (_, served) = nx.minimum_cut(flow, "obstacles", "norms", flow_func=nx.algorithms.flow.shortest_augmenting_path)
+    kept = {norm for norm in wishes if norm not in concerned or norm in served}
+    paid = {key for key in tainted if (key, "is") not in served and (key, "read") in served}
+    return kept, paid
+
+
+def _tainted(steps: dict[Key, Step]) -> set[Key]:
+    """Keys with an obstacle somewhere behind them."""
+    readers: dict[Key, list[Key]] = defaultdict(list)
+    for key, step in steps.items():
+        for operand in step.operands:
+            readers[operand].append(key)
+    frontier = [key for key, step in steps.items() if step.obstacle is not None]
+    tainted = set(frontier)
+    while frontier:
+        for reader in readers[frontier.pop()]:
+            if reader not in tainted:
+                tainted.add(reader)
+                frontier.append(reader)
+    return tainted
+
+
+def _payable(facts: Facts, key: Key) -> bool:
+    """Whether an explicit mean-subtraction may stand here: on an activation, never on weights (it would run each call)."""
+    node, _ = key
+    return dtype(node) is not None and node not in facts.constant
+
+
+# -- writing it down ---------------------------------------------------------------------------------------------------
+
+
+def _regions(facts: Facts, kept: set[Norm], paid: set[Key], steps: dict[Key, Step]) -> Iterator[Region]:
+    """Norms that share a centred value belong together."""
+    links = nx.Graph()
+    for norm in kept:
+        key = (norm.x, norm.axes[0])
+        links.add_edge(norm, key)
+    frontier = [(norm.x, norm.axes[0]) for norm in kept]
+    visited: set[Key] = set(frontier)
+    while frontier:
+        key = frontier.pop()
+        if key in paid:
+            continue
+        for operand in steps[key].operands:
+            links.add_edge(key, operand)
+            if operand not in visited:
+                visited.add(operand)
+                frontier.append(operand)
+    place = {node: order for order, node in enumerate(facts.program.graph.nodes)}
+    for members in sorted(nx.connected_components(links), key=lambda each: min(_places(each, place))):
+        norms = tuple(sorted((m for m in members if isinstance(m, Norm)), key=lambda norm: place[norm.out]))
+        keys = sorted((m for m in members if not isinstance(m, Norm)), key=lambda key: (place[key[0]], key[1]))
+        yield _region(norms, keys, paid, steps)
+
+
+def _places(members: Iterable[Norm | Key], place: dict[Node, int]) -> Iterator[int]:
+    return (place[m.out] if isinstance(m, Norm) else place[m[0]] for m in members)
+
+
+def _region(norms: tuple[Norm, ...], keys: list[Key], paid: set[Key], steps: dict[Key, Step]) -> Region:
+    copies = {key: f"{key[0].name}_centered_{key[1]}" for key in keys if key in paid}
+    tensors: dict[str, Formula] = {}
+    reroutes: list[Edit] = [_explicit(key, name, keys, paid, steps, norms) for key, name in copies.items()]
+    for key in keys:
+        if key in paid:
+            continue
+        for edit in steps[key].edits:
+            match edit:
+                case SetTensor(name, Centered(Read(), dim)) if name in tensors:
+                    tensors[name] = Centered(tensors[name], dim)  # along a second axis as well
+                case SetTensor(name, formula):
+                    tensors[name] = formula
+                case Reroute():
+                    reroutes.append(edit)
+    nodes = {key[0] for key in keys} | {node for norm in norms for node in norm.inner}
+    nodes |= {node for key in keys if key not in paid for node in steps[key].passed}
+    edits = (*(SetTensor(name, formula) for name, formula in tensors.items()), *dict.fromkeys(reroutes))
+    return Region(norms, edits, frozenset(nodes), copies)
+
+
+def _explicit(key: Key, name: str, keys: list[Key], paid: set[Key], steps: dict[Key, Step], norms: tuple[Norm, ...]) -> Reroute:
+    """An explicit mean-subtraction for those readers that want the centred value."""
+    node, axis = key
+    readers = {reader.name for reader, own in keys if (reader, own) not in paid and key in steps[reader, own].operands}
+    readers |= {
+        inner.name for norm in norms if (norm.x, norm.axes[0]) == key for inner in norm.inner if node in inner.all_input_nodes
+    }
+    return Reroute(node.name, _less_its_mean(node, axis), tuple(sorted(readers)), name)
+
+
+def _less_its_mean(node: Node, axis: int) -> Call:
+    x = Ref(node.name)
+    if dtype(node) in (torch.float32, torch.float64):
+        return Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True))))
+    # a mean that is rounded to half precision would leave a mean behind that RMSNorm sees
+    centered = Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True), "float32")))
+    return Call("type_as.default", (centered, x))
