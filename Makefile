@@ -5,7 +5,7 @@ BIN     = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/pip install --quiet -c $(CONSTRAINTS)
 # What a contributor runs between two edits: a minute on two cores.
-QUICK   = tests/unit/test_layout.py tests/unit/test_facts.py tests/unit/test_conv_bn.py tests/unit/test_judging.py tests/unit/test_locking.py
+QUICK   = tests/test_layout.py tests/analysis/test_facts.py tests/passes/test_conv_bn.py tests/proof/test_judging.py tests/planning/test_lockfile.py
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test quick test-all test-latest fuzz lock lint bench clean

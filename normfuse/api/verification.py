@@ -17,8 +17,8 @@ from normfuse.api.opening import Given, Model, to_program
 from normfuse.api.result import Result
 from normfuse.errors import InputError
 from normfuse.escaping import is_text
-from normfuse.graph.bodies import draws
 from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program, quiet
 from normfuse.proof import bisection
 from normfuse.proof.artifacts import Artifact, Port

@@ -27,9 +27,9 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, InputS
 from torch.fx import Graph, Node
 
 from normfuse.errors import TraceError, first_line
-from normfuse.graph.bodies import constants
 from normfuse.graph.composites import composites
 from normfuse.graph.formula import Formula, rounded
+from normfuse.graph.nodes import constants
 from normfuse.limits import OverLimit
 from normfuse.sources.atomic import late_errors
 from normfuse.sources.extents import check_values

@@ -73,7 +73,7 @@ def convert(
         for name, child in module._modules.items():
             if child in new and module not in new:
                 module._modules[name] = new[child]
-    _forget_layer_norms(model, set(new.values()))
+    forget_layer_norms(model, set(new.values()))
     return new.get(model, model)
 
 
@@ -129,7 +129,7 @@ def _hand_over(norm: nn.Module, made: nn.Module) -> None:
                 buffer.copy_(old)
 
 
-def _forget_layer_norms(model: nn.Module, converted: set[nn.Module]) -> None:
+def forget_layer_norms(model: nn.Module, converted: set[nn.Module]) -> None:
     """Switch off torch's fast paths, which read a norm's gain, shift and eps and compute LayerNorm with them."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and converted & set(module.children()):

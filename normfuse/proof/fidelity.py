@@ -19,8 +19,8 @@ from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, TraceError, first_line
-from normfuse.graph.bodies import draws
 from normfuse.graph.interpreter import flat_inputs, run
+from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program, Trains, at_inference
 from normfuse.proof.calling import returned
 from normfuse.proof.cases import Case, other_sizes, other_values

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.fx import Graph
 
-from normfuse.graph.bodies import draws, graphs_of, operator_name
 from normfuse.graph.interpreter import run
+from normfuse.graph.nodes import draws, graphs_of, operator_name
 from normfuse.graph.program import Program
 from normfuse.proof.coverage import Missing
 from normfuse.proof.differences import same

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.graph.bodies import operator_name
+from normfuse.graph.nodes import operator_name
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten, dtype
 from normfuse.proof.evidence import MARGIN

@@ -26,7 +26,7 @@ from normfuse.graph.interpreter import call
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten, shape
-from normfuse.nn.convert import _forget_layer_norms
+from normfuse.nn.convert import forget_layer_norms
 from normfuse.nn.fake_layer_norm import FakeLayerNorm
 from normfuse.transforms.draft import LAYERS
 
@@ -117,7 +117,7 @@ def attach(
         for name, child in module._modules.items():
             if child in by_identity:
                 module._modules[name] = by_identity[child]
-    _forget_layer_norms(model, set(made.values()))
+    forget_layer_norms(model, set(made.values()))
     for place in found:
         for reader in place.readers:
             _Values(made[place.path], reader.columns).hook(model.get_submodule(reader.path))

@@ -21,7 +21,7 @@ from normfuse.exporters import onnx as exporter
 from normfuse.exporters import onnxruntime as runtime
 from normfuse.graph.program import Program
 from normfuse.planning.planner import plan
-from tests.exporters.test_deployed import Gemma
+from tests.exporters.test_lowering import Gemma
 from tests.models import TRAPS
 
 onnx = pytest.importorskip("onnx")

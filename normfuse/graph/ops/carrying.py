@@ -16,7 +16,7 @@ Torch's other names (`concat`, `multiply`, `vstack`, …) never get here: `normf
 that they are.
 
 An op without a row passes nothing. Axes are carried, never guessed from sizes. Each row has a property test against
-numbers (tests/rules/cases), so a new row is a function here and a case there.
+numbers (tests/graph/ops/cases), so a new row is a function here and a case there.
 
 `hides` is the other, shorter table: readers whose result does not change when an operand is shifted along an axis.
 """

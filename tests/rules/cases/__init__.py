@@ -1,6 +1,0 @@
-"""A case for every row of the table, by what the operators do."""
-
-from tests.rules.calls import CASES, HIDING
-from tests.rules.cases import axes, elementwise, hiding, picking, products, sums
-
-__all__ = ["CASES", "HIDING", "axes", "elementwise", "hiding", "picking", "products", "sums"]
