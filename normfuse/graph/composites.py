@@ -34,7 +34,7 @@ def composites(exported: ExportedProgram) -> Composites:
     calls: dict[Any, list[Node]] = {}
     for graph in all_graphs(exported.graph_module):
         for node in graph.nodes:
-            if node.target in _NUMBERS or (_is_composite(node.target) and not knows(node.target) and _yields_tensors(node)):
+            if node.target in _NUMBERS or (is_composite(node.target) and not knows(node.target) and _yields_tensors(node)):
                 calls.setdefault(node.target, []).append(node)
     found = [op for op, nodes in calls.items() if op not in _NUMBERS and all(map(_becomes_known, nodes))]
     return {op: partial(op._op_dk, _IMPLICIT) for op in found} | {op: _NUMBERS[op] for op in calls if op in _NUMBERS}
@@ -49,7 +49,8 @@ _NUMBERS: Composites = {
 _IMPLICIT = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
-def _is_composite(op: Any) -> bool:
+def is_composite(op: Any) -> bool:
+    """Whether torch says of what an operator is composed, whatever the device."""
     name = op.name() if isinstance(op, torch._ops.OpOverload) else ""  # type: ignore[no-untyped-call]
     return bool(name) and torch._C._dispatch_has_kernel_for_dispatch_key(name, _IMPLICIT)
 

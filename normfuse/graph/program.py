@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
 from normfuse.errors import TraceError, first_line
-from normfuse.graph.composites import composites
 from normfuse.graph.formula import Formula, rounded
+from normfuse.graph.functional import functional, functional_in_place
 from normfuse.graph.nodes import constants
+from normfuse.graph.signature import signature_of
 from normfuse.limits import OverLimit
 from normfuse.sources.atomic import late_errors
 from normfuse.sources.extents import check_values
@@ -113,7 +114,7 @@ class Program:
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
                     hint=_trace_hint(str(error)),
                 ) from error
-        return cls.from_exported(exported, tuple(notes))
+        return cls._of(_made_functional(exported, functional_in_place), tuple(notes))
 
     @classmethod
     def from_exported(cls, exported: ExportedProgram, notes: tuple[str, ...] = ()) -> Program:
@@ -123,21 +124,12 @@ class Program:
         Placeholders of exactly the same tensor become one: torch.export merges names of one Parameter object, not a buffer
         or a second Parameter over the same memory, and a tie that the graph does not show could not be respected.
         """
-        _check_written((*exported.state_dict, *exported.constants))
-        with quiet():
-            try:
-                functional = exported.run_decompositions(composites(exported))
-                while further := composites(functional):  # composites are made of composites
-                    functional = functional.run_decompositions(further)
-            except Exception as error:  # as torch raises it, where an updated buffer has two names for one
-                raise TraceError(
-                    f"torch.export could not make this program functional: {first_line(error)}",
-                    hint="run exported.run_decompositions({}) by itself for the whole story",
-                ) from error
-        _check_memory(functional)
-        # guards of a loaded file are known by their text alone, which torch does not hand on
-        functional._guards_code = list(dict.fromkeys((*exported._guards_code, *functional._guards_code)))
-        program = cls(functional, notes=notes)
+        return cls._of(_made_functional(exported, functional), notes)
+
+    @classmethod
+    def _of(cls, exported: ExportedProgram, notes: tuple[str, ...]) -> Program:
+        _check_memory(exported)
+        program = cls(exported, notes=notes)
         first: dict[tuple[Any, ...], Node] = {}
         for node in program.graph.find_nodes(op="placeholder"):
             name = program.stored.get(node.name)
@@ -256,7 +248,7 @@ class Program:
         new = ExportedProgram(
             root=root,
             graph=graph,
-            graph_signature=_signature_of(graph, old.graph_signature),
+            graph_signature=signature_of(graph, old.graph_signature),
             state_dict=dict(old.state_dict if state is None else state),
             range_constraints=old.range_constraints,
             module_call_graph=old.module_call_graph,
@@ -288,19 +280,16 @@ def _exported(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=True)
 
 
-def _signature_of(graph: Graph, old: ExportGraphSignature) -> ExportGraphSignature:
-    """The old signature with the names of the graph's outputs as they are now."""
-    (outputs,) = graph.output_node().args
-    specs = [
-        replace(spec, arg=TensorArgument(node.name)) if isinstance(spec.arg, TensorArgument) else spec
-        for spec, node in zip(old.output_specs, outputs, strict=True)  # type: ignore[arg-type]
-    ]
-    inputs = {spec.arg.name: spec for spec in old.input_specs}
-    made = [
-        inputs.get(node.name) or InputSpec(InputKind.PARAMETER, TensorArgument(node.name), node.meta["stored"])
-        for node in graph.find_nodes(op="placeholder")
-    ]
-    return ExportGraphSignature(made, specs)
+def _made_functional(exported: ExportedProgram, make: Callable[[ExportedProgram], ExportedProgram]) -> ExportedProgram:
+    _check_written((*exported.state_dict, *exported.constants))
+    with quiet():
+        try:
+            return make(exported)
+        except Exception as error:  # as torch raises it, where an updated buffer has two names for one
+            raise TraceError(
+                f"torch.export could not make this program functional: {first_line(error)}",
+                hint="run exported.run_decompositions({}) by itself for the whole story",
+            ) from error
 
 
 _TRACE_HINTS = (
