@@ -20,20 +20,18 @@ from typing import Protocol
 
 from normfuse.graph.edits import Call, Expression
 from normfuse.graph.formula import Apply, Centered, Formula
+from normfuse.transforms.maps import ChangeOfBasis
 
 
-class Basis(Protocol):
-    """How the zero-mean vectors of one axis are stored in one entry less."""
+class Basis(ChangeOfBasis, Protocol):
+    """How the zero-mean vectors of one axis are stored in one entry less.
+
+    What is `written` need not have zero mean before, and what is `read` is multiplied with the *normalized* vectors.
+    """
 
     @property
     def becomes(self) -> str:
         """What the norms are called that read them."""
-
-    def written(self, of: Formula, dim: int, d: int) -> Formula:
-        """A stored tensor that writes the vectors along ``dim``, after the change; it need not have zero mean before."""
-
-    def read(self, of: Formula, dim: int, d: int) -> Formula:
-        """A stored tensor that is multiplied with the *normalized* vectors along ``dim``, after the change."""
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:
         """What stores x less its mean; ``half`` where x is of a half precision, in which no sum is taken."""
@@ -50,14 +48,15 @@ class Compressed:
     """All entries but the last."""
 
     becomes: str = "crms_norm"
+    resizes: bool = True
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
-        """See `Basis.written`."""
+        """See `ChangeOfBasis.written`."""
         centred = of if isinstance(of, Centered) and of.dim == dim else Centered(of, dim)
         return Apply("slice.Tensor", (centred, dim, 0, d - 1))
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
-        """See `Basis.read`: column i less the last one, as the last entry is minus the sum of the others."""
+        """See `ChangeOfBasis.read`: column i less the last one, as the last entry is minus the sum of the others."""
         return Apply("sub.Tensor", (_first(of, dim, d), _last(of, dim, d)))
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:
@@ -85,9 +84,10 @@ class Rotated:
     """Coordinates in an orthonormal basis of the zero-mean vectors."""
 
     becomes: str = "rms_norm"
+    resizes: bool = True
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
-        """See `Basis.written`: Qᵀ along ``dim``."""
+        """See `ChangeOfBasis.written`: Qᵀ along ``dim``."""
         of = of.of if isinstance(of, Centered) and of.dim == dim else of
         by_sum, by_last = 1.0 / (sqrt(d) * (sqrt(d) + 1.0)), 1.0 / (sqrt(d) + 1.0)
         total = Apply("sum.dim_IntList", (of, (dim,), True))
@@ -95,7 +95,7 @@ class Rotated:
         return Apply("sub.Tensor", (less, _last(of, dim, d)), (("alpha", by_last),))
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
-        """See `Basis.read`: Q on the other side, times √(d/(d-1)), as the root is taken over d - 1 entries and not d."""
+        """See `ChangeOfBasis.read`: Q on the other side, times √(d/(d-1)), as the root is over d - 1 entries."""
         return Apply("mul.Tensor", (self.written(of, dim, d), sqrt(d / (d - 1.0))))
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:

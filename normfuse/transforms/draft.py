@@ -103,8 +103,8 @@ class Draft:
         self.nodes: set[Node] = set()
         self.biases: dict[Node, str] = {}
         """layers that had no bias -> the name of the one that they get"""
-        self.mapped: set[Node] = set()
-        """layers to whose results a map is added"""
+        self.added_to: set[Node] = set()
+        """layers to whose results a stored tensor is added"""
 
     def change(self, node: Node, to: Callable[[Formula], Formula]) -> Obstacle | None:
         """Give a value that depends on stored tensors alone, and is read once, another value."""
@@ -151,11 +151,11 @@ class Draft:
         self.biases[layer] = made
         return None
 
-    def add_map(self, layer: Node, value: Formula) -> None:
-        """Add a stored map to what a layer gives."""
+    def add(self, layer: Node, value: Formula) -> None:
+        """Add a stored tensor to what a layer gives."""
         new, read = new_tensor(self.facts, f"normfuse_{layer.name}_map", value, layer)
         self.edits += [new, Reroute(layer.name, Call("add.Tensor", (Ref(layer.name), read)))]
-        self.mapped.add(layer)
+        self.added_to.add(layer)
 
 
 def new_tensor(facts: Facts, name: str, formula: Formula, at: Node) -> tuple[NewTensor, Expression]:

@@ -10,9 +10,10 @@ from torch.fx import Node
 from normfuse.analysis.affine import MOVES, Affine, constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.scales import computed_from, of_each, own_scale, scalable
-from normfuse.graph.formula import Added, Apply, Formula, Scaled
+from normfuse.graph.formula import Apply, Formula, Scaled
 from normfuse.graph.ops.carrying import METADATA, carries, rank, same, times_read
 from normfuse.graph.views import arguments, aten, shape
+from normfuse.transforms.backward import Backward, Key, Step, way_back
 from normfuse.transforms.draft import (
     LAYERS,
     Absorbed,
@@ -25,6 +26,7 @@ from normfuse.transforms.draft import (
     per_group,
     sizes_of,
 )
+from normfuse.transforms.maps import Map
 
 
 def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle:
@@ -36,7 +38,7 @@ def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle
     if axis is None and form.axis is not None:
         return Obstacle(form.base, "is reshaped so that its channels are no longer one axis")
     draft = Draft(facts)
-    stopped = fold(draft, form.base, rank(form.base) - 1 if axis is None else axis, form.scale, form.shift)
+    stopped = fold(draft, form.base, rank(form.base) - 1 if axis is None else axis, Map(form.scale, form.shift))
     return stopped or Absorbed(tuple(draft.edits), frozenset(draft.nodes))
 
 
@@ -53,31 +55,109 @@ def axis_of_base(facts: Facts, form: Affine, value: Node) -> int | None:
     return axis
 
 
-def fold(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
-    """Collect the edits after which ``node`` is ``scale ⊙ node + shift`` along ``axis``; what stops it, if anything."""
-    draft.nodes.add(node)
-    if node in draft.mapped:
-        return Obstacle(node, "has a map added to what it gives")
-    if node in draft.facts.constant:
-        return _constant(draft, node, axis, scale, shift)
-    if node.target in LAYERS:
-        return _layer(draft, node, axis, scale, shift)
-    if node.target is aten.cat.default and axis == arguments(node)["dim"] % rank(node):
-        return _joined(draft, node, axis, scale, shift)
-    if node.target is operator.getitem and _splits_along(node.args[0], axis):
-        return _parted(draft, node, axis, scale, shift)
-    carried = carries(node, axis)
-    if not carried:
-        return Obstacle(node, "does not let a scale of its channels through")
-    if shift is not None and not passes_shift(node) and not _is_sum(node):
-        return Obstacle(node, "does not let a shift through")
-    # a sum takes the shift once, where there is a bias: addmm names it last
-    taker = len(carried) - 1 if node.target is aten.addmm.default else 0
-    for place, (operand, own) in enumerate(carried):
-        stopped = _onward(draft, operand, own, scale, shift if place == taker or not _is_sum(node) else None)
+def fold(draft: Draft, node: Node, axis: int, pending: Map) -> Obstacle | None:
+    """Collect the edits after which ``node`` is what a map makes of it along ``axis``; what stops it, if anything."""
+    return _Fold(draft, (node, axis)).carry(((node, axis), pending), on=False)
+
+
+class _Fold(Backward[Obstacle]):
+    """Each value on the way is read once; weights, biases and tables take the map up."""
+
+    def __init__(self, draft: Draft, start: Key) -> None:
+        super().__init__(draft.facts)
+        self.draft, self.start = draft, start
+
+    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+        if (node, axis) != self.start and times_read(node) != 1:
+            return _stopped(node, "is read more than once")
+        self.draft.nodes.add(node)
+        if node in self.draft.added_to:
+            return _stopped(node, "has a map added to what it gives")
+        if node in self.facts.constant:
+            return self._constant(node, axis, pending)
+        if node.target in LAYERS:
+            return self._layer(node, axis, pending)
+        if pending.basis is None and node.target is aten.cat.default and axis == arguments(node)["dim"] % rank(node):
+            return _joined(node, axis, pending)
+        if pending.basis is None and node.target is operator.getitem and _splits_along(node.args[0], axis):
+            return _parted(node, axis, pending)
+        return None
+
+    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        return self.stuck(node, axis, pending)  # an input: tensors of the program are constants
+
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step[Obstacle]:
+        if pending.shift is not None and not passes_shift(node) and not _is_sum(node):
+            return _stopped(node, "does not let a shift through")
+        if not _is_sum(node):
+            return Step(operands[::-1])
+        # a sum takes the shift once, where there is a bias: addmm names it last
+        taker = len(operands) - 1 if node.target is aten.addmm.default else 0
+        maps = tuple(pending if place == taker else pending.linear for place in range(len(operands)))
+        return Step(operands[::-1], maps[::-1])
+
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        return _stopped(node, "does not let a scale of its channels through")
+
+    # -- taking it up --------------------------------------------------------------------------------------------------
+
+    def _constant(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        """A stored tensor, or arithmetic on stored tensors: changed where it is stored if it gets there, else anew."""
+        if node.op != "placeholder" and way_back(self.facts, node, axis, pending) is not None:
+            return Step((carries(node, axis) or ())[::-1])
+        computed = node.op != "placeholder" and constant_formula(self.facts, node) is None
+        if computed and pending.scale is not None and pending == Map(pending.scale):
+            return Step(obstacle=self._product(node, axis, pending.scale))
+        return Step(obstacle=self.draft.change(node, lambda own: pending.written(own, axis, shape(node)[axis])))
+
+    def _product(self, node: Node, axis: int, scale: Formula) -> Obstacle | None:
+        """A weight computed from integers, masks or a quantizer, which stay: one factor of it takes the scale."""
+        self.draft.nodes.update(computed_from(node))
+        found = scalable(self.facts, node, axis)
+        if found is not None:
+            return self.draft.change(found[0], lambda own: Scaled(own, scale, found[1]))
+        again = f"normfuse_{node.name}_scale"
+        if times_read(node) != 1 or own_scale(self.facts, node, axis) is None:
+            return self.draft.change(node, lambda own: own)  # which says why it cannot change
+        if not self.draft.change_again(again, lambda own: Scaled(own, scale, axis)):
+            self.draft.edits += of_each(self.facts, node, axis, scale)
+        return None
+
+    def _layer(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        a = arguments(node)
+        weight, bias, groups = a["weight"], a["bias"], a.get("groups", 1)
+        if rank(weight) < 2 or axis != channel(node, node):
+            return _stopped(node, "writes its channels along another axis")
+        if groups != 1 and pending.basis is not None:
+            return _stopped(node, "writes its channels in groups")
+        if bias is not None and (rank(bias) != 1 or not same(shape(bias)[0], shape(node)[axis])):
+            return _stopped(node, "has a bias of another shape than its channels")
+        stopped = self._weight(weight, pending.linear, groups, transposed=is_transposed(node))
         if stopped:
-            return stopped
-    return None
+            return Step(obstacle=stopped)
+        if bias is not None:
+            return Step(((bias, 0),))
+        if node in self.draft.biases:
+            self.draft.change_again(self.draft.biases[node], lambda own: pending.written(own, 0, shape(node)[axis]))
+        elif pending.shift is not None:
+            entries = full(pending.shift, int(shape(node)[axis]))
+            made = entries if pending.basis is None else pending.basis.written(entries, 0, shape(node)[axis])
+            return Step(obstacle=self.draft.new_bias(node, made))
+        return Step()
+
+    def _weight(self, weight: Node, pending: Map, groups: int, *, transposed: bool) -> Obstacle | None:
+        if pending == Map():
+            return None
+        if not transposed or groups == 1:
+            return self.carry(((weight, 1 if transposed else 0), pending), on=False)
+        assert pending.scale is not None
+        sizes = sizes_of(weight)
+        every = full(pending.scale, groups * sizes[1])
+        return self.draft.change(weight, lambda own: per_group(own, every, groups, sizes))
+
+
+def _stopped(node: Node, why: str) -> Step[Obstacle]:
+    return Step(obstacle=Obstacle(node, why))
 
 
 def _is_sum(node: Node) -> bool:
@@ -86,80 +166,31 @@ def _is_sum(node: Node) -> bool:
     return node.target in (aten.add.Tensor, aten.sub.Tensor)
 
 
-def _onward(draft: Draft, operand: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
-    if times_read(operand) != 1:
-        return Obstacle(operand, "is read more than once")
-    return fold(draft, operand, axis, scale, shift)
-
-
-def _constant(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
-    """A stored tensor, or arithmetic on stored tensors: changed where it is stored if it gets there, else anew."""
-    if node.op != "placeholder" and _comes_from_stored(draft.facts, node, axis, shifted=shift is not None):
-        stops = (_onward(draft, operand, own, scale, shift) for operand, own in carries(node, axis) or ())
-        return next((stopped for stopped in stops if stopped), None)
-    if scale is not None and shift is None and node.op != "placeholder" and constant_formula(draft.facts, node) is None:
-        return _product(draft, node, axis, scale)
-    return draft.change(node, lambda own: _affine(own, axis, scale, shift))
-
-
-def _product(draft: Draft, node: Node, axis: int, scale: Formula) -> Obstacle | None:
-    """A weight computed from integers, masks or a quantizer, which stay: one factor of it takes the scale."""
-    draft.nodes.update(computed_from(node))
-    found = scalable(draft.facts, node, axis)
-    if found is not None:
-        return draft.change(found[0], lambda own: Scaled(own, scale, found[1]))
-    again = f"normfuse_{node.name}_scale"
-    if times_read(node) != 1 or own_scale(draft.facts, node, axis) is None:
-        return draft.change(node, lambda own: own)  # which says why it cannot change
-    if not draft.change_again(again, lambda own: Scaled(own, scale, axis)):
-        draft.edits += of_each(draft.facts, node, axis, scale)
-    return None
-
-
-def _comes_from_stored(facts: Facts, node: Node, axis: int, *, shifted: bool) -> bool:
-    """Whether a scale (and a shift) of a computed value is one of the stored tensors it is computed from, each read once."""
-    if times_read(node) != 1:
-        return False
-    if node.op == "placeholder":
-        return facts.editable(node)
-    carried = carries(node, axis)
-    if not carried or (shifted and not passes_shift(node)):
-        return False
-    return all(_comes_from_stored(facts, operand, own, shifted=shifted) for operand, own in carried)
-
-
-def _affine(formula: Formula, axis: int, scale: Formula | None, shift: Formula | None) -> Formula:
-    formula = formula if scale is None else Scaled(formula, scale, axis)
-    return formula if shift is None else Added(formula, shift, axis)
-
-
-def _joined(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+def _joined(node: Node, axis: int, pending: Map) -> Step[Obstacle]:
     """Joined along the channels: each operand takes its own part."""
-    total = shape(node)[axis]
-    if not isinstance(total, int) or any(rank(operand) != rank(node) for operand in arguments(node)["tensors"]):
-        return Obstacle(node, "joins parts whose sizes are not known")
-    scale, shift = (entries and full(entries, total) for entries in (scale, shift))
-    start = 0
-    for operand in arguments(node)["tensors"]:
+    tensors, total = arguments(node)["tensors"], shape(node)[axis]
+    if not isinstance(total, int) or any(rank(operand) != rank(node) for operand in tensors):
+        return _stopped(node, "joins parts whose sizes are not known")
+    scale, shift = (entries and full(entries, total) for entries in (pending.scale, pending.shift))
+    start, maps = 0, []
+    for operand in tensors:
         size = shape(operand)[axis]
-        stopped = _onward(draft, operand, axis, part(scale, start, size), part(shift, start, size))
-        if stopped:
-            return stopped
+        maps.append(Map(part(scale, start, size), part(shift, start, size)))
         start += size
-    return None
+    return Step(tuple((operand, axis) for operand in reversed(tensors)), tuple(reversed(maps)))
 
 
 def _splits_along(split: Any, axis: int) -> bool:
     return split.target in (aten.split.Tensor, aten.split_with_sizes.default) and axis == arguments(split)["dim"] % rank(split)
 
 
-def _parted(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
+def _parted(node: Node, axis: int, pending: Map) -> Step[Obstacle]:
     """Split along the channels: the other parts are scaled by ones and shifted by zeros."""
     split: Any = node.args[0]
     place: Any = node.args[1]
     sizes = [each.shape[axis] for each in split.meta["val"]]
     if not all(isinstance(size, int) for size in sizes) or sum(each.args[1] == place for each in split.users) != 1:
-        return Obstacle(node, "is a part of what is read in other ways")
+        return _stopped(node, "is a part of what is read in other ways")
 
     def whole(entries: Formula | None, none: float) -> Formula | None:
         if entries is None:
@@ -168,39 +199,9 @@ def _parted(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: F
         parts = (full(entries, sizes[place]) if own == place else other for own, other in enumerate(others))
         return Apply("cat.default", (tuple(parts),))
 
-    return _onward(draft, arguments(split)["self"], axis, whole(scale, 1.0), whole(shift, 0.0))
+    return Step(((arguments(split)["self"], axis),), (Map(whole(pending.scale, 1.0), whole(pending.shift, 0.0)),))
 
 
 def part(entries: Formula | None, start: int, size: int) -> Formula | None:
     """The entries of some of the channels; a single entry stands for all of them."""
     return None if entries is None else Apply("slice.Tensor", (entries, 0, start, start + size))
-
-
-def _layer(draft: Draft, node: Node, axis: int, scale: Formula | None, shift: Formula | None) -> Obstacle | None:
-    a = arguments(node)
-    weight, bias, groups = a["weight"], a["bias"], a.get("groups", 1)
-    if rank(weight) < 2 or axis != channel(node, node):
-        return Obstacle(node, "writes its channels along another axis")
-    if bias is not None and (rank(bias) != 1 or not same(shape(bias)[0], shape(node)[axis])):
-        return Obstacle(node, "has a bias of another shape than its channels")
-    stopped = None if scale is None else _weight(draft, weight, scale, groups, transposed=is_transposed(node))
-    if stopped:
-        return stopped
-    if bias is not None:
-        return _onward(draft, bias, 0, scale, shift)
-    if node in draft.biases:
-        draft.change_again(draft.biases[node], lambda own: _affine(own, 0, scale, shift))
-        return None
-    if shift is None:
-        return None
-    return draft.new_bias(node, full(shift, int(shape(node)[axis])))
-
-
-def _weight(draft: Draft, weight: Node, scale: Formula, groups: int, *, transposed: bool) -> Obstacle | None:
-    if not transposed:
-        return _onward(draft, weight, 0, scale, None)
-    if groups == 1:
-        return _onward(draft, weight, 1, scale, None)
-    sizes = sizes_of(weight)
-    every = full(scale, groups * sizes[1])
-    return draft.change(weight, lambda own: per_group(own, every, groups, sizes))

@@ -9,17 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
-import torch
 from torch.fx import Node
 
 from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
-from normfuse.graph.formula import Centered
-from normfuse.graph.ops.carrying import METADATA, carries, is_mean_of, rank, times_read
-from normfuse.graph.views import Norm, arguments, aten, shape, tensors_in
-from normfuse.transforms.draft import LAYERS, Absorbed, Draft, Obstacle, channel, is_transposed
-from normfuse.transforms.into_readers import PRODUCTS
+from normfuse.graph.ops.carrying import METADATA, is_mean_of, rank, times_read
+from normfuse.graph.views import Norm, arguments, aten, shape
+from normfuse.transforms.draft import Absorbed, Draft, Obstacle, channel, is_transposed
+from normfuse.transforms.forward import PRODUCTS, Forward, Pending
+from normfuse.transforms.maps import Map
+from normfuse.transforms.zero_mean import ZERO_MEAN
 
 
 @dataclass(frozen=True)
@@ -76,45 +77,37 @@ def into_weights(facts: Facts, each: Centring) -> Absorbed | Obstacle:
         facts: of the program.
         each: the mean-subtraction; afterwards its readers are to read x.
     """
-    draft = Draft(facts)
-    frontier = [(each.out, each.axis)]
-    for value, axis in frontier:
-        readers = [reader for reader in value.users if reader.target not in METADATA]
-        if not readers:
-            return Obstacle(value, "is read by nobody")
-        for reader in readers:
-            draft.nodes.add(reader)
-            stopped = _settle(draft, reader, value, axis, frontier)
-            if stopped is not None:
-                return stopped
-    return Absorbed(tuple(draft.edits), frozenset(draft.nodes))
+    if not any(reader.target not in METADATA for reader in each.out.users):
+        return Obstacle(each.out, "is read by nobody")
+    walk = _Take(facts)
+    stopped = walk.run(each.out, Pending((each.axis,), ZERO_MEAN))
+    return stopped or Absorbed(tuple(walk.draft.edits), frozenset(walk.draft.nodes | walk.met))
 
 
-def _settle(draft: Draft, reader: Node, value: Node, axis: int, frontier: list[tuple[Node, int]]) -> Obstacle | None:
-    """Centre the weight of a layer, or go on behind a view; what is in the way otherwise."""
-    if reader.op == "call_function" and isinstance(reader.target, torch._ops.OpOverload):
-        a = arguments(reader)
-        occurs = sum(each is value for each in tensors_in((reader.args, reader.kwargs)))
-        if occurs == 1 and reader.target in LAYERS and a["input"] is value and rank(a["weight"]) > 1:
-            if axis != channel(reader, value) or a.get("groups", 1) != 1:
-                return Obstacle(reader, "mixes other channels than those of the mean")
-            return _centre(draft, a["weight"], 0 if is_transposed(reader) else 1)
-        if occurs == 1 and reader.target in PRODUCTS and a[PRODUCTS[reader.target][0]] is value:
-            weight = a[PRODUCTS[reader.target][1]]
-            if rank(weight) != 2 or axis != rank(value) - 1:
-                return Obstacle(reader, "multiplies by what is not a weight of its own")
-            return _centre(draft, weight, 0)
-    onward = [own for own in range(rank(reader)) if carries(reader, own) == ((value, axis),)]
-    if len(onward) != 1 or reader.op == "output":
-        return Obstacle(reader, "is no linear layer")
-    frontier.append((reader, onward[0]))
-    return None
+class _Take(Forward):
+    """Layers and products take a change of basis up in weights of their own; nothing is compensated."""
 
+    JOINS = "is no linear layer"
 
-def _centre(draft: Draft, weight: Node, dim: int) -> Obstacle | None:
-    if constant_formula(draft.facts, weight) is None:
-        return Obstacle(weight, "is no stored weight")
-    return draft.change(weight, lambda own: Centered(own, dim))
+    def __init__(self, facts: Facts) -> None:
+        super().__init__(facts)
+        self.draft = Draft(facts)
+
+    def layer(self, node: Node, a: dict[str, Any], pending: Pending) -> Obstacle | None:
+        if rank(a["weight"]) < 2 or pending.axis != channel(node, a["input"]) or a.get("groups", 1) != 1:
+            return Obstacle(node, "mixes other channels than those of the mean")
+        return self._take(a["weight"], 0 if is_transposed(node) else 1, pending.map)
+
+    def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
+        weight = a[PRODUCTS[node.target][1]]
+        if rank(weight) != 2 or pending.axis != rank(value) - 1:
+            return Obstacle(node, "multiplies by what is not a weight of its own")
+        return self._take(weight, 0, pending.map)
+
+    def _take(self, weight: Node, dim: int, pending: Map) -> Obstacle | None:
+        if constant_formula(self.facts, weight) is None:
+            return Obstacle(weight, "is no stored weight")
+        return self.draft.change(weight, lambda own: pending.read(own, dim, shape(weight)[dim]))
 
 
 def blind(facts: Facts, chosen: Iterable[Centring]) -> Blind:

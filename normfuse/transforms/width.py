@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import networkx as nx
 import torch
@@ -27,10 +27,13 @@ from normfuse.graph.ops.carrying import carries, is_mean_of, rank
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
+from normfuse.transforms.backward import Backward, Key, Step
 from normfuse.transforms.basis import Basis
 from normfuse.transforms.draft import Obstacle
-from normfuse.transforms.into_products import Key, Layer, Settled, is_blind, settle
-from normfuse.transforms.zero_mean import Centering, center
+from normfuse.transforms.forward import is_size_blind
+from normfuse.transforms.into_products import Layer, Products, products
+from normfuse.transforms.maps import Map
+from normfuse.transforms.zero_mean import ZERO_MEAN, Centering, center
 
 
 def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Iterator[Finding]:
@@ -53,7 +56,7 @@ def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Ite
             else:
                 over = f"{len(norm.axes)} axes together" if len(norm.axes) > 1 else f"an axis of size {size}"
                 yield Refusal(pass_name, program.site(norm.out), "NF402", f"it normalizes over {over}")
-        elif norm.kind == "rms_norm" and len(norm.axes) == 1 and (at := _rounded_writer(program, known, norm)) is not None:
+        elif norm.kind == "rms_norm" and len(norm.axes) == 1 and (at := _rounded_writer(facts, known, norm)) is not None:
             why = f"its input has zero mean but for rounding: '{program.stored[at.name]}' and all that writes it were centred"
             hint = f"run {pass_name} on the original model, alone or in one plan with what centred them"
             yield Refusal(pass_name, program.site(norm.out), "NF406", f"{why}, and rounded", program.site(at), hint)
@@ -123,21 +126,21 @@ def narrow(facts: Facts, norms: Iterable[Norm], basis: Basis) -> Iterator[Narrow
         norms: each over one axis of a fixed size of at least two.
         basis: how the stream is stored.
     """
-    settled: dict[Norm, Settled] = {}
+    read_by: dict[Norm, Products] = {}
     for norm in norms:
-        found = settle(facts, norm)
+        found = products(facts, norm, basis)
         if isinstance(found, Obstacle):
             yield Kept(norm, "NF403", found.at, found.why)
         else:
-            settled[norm] = found
+            read_by[norm] = found
     known = centered(facts)
-    wishes = [norm for norm in settled if norm.kind == "layer_norm" and norm.axes[0] not in known[norm.x]]
+    wishes = [norm for norm in read_by if norm.kind == "layer_norm" and norm.axes[0] not in known[norm.x]]
     centering = center(facts, wishes)
     for norm, obstacle in centering.blocked:
         yield Kept(norm, "NF401", obstacle.witness or obstacle.at, _KEEPS_MEAN[obstacle.kind])
     blocked = {norm for norm, _ in centering.blocked}
-    streams = _Streams(facts, basis, settled, known, centering)
-    for group in streams.groups([norm for norm in settled if norm not in blocked]):
+    streams = _Streams(facts, basis, read_by, known, centering)
+    for group in streams.groups([norm for norm in read_by if norm not in blocked]):
         yield from streams.narrowed(group)
 
 
@@ -165,28 +168,35 @@ def centered(facts: Facts) -> dict[Node, frozenset[int]]:
     return facts.centered_with(partial(_centered_by_formula, facts.program))
 
 
-def _rounded_writer(program: Program, known: Mapping[Node, frozenset[int]], norm: Norm) -> Node | None:
+def _rounded_writer(facts: Facts, known: Mapping[Node, frozenset[int]], norm: Norm) -> Node | None:
     """A stored tensor that writes a norm's input, where all that do have zero mean up to the rounding of their dtype.
 
     Measured, so it says what a pass has done before and is no fact to rely on: what writes the input is zero-mean by chance.
     """
-    frontier, visited, writer = [(norm.x, norm.axes[0])], set[Key](), None
-    while frontier:
-        node, axis = key = frontier.pop()
-        if key in visited or axis in known[node]:
-            continue
-        visited.add(key)
-        carried = carries(node, axis)
-        if node.op == "placeholder":
-            tensor = program.tensor(program.stored[node.name]) if node.name in program.stored else None
-            if tensor is None or not _is_nearly_centred(tensor, axis):
-                return None
-            writer = node if writer is None and tensor.any() else writer
-        elif carried is None:
-            return None
-        else:
-            frontier.extend(carried)
-    return writer
+    walk = _Rounded(facts, known)
+    stopped = walk.carry(((norm.x, norm.axes[0]), ZERO_MEAN), on=False)
+    return None if stopped else walk.writer
+
+
+class _Rounded(Backward[Obstacle]):
+    def __init__(self, facts: Facts, known: Mapping[Node, frozenset[int]]) -> None:
+        super().__init__(facts)
+        self.known = known
+        self.writer: Node | None = None
+
+    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+        return Step() if axis in self.known[node] else None
+
+    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        program = self.facts.program
+        tensor = program.tensor(program.stored[node.name]) if node.name in program.stored else None
+        if tensor is None or not _is_nearly_centred(tensor, axis):
+            return self.stuck(node, axis, pending)
+        self.writer = node if self.writer is None and tensor.any() else self.writer
+        return Step()
+
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        return Step(obstacle=Obstacle(node, "does not write zero means"))
 
 
 def _is_nearly_centred(tensor: Tensor, axis: int) -> bool:
@@ -207,14 +217,51 @@ def _centered_by_formula(program: Program, node: Node) -> set[int]:
     return axes
 
 
-@dataclass
-class _Stream:
-    """The values of one stream: those that get narrower, and where it begins and ends."""
+class _Stream(Backward[Obstacle]):
+    """The values of one stream: those that get narrower, and where it begins and ends.
 
-    keys: dict[Key, tuple[Key, ...]] = field(default_factory=dict)
-    entries: dict[Key, str] = field(default_factory=dict)
-    """values that stay as they are, beside a narrowed copy of this name"""
-    stopped: Obstacle | None = None
+    Attributes:
+        entries: values that stay as they are, beside a narrowed copy of this name.
+    """
+
+    def __init__(self, streams: _Streams) -> None:
+        super().__init__(streams.facts)
+        self.streams = streams
+        self.entries: dict[Key, str] = {}
+
+    @cached_property
+    def keys(self) -> dict[Key, tuple[Key, ...]]:
+        """The values that get narrower, with what they are made of."""
+        return {key: step.operands for key, step in self.steps.items() if key not in self.entries and step.obstacle is None}
+
+    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+        if (node, axis) in self.streams.paid:
+            return self._entry(node, axis)
+        if node.name in self.streams.scaled:
+            branch = self.facts.program.nodes[next(iter(_refs(self.streams.scaled[node.name])))]
+            return Step(((branch, axis - (rank(node) - rank(branch))),))
+        return None
+
+    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        return Step() if self.facts.editable(node) else Step(obstacle=Obstacle(node, "cannot change its width"))
+
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step[Obstacle]:
+        if (other := meets_full_width(node, axis, operands)) is not None:
+            why = f"reads '{other.name}', which is as wide and the same for every feature; let it broadcast instead"
+            return Step(obstacle=Obstacle(node, why))
+        return Step(operands) if follows(node, axis) else Step(obstacle=Obstacle(node, "has no rule for another width"))
+
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+        if carries(node, axis) == () and says_size(node):  # zeros
+            return self.carried(node, axis, pending, ())
+        if axis in self.streams.known[node]:
+            return self._entry(node, axis)
+        return Step(obstacle=Obstacle(node, "does not let a change of basis through"))
+
+    def _entry(self, node: Node, axis: int) -> Step[Obstacle]:
+        """The stream begins here, and nothing before it changes."""
+        self.entries[node, axis] = f"{node.name}_narrowed_{axis}"
+        return Step()
 
 
 class _Streams:
@@ -224,11 +271,11 @@ class _Streams:
         self,
         facts: Facts,
         basis: Basis,
-        settled: Mapping[Norm, Settled],
+        read_by: Mapping[Norm, Products],
         known: Mapping[Node, frozenset[int]],
         centering: Centering,
     ) -> None:
-        self.facts, self.basis, self.settled, self.known = facts, basis, settled, known
+        self.facts, self.basis, self.read_by, self.known = facts, basis, read_by, known
         edits = [edit for region in centering.regions for edit in region.edits]
         self.paid = {key for region in centering.regions for key in region.centered_copies}
         self.centred = {edit.name: edit.formula for edit in edits if isinstance(edit, SetTensor)}
@@ -240,47 +287,16 @@ class _Streams:
 
     def groups(self, norms: list[Norm]) -> list[list[Norm]]:
         """Norms that share a value of their streams belong together."""
-        links, stream = nx.Graph(), self._back(norms)
+        links, (stream, _) = nx.Graph(), self._back(norms)
         links.add_edges_from((norm, (norm.x, norm.axes[0])) for norm in norms)
         links.add_edges_from((key, operand) for key, operands in stream.keys.items() for operand in operands)
         members = [[m for m in each if isinstance(m, Norm)] for each in nx.connected_components(links)]
         ordered = [sorted(each, key=lambda norm: self.order[norm.out]) for each in members]
         return sorted(ordered, key=lambda each: self.order[each[0].out])
 
-    def _back(self, norms: Iterable[Norm]) -> _Stream:
-        stream = _Stream()
-        frontier = [(norm.x, norm.axes[0]) for norm in norms]
-        while frontier:
-            key = frontier.pop()
-            if key not in stream.keys and key not in stream.entries:
-                operands = self._step(key)
-                if isinstance(operands, Obstacle):
-                    stream.stopped = stream.stopped or operands
-                elif operands is None:
-                    stream.entries[key] = f"{key[0].name}_narrowed_{key[1]}"
-                else:
-                    stream.keys[key] = operands
-                    frontier.extend(operands)
-        return stream
-
-    def _step(self, key: Key) -> tuple[Key, ...] | Obstacle | None:
-        """What a value of a stream is made of; None where the stream begins and nothing before it changes."""
-        node, axis = key
-        if key in self.paid:
-            return None
-        if node.name in self.scaled:
-            branch = self.facts.program.nodes[next(iter(_refs(self.scaled[node.name])))]
-            return ((branch, axis - (rank(node) - rank(branch))),)
-        if node.op == "placeholder":
-            return () if self.facts.editable(node) else Obstacle(node, "cannot change its width")
-        carried = carries(node, axis)
-        if carried and (other := meets_full_width(node, axis, carried)) is not None:
-            return Obstacle(
-                node, f"reads '{other.name}', which is as wide and the same for every feature; let it broadcast instead"
-            )
-        if carried or (carried == () and says_size(node)):
-            return carried if follows(node, axis) else Obstacle(node, "has no rule for another width")
-        return None if axis in self.known[node] else Obstacle(node, "does not let a change of basis through")
+    def _back(self, norms: Iterable[Norm]) -> tuple[_Stream, Obstacle | None]:
+        stream = _Stream(self)
+        return stream, stream.carry(*(((norm.x, norm.axes[0]), Map(basis=self.basis)) for norm in norms))
 
     # -- judging -------------------------------------------------------------------------------------------------------
 
@@ -292,8 +308,8 @@ class _Streams:
                 break
             yield from refused
             norms = [norm for norm in norms if norm not in {each.norm for each in refused}]
-        stream = self._back(norms)
-        outside = self._outside(stream, norms) if stream.stopped is None else stream.stopped
+        stream, stopped = self._back(norms)
+        outside = stopped or self._outside(stream, norms)
         if isinstance(outside, Obstacle):
             yield from (Kept(norm, "NF404", outside.at, outside.why) for norm in norms)
             return
@@ -307,9 +323,9 @@ class _Streams:
 
     def _unclaimed(self, norms: list[Norm]) -> Iterator[Kept]:
         """Norms some of whose layers read a weight that somebody else reads too, or reads in another way."""
-        layers = [layer for norm in norms for layer in self.settled[norm].layers]
+        layers = [layer for norm in norms for layer in self.read_by[norm].layers]
         for norm in norms:
-            rivals = (self._rival(layer, layers) for layer in self.settled[norm].layers)
+            rivals = (self._rival(layer, layers) for layer in self.read_by[norm].layers)
             found = next((rival for rival in rivals if rival is not None), None)
             if found is not None:
                 name, reader = found
@@ -317,7 +333,7 @@ class _Streams:
 
     def _rival(self, layer: Layer, layers: list[Layer]) -> tuple[str, Node] | None:
         """A tensor of a layer that somebody else reads, and who."""
-        for name in (layer.weight, layer.bias if layer.debt.shift is not None else None):
+        for name in (layer.weight, layer.bias if layer.map.shift is not None else None):
             sharing = [other for other in layers if name is not None and name in (other.weight, other.bias)]
             claimed = {other.way[-1][0] if other.way and name == other.weight else other.node for other in sharing}
             users = self.facts.program.reader_of(name).users if name is not None else ()
@@ -338,7 +354,7 @@ class _Streams:
                 reader
                 for reader in node.users
                 if not (reader in inner and inner[reader].x is node)
-                and not is_blind(reader, node, axis)
+                and not is_size_blind(reader, node, axis)
                 and taken[reader][node, axis] != sum(each is node for each in tensors_in((reader.args, reader.kwargs)))
             ]
             if strays and (node in outside or node in self.facts.constant or any(each.op == "output" for each in strays)):
@@ -356,8 +372,8 @@ class _Streams:
     # -- writing it down -----------------------------------------------------------------------------------------------
 
     def _written(self, norms: list[Norm], stream: _Stream, outside: Mapping[Node, tuple[str, ...]], explicit: int) -> Narrowing:
-        resized = [*stream.keys, *(key for norm in norms for key in self.settled[norm].values)]
-        layers = [layer for norm in norms for layer in self.settled[norm].layers]
+        resized = [*stream.keys, *(key for norm in norms for key in self.read_by[norm].values)]
+        layers = [layer for norm in norms for layer in self.read_by[norm].layers]
         resized += [key for layer in layers for key in self._of_weight(layer)]
         formulas = self._writers(stream)
         made = list(self._readers(layers, formulas))
@@ -367,7 +383,7 @@ class _Streams:
         for key, name in stream.entries.items():
             edits += [self._entry(key, name, stream), Resize(name, key[1], _width(*key) - 1)]
         edits += [self._normalized(norm, stream) for norm in norms]
-        edits += [Reroute(node.name, Ref(x.name)) for norm in norms for node, x in self.settled[norm].dropped]
+        edits += [Reroute(node.name, Ref(x.name)) for norm in norms for node, x in self.read_by[norm].dropped]
         edits += made
         axes = {node: axis for node, axis in stream.keys if node in outside}
         for node, readers in outside.items():
@@ -375,7 +391,7 @@ class _Streams:
             edits.append(Reroute(node.name, by, readers))
         nodes = {node for node, _ in (*resized, *stream.entries)} | {layer.node for layer in layers}
         nodes |= {node for norm in norms for node in norm.inner}
-        nodes |= {self.facts.program.reader_of(layer.bias) for layer in layers if layer.bias and layer.debt.shift is not None}
+        nodes |= {self.facts.program.reader_of(layer.bias) for layer in layers if layer.bias and layer.map.shift is not None}
         return Narrowing(tuple(norms), tuple(edits), frozenset(nodes), explicit)
 
     def _of_weight(self, layer: Layer) -> Iterator[Key]:
@@ -398,12 +414,10 @@ class _Streams:
         for layer in layers:
             node = self.facts.program.reader_of(layer.weight)
             plain = writers.get(layer.weight, Read(layer.weight))
-            debt, d = layer.debt, _width(node, layer.dim)
-            scaled = plain if debt.scale is None else Scaled(plain, debt.scale, layer.dim)
-            formulas[layer.weight] = self.basis.read(scaled, layer.dim, d)
-            if debt.shift is None:
+            formulas[layer.weight] = layer.map.read(plain, layer.dim, _width(node, layer.dim))
+            if layer.map.shift is None:
                 continue
-            weighed = Scaled(plain, debt.shift, layer.dim)
+            weighed = Scaled(plain, layer.map.shift, layer.dim)
             if layer.bias is not None or layer.takes_bias:
                 out = 1 - layer.dim if rank(node) == 2 else 0
                 added = Apply("sum.dim_IntList", (weighed, tuple(own for own in range(rank(node)) if own != out)))
@@ -459,6 +473,6 @@ def _is_mean_subtraction(node: Node, axis: int) -> bool:
 
 def _alike(one: Layer, other: Layer) -> bool:
     """Whether two layers ask the same of a weight and bias that they share."""
-    return (one.weight, one.bias, one.dim, one.debt.scale, one.debt.shift) == (
-        other.weight, other.bias, other.dim, other.debt.scale, other.debt.shift,
+    return (one.weight, one.bias, one.dim, one.map) == (
+        other.weight, other.bias, other.dim, other.map,
     )  # fmt: skip

@@ -22,11 +22,11 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.graph.edits import Call, Edit, Ref, Reroute, SetTensor
 from normfuse.graph.formula import Centered, Formula, Read, Scaled
-from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, spans, times_read
+from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, spans
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
-
-Key: TypeAlias = tuple[Node, int]
-"""A value and the axis along which it is to be centred."""
+from normfuse.transforms import backward
+from normfuse.transforms.backward import Backward, Key, way_back
+from normfuse.transforms.maps import Centring, Map
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,7 @@ class Obstacle:
     witness: Node | None = None
 
 
-@dataclass(frozen=True)
-class Step:
-    """How one value gets centred: through operands, by edits (passing over other nodes on the way), or not at all."""
-
-    operands: tuple[Key, ...] = ()
-    edits: tuple[Edit, ...] = ()
-    passed: frozenset[Node] = frozenset()
-    obstacle: Obstacle | None = None
+Step: TypeAlias = backward.Step[Obstacle]
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,9 @@ def center(facts: Facts, norms: Iterable[Norm]) -> Centering:
         norms: the norms that would profit, each over one axis.
     """
     wishes = {norm: (norm.x, norm.axes[0]) for norm in norms}
-    steps = _explore(facts, wishes.values())
+    walk = _Centre(facts)
+    walk.carry(*((key, ZERO_MEAN) for key in wishes.values()))
+    steps = walk.steps
     kept, paid = _choose(facts, wishes, steps)
     regions = tuple(_regions(facts, kept, paid, steps))
     blocked = tuple((norm, _nearest(key, steps)) for norm, key in wishes.items() if norm not in kept)
@@ -90,46 +85,37 @@ def center(facts: Facts, norms: Iterable[Norm]) -> Centering:
 
 # -- walking back ------------------------------------------------------------------------------------------------------
 
-
-def _explore(facts: Facts, wishes: Iterable[Key]) -> dict[Key, Step]:
-    steps: dict[Key, Step] = {}
-    frontier = list(wishes)
-    while frontier:
-        key = frontier.pop()
-        if key not in steps:
-            steps[key] = _step(facts, key)
-            frontier.extend(steps[key].operands)
-    return steps
+ZERO_MEAN = Map(basis=Centring())
 
 
-def _step(facts: Facts, key: Key) -> Step:
-    node, axis = key
-    if axis in facts.centered[node]:
-        return Step()
-    if facts.program.stored.get(node.name) in facts.program.written:
-        return Step(obstacle=Obstacle(node, "written"))
-    if axis not in facts.unseen[node]:
-        kind = "tied" if node.name in facts.program.stored else "seen"
-        return Step(obstacle=Obstacle(node, kind, facts.first_sight(node, axis)))
-    if node.op == "placeholder":
-        return _stored(facts, node, axis)
-    carried = carries(node, axis)
-    if carried is not None and _carried_wholly(node, carried):
-        return Step(operands=carried)
-    return _scaled(facts, node, axis) or Step(obstacle=Obstacle(node, _kind(facts, node)))
+class _Centre(Backward[Obstacle]):
+    """Values centred by construction end it well, and so do stored tensors whose mean nobody sees."""
 
+    def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
+        facts = self.facts
+        if axis in facts.centered[node]:
+            return Step()
+        if facts.program.stored.get(node.name) in facts.program.written:
+            return Step(obstacle=Obstacle(node, "written"))
+        if axis not in facts.unseen[node]:
+            kind = "tied" if node.name in facts.program.stored else "seen"
+            return Step(obstacle=Obstacle(node, kind, facts.first_sight(node, axis)))
+        return None
 
-def _carried_wholly(node: Node, carried: tuple[Key, ...]) -> bool:
-    """Whether no carried operand also enters where it is not carried, as in matmul(x, x)."""
-    given = Counter(tensors_in((node.args, node.kwargs)))
-    return all(given[operand] == times for operand, times in Counter(operand for operand, _ in carried).items())
+    def stored(self, node: Node, axis: int, pending: Map) -> Step:
+        name = self.facts.program.stored.get(node.name)
+        if name is None or not self.facts.editable(node):
+            return Step(obstacle=Obstacle(node, "input" if name is None else "op"))
+        return Step(edits=(SetTensor(name, pending.written(Read(name), axis, shape(node)[axis])),))
 
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
+        given = Counter(tensors_in((node.args, node.kwargs)))
+        # no operand that carries it may also enter where it does not, as in matmul(x, x)
+        wholly = all(given[operand] == times for operand, times in Counter(operand for operand, _ in operands).items())
+        return Step(operands) if wholly else self.stuck(node, axis, pending)
 
-def _stored(facts: Facts, node: Node, axis: int) -> Step:
-    name = facts.program.stored.get(node.name)
-    if name is None or not facts.editable(node):
-        return Step(obstacle=Obstacle(node, "input" if name is None else "op"))
-    return Step(edits=(SetTensor(name, Centered(Read(name), axis)),))
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step:
+        return _scaled(self.facts, node, axis) or Step(obstacle=Obstacle(node, _kind(self.facts, node)))
 
 
 def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
@@ -141,7 +127,7 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
         if not (spans(branch, node, axis) and spans(scale, node, axis)):
             continue
         vector = _vector_behind(facts, scale, axis - (rank(node) - rank(scale)))
-        writers = _sole_writers(facts, branch, axis - (rank(node) - rank(branch)))
+        writers = way_back(facts, branch, axis - (rank(node) - rank(branch)), Map())
         if vector is None or writers is None or not same_sizes(branch, node) or dtype(branch) != dtype(node):
             continue
         stored = facts.program.stored
@@ -169,26 +155,6 @@ _RESHAPING = {
     aten.expand.default, aten.clone.default, aten.alias.default, aten._to_copy.default, aten.transpose.int,
     aten.permute.default,
 }  # fmt: skip
-
-
-def _sole_writers(facts: Facts, node: Node, axis: int) -> list[Key] | None:
-    """All values on the way from a value back to the stored tensors that write it, if none has another reader."""
-    way: list[Key] = []
-    frontier = [(node, axis)]
-    while frontier:
-        value, own = frontier.pop()
-        if times_read(value) != 1:
-            return None
-        way.append((value, own))
-        if value.op == "placeholder":
-            if not facts.editable(value):
-                return None
-            continue
-        carried = carries(value, own)
-        if not carried:
-            return None
-        frontier.extend(carried)
-    return way
 
 
 def _kind(facts: Facts, node: Node) -> str:
