@@ -1,7 +1,7 @@
-"""What both walks of absorption share: the draft that collects edits, the obstacle that stops it, and what passes a shift.
+"""What both walks share: the draft that collects edits, the obstacle that stops it, and what passes a shift.
 
-`writers` folds a channel affine into what writes a value, `readers` into all that read it; where neither can, `scale_shift`
-leaves one multiplication and one addition.
+`into_writers` folds a channel affine into what writes a value, `into_readers` into all that read it; where neither can,
+`scale_shift` leaves one multiplication and one addition.
 """
 
 from __future__ import annotations

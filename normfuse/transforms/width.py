@@ -1,10 +1,10 @@
 """Take one entry away from every vector of a zero-mean stream: which norms profit, and the edits that do it.
 
 A stream is what norms read, and all that it is made of: values linked by sums, views, joins along other axes. `center` says
-which norms' inputs can have zero mean; then one entry is superfluous (`bases`). All values of the stream change together:
-stored tensors that write it are changed by a formula, and so are those that read its norms (`lifts`). What cannot change its
-width stays outside, behind an explicit change of basis: where a value enters the stream, or where somebody reads it as it was.
-There must be fewer of these than norms, or the stream is left alone.
+which norms' inputs can have zero mean; then one entry is superfluous (`basis`). All values of the stream change together:
+stored tensors that write it are changed by a formula, and so are those that read its norms (`into_products`). What cannot
+change its width stays outside, behind an explicit change of basis: where a value enters the stream, or where somebody reads it
+as it was. There must be fewer of these than norms, or the stream is left alone.
 """
 
 from __future__ import annotations
