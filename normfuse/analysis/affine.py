@@ -16,8 +16,7 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
 from normfuse.graph.arithmetic import only_computes
-from normfuse.graph.edits import Call, Expression, Ref, literal
-from normfuse.graph.formula import Apply, Formula, Number, Read, is_formula
+from normfuse.graph.expressions import Call, Expression, Formula, Number, Read, Ref, literal
 from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, times_read, varies_along
 from normfuse.graph.views import Norm, arguments, aten, dtype, is_tensor, shape
 
@@ -85,11 +84,11 @@ def _batch_norm(facts: Facts, norm: Norm, found: dict[Node, Affine]) -> Affine |
     mean, variance = (constant(facts, each) for each in (a["running_mean"], a["running_var"]))
     if mean is None or variance is None:
         return None
-    root = Apply("rsqrt.default", (Apply("add.Tensor", (variance, norm.eps)),))
-    scale = root if norm.gain is None else Apply("mul.Tensor", (constant(facts, norm.gain), root))
-    shift: Formula = Apply("neg.default", (Apply("mul.Tensor", (mean, scale)),))
+    root = Call("rsqrt.default", (Call("add.Tensor", (variance, norm.eps)),))
+    scale = root if norm.gain is None else Call("mul.Tensor", (constant(facts, norm.gain), root))
+    shift: Formula = Call("neg.default", (Call("mul.Tensor", (mean, scale)),))
     if norm.shift is not None:
-        shift = Apply("add.Tensor", (constant(facts, norm.shift), shift))
+        shift = Call("add.Tensor", (constant(facts, norm.shift), shift))
     return _then(norm.x, found, 1, scale, shift, norm.inner)
 
 
@@ -151,11 +150,11 @@ def _with_constant(facts: Facts, node: Node, x: Any, y: Any, target: Any, found:
         case aten.mul.Tensor:
             return _then(x, found, axis, entries, None, inner)
         case aten.div.Tensor:
-            return _then(x, found, axis, Apply("reciprocal.default", (entries,)), None, inner)
+            return _then(x, found, axis, Call("reciprocal.default", (entries,)), None, inner)
         case aten.add.Tensor:
             return _then(x, found, axis, None, entries, inner)
         case _:
-            return _then(x, found, axis, None, Apply("neg.default", (entries,)), inner)
+            return _then(x, found, axis, None, Call("neg.default", (entries,)), inner)
 
 
 def _then(
@@ -182,12 +181,12 @@ def _then(
 
 def product(a: Formula | None, b: Formula | None) -> Formula | None:
     """The product of two scales, where None stands for one; a shift times a scale likewise."""
-    return b if a is None else a if b is None else Apply("mul.Tensor", (a, b))
+    return b if a is None else a if b is None else Call("mul.Tensor", (a, b))
 
 
 def total(a: Formula | None, b: Formula | None) -> Formula | None:
     """The sum of two shifts, where None stands for zero."""
-    return b if a is None else a if b is None else Apply("add.Tensor", (a, b))
+    return b if a is None else a if b is None else Call("add.Tensor", (a, b))
 
 
 def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None:
@@ -197,7 +196,7 @@ def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None
     if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or not same_sizes(x, y, node):
         return None
     sign = Number(-1.0 if node.target is aten.sub.Tensor else 1.0)
-    scale = Apply("add.Tensor", (one.scale or Number(1.0), product(other.scale, sign) or sign))
+    scale = Call("add.Tensor", (one.scale or Number(1.0), product(other.scale, sign) or sign))
     shift = total(one.shift, None if other.shift is None else product(other.shift, sign))
     inner = one.inner | other.inner | {node}
     return _past_views(Affine(one.base, one.moves, next(iter(axes), None), scale, shift, inner), found)
@@ -284,7 +283,7 @@ def _permutation(node: Node) -> tuple[int, ...]:
 def constant(facts: Facts, node: Node) -> Formula | None:
     """A value that depends on stored tensors alone, as a formula with its entries in one row."""
     formula = constant_formula(facts, node)
-    return formula if formula is None or rank(node) == 1 else Apply("flatten.using_ints", (formula, 0, -1))
+    return formula if formula is None or rank(node) == 1 else Call("flatten.using_ints", (formula, 0, -1))
 
 
 def constant_formula(facts: Facts, node: Any) -> Formula | None:
@@ -297,7 +296,7 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
         if node.args[0].target is aten._native_batch_norm_legit.no_stats:
             return _normalized(facts, arguments(node.args[0])) if node.args[1] == 0 else None
         source = constant_formula(facts, node.args[0])
-        return replace(source, output=node.args[1]) if isinstance(source, Apply) else None
+        return replace(source, output=node.args[1]) if isinstance(source, Call) else None
     if not only_computes(node.target) or not _stays_float(node) or rounds(node):
         return None
     if node.target in (aten._to_copy.default, aten.detach.default, aten.clone.default):
@@ -306,15 +305,15 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
     args, kwargs = [], []
     for each in node.target._schema.arguments:
         value = _literal(facts, named[each.name])
-        if value is _NO_LITERAL or (each.kwarg_only and is_formula(value)):
+        if value is _NO_LITERAL or (each.kwarg_only and isinstance(value, Expression)):
             return None
         if not each.kwarg_only:
             args.append(value)
         elif value is not None:
             kwargs.append((each.name, value))
     if node.target in _VIEWS:  # the same entries, however the operand lies in memory
-        return Apply("reshape.default", tuple(args))
-    return Apply(str(node.target).removeprefix("aten."), tuple(args), tuple(kwargs))
+        return Call("reshape.default", tuple(args))
+    return Call(str(node.target).removeprefix("aten."), tuple(args), tuple(kwargs))
 
 
 def _normalized(facts: Facts, a: dict[str, Any]) -> Formula | None:
@@ -325,11 +324,11 @@ def _normalized(facts: Facts, a: dict[str, Any]) -> Formula | None:
     if of is None or missing or not _stays_float(x) or not a["training"]:
         return None
     dims, sizes = tuple(own for own in range(rank(x)) if own != 1), (1, -1, *[1] * (rank(x) - 2))
-    variance = Apply("var.correction", (of, dims), (("correction", 0), ("keepdim", True)))
-    centred = Apply("sub.Tensor", (of, Apply("mean.dim", (of, dims, True))))
-    made = Apply("div.Tensor", (centred, Apply("sqrt.default", (Apply("add.Tensor", (variance, a["eps"])),))))
+    variance = Call("var.correction", (of, dims), (("correction", 0), ("keepdim", True)))
+    centred = Call("sub.Tensor", (of, Call("mean.dim", (of, dims, True))))
+    made = Call("div.Tensor", (centred, Call("sqrt.default", (Call("add.Tensor", (variance, a["eps"])),))))
     for op, each in zip(("mul.Tensor", "add.Tensor"), entries, strict=True):
-        made = made if each is None else Apply(op, (made, Apply("reshape.default", (each, sizes))))
+        made = made if each is None else Call(op, (made, Call("reshape.default", (each, sizes))))
     return made
 
 

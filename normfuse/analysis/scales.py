@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import rounds
 from normfuse.analysis.facts import Facts
-from normfuse.graph.edits import Call, NewTensor, Ref, Reroute
-from normfuse.graph.formula import Apply, Formula, Read
+from normfuse.graph.edits import NewTensor, Reroute
+from normfuse.graph.expressions import Call, Formula, Read, Ref
 from normfuse.graph.ops.carrying import carries, rank, same, times_read
 from normfuse.graph.views import arguments, aten, dtype, is_tensor, shape
 
@@ -76,8 +76,8 @@ def of_each(facts: Facts, product: Node, axis: int, scale: Formula) -> tuple[New
     factor, other = found
     name, made = facts.program.stored[factor.name], f"normfuse_{product.name}_scale"
     sizes = tuple(shape(product)[axis] if own == axis else 1 for own in range(rank(product)))
-    every = Apply("view.default", (Apply("expand.default", (scale, (sizes[axis],))), sizes))
-    new = NewTensor(made, Apply("mul.Tensor", (every, Read(name))), name)
+    every = Call("view.default", (Call("expand.default", (scale, (sizes[axis],))), sizes))
+    new = NewTensor(made, Call("mul.Tensor", (every, Read(name))), name)
     return new, Reroute(product.name, Call("mul.Tensor", (Ref(other.name), Ref(made))))
 
 

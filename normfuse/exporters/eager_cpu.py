@@ -16,8 +16,8 @@ import torch
 from torch.fx import Node
 
 from normfuse.analysis.facts import analyze
-from normfuse.graph.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, apply
-from normfuse.graph.formula import Apply, evaluate
+from normfuse.graph.edits import Edit, NewTensor, Reroute, apply
+from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref, evaluate
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, default_rms_eps, dtype, shape
@@ -59,9 +59,9 @@ def _respelled(program: Program, centred: dict[str, frozenset[int]]) -> Iterator
             continue
         if norm.gain is None and norm.width not in ones:
             name = f"normfuse.ones_{norm.width}"
-            ones[norm.width] = Ref(name) if like else Call("ones.default", ((norm.width,),), "float32")
+            ones[norm.width] = Ref(name) if like else Call("ones.default", ((norm.width,),), FLOAT32)
             if like:
-                yield NewTensor(name, Apply("ones.default", ((norm.width,),)), like)
+                yield NewTensor(name, Call("ones.default", ((norm.width,),)), like)
         out, shift = (node, norm.shift) if norm.shift is not None else _shifted(program, node, norm.width)
         gain = ones[norm.width] if norm.gain is None else Ref(norm.gain.name)
         by = Call("layer_norm.default", (Ref(norm.x.name), (norm.width,), gain, shift and Ref(shift.name), norm.eps))

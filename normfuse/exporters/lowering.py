@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import analyze
 from normfuse.errors import ExportError
-from normfuse.graph.edits import Call, Edit, Ref, Reroute, apply, literal
+from normfuse.graph.edits import Edit, Reroute, apply
+from normfuse.graph.expressions import FLOAT32, Call, Ref, literal
 from normfuse.graph.interpreter import call, default_dtype, widened
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape
@@ -164,9 +165,9 @@ def _with(program: Program, edits: Mapping[Node, Edit]) -> Program:
 def _cast_around(out: Node, x: Node) -> Reroute:
     def cast(argument: Any) -> Any:
         is_half = isinstance(argument, Node) and dtype(argument) in HALVES
-        return Call("_to_copy.default", (literal(argument),), "float32") if is_half else literal(argument)
+        return Call("_to_copy.default", (literal(argument),), FLOAT32) if is_half else literal(argument)
 
-    wide = Call(str(out.target).removeprefix("aten."), tuple(map(cast, arguments(out).values())))
+    wide = Call.of(out.target, [cast(each) for each in arguments(out).values()])
     return Reroute(out.name, Call("type_as.default", (wide, Ref(x.name))))
 
 

@@ -7,7 +7,7 @@ along an axis; every value that does must be named by one, so nothing changes it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,58 +17,11 @@ from torch.fx import Graph, GraphModule, Node
 
 from normfuse import limits, strict_json
 from normfuse.errors import InvalidPlan, first_line
-from normfuse.graph import formula
-from normfuse.graph.arithmetic import operator_named
-from normfuse.graph.formula import Formula
+from normfuse.graph import expressions
+from normfuse.graph.expressions import Call, Expression, Formula, interpret, text
 from normfuse.graph.program import Program
 from normfuse.graph.shapes import Shapes, bounded, fake_mode
 from normfuse.limits import OverLimit
-
-
-@dataclass(frozen=True)
-class Ref:
-    """The value of the node of this name."""
-
-    node: str
-
-    def __str__(self) -> str:
-        return self.node
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of an aten operator, such as ``rms_norm.default``, on expressions and literals.
-
-    Attributes:
-        op: name of the operator.
-        args: its positional arguments.
-        dtype: the dtype to compute in, as ``float32``, for operators that take one.
-    """
-
-    op: str
-    args: tuple[Any, ...]
-    dtype: str | None = None
-
-    def __str__(self) -> str:
-        return f"{self.op.removesuffix('.default')}({', '.join(_brief(each) for each in self.args)})"
-
-    def target(self) -> torch._ops.OpOverload:
-        """The operator; a name reaches nothing else."""
-        try:
-            return operator_named(self.op, in_graph=True)
-        except ValueError as error:
-            raise InvalidPlan(str(error)) from error
-
-    def keywords(self) -> dict[str, Any]:
-        """Keyword arguments of the call."""
-        if self.dtype is None:
-            return {}
-        if self.dtype not in ("float16", "bfloat16", "float32", "float64"):
-            raise InvalidPlan(f"'{self.dtype}' is no dtype to compute in")
-        return {"dtype": getattr(torch, self.dtype)}
-
-
-Expression: TypeAlias = Ref | Call
 
 
 @dataclass(frozen=True)
@@ -118,7 +71,7 @@ class Reroute:
 
     def __str__(self) -> str:
         some = "" if self.readers is None else f" for {len(self.readers)} of its readers"
-        return f"{self.node} ← {self.by}{some}"
+        return f"{self.node} ← {text(self.by, in_graph=True)}{some}"
 
 
 @dataclass(frozen=True)
@@ -209,7 +162,7 @@ def _add_tensor(program: Program, graph: Graph, nodes: dict[str, Node], edit: Ne
 def _sizes(program: Program, new: Formula) -> tuple[int, ...]:
     """The sizes of a formula's value."""
     with fake_mode(program.graph):
-        return tuple(formula.evaluate(new, lambda name: program.reader_of(name).meta["val"]).shape)
+        return tuple(expressions.evaluate(new, lambda name: program.reader_of(name).meta["val"]).shape)
 
 
 def _places(graph: Graph) -> dict[Node, int]:
@@ -234,15 +187,15 @@ def copied(program: Program) -> tuple[GraphModule, dict[str, Node]]:
 
 def _check_tensors(program: Program, new: Formula, *others: str) -> None:
     known = set(program.stored.values())
-    for name in (*formula.reads(new), *others):
+    for name in (*expressions.reads(new), *others):
         if name not in known:
             raise InvalidPlan(f"the plan reads the tensor '{name}', which this model does not have")
 
 
 def _composed(new: Formula, program: Program) -> Formula:
     """The formula over the original tensors."""
-    composed = formula.substitute(new, program.formulas)
-    if formula.size(composed) > limits.OCCURRENCES:
+    composed: Formula = expressions.substitute(new, program.formulas)
+    if expressions.size(composed) > limits.OCCURRENCES:
         raise OverLimit("a formula has too many parts", "OCCURRENCES")
     return composed
 
@@ -276,20 +229,12 @@ class _Emitter:
         self.meta = {**kept, "normfuse": origin} if origin else kept
         self.cursor = at
 
-    def emit(self, by: Any) -> Any:
-        match by:
-            case Ref(name):
-                return _find(self.nodes, name)
-            case Call():
-                return self._call(by.target(), tuple(self.emit(each) for each in by.args), by.keywords())
-            case tuple():
-                return [self.emit(each) for each in by]
-            case _:
-                return by
+    def emit(self, by: Expression) -> Any:
+        return interpret(by, lambda leaf: _find(self.nodes, leaf.name), self._call)
 
-    def _call(self, target: torch._ops.OpOverload, args: tuple[Any, ...], keywords: dict[str, Any]) -> Node:
+    def _call(self, call: Call, args: list[Any]) -> Node:
         with self.graph.inserting_after(self.cursor):
-            self.cursor = self.graph.call_function(target, args, keywords)
+            self.cursor = self.graph.call_function(call.target(), tuple(args), call.keywords())
         self.cursor.meta = dict(self.meta)
         return self.cursor
 
@@ -306,23 +251,6 @@ def _is_assertion(node: Node) -> bool:
     return "assert" in str(node.target) or "sym_constrain" in str(node.target)
 
 
-def literal(value: Any) -> Any:
-    """An argument of a graph's call as an argument of a `Call`: nodes by name, lists as tuples."""
-    if isinstance(value, Node):
-        return Ref(value.name)
-    return tuple(literal(each) for each in value) if isinstance(value, (list, tuple)) else value
-
-
-def refs(by: Any) -> Iterator[str]:
-    """Names of the nodes that an expression reads."""
-    match by:
-        case Ref(node):
-            yield node
-        case Call(args=several) | tuple(several):
-            for each in several:
-                yield from refs(each)
-
-
 # -- JSON --------------------------------------------------------------------------------------------------------------
 
 
@@ -330,12 +258,12 @@ def to_json(edit: Edit) -> dict[str, Any]:
     """An edit as JSON types."""
     match edit:
         case SetTensor(name, new):
-            return {"set": name, "to": formula.to_json(new)}
+            return {"set": name, "to": expressions.to_json(new)}
         case NewTensor(name, new, like):
-            return {"new": name, "to": formula.to_json(new), "like": like}
+            return {"new": name, "to": expressions.to_json(new), "like": like}
         case Reroute(node, by, readers, name):
             readers_json = None if readers is None else list(readers)
-            return {"reroute": node, "by": _expression_to_json(by), "readers": readers_json, "name": name}
+            return {"reroute": node, "by": expressions.to_json(by, in_graph=True), "readers": readers_json, "name": name}
         case Resize(node, axis, size):
             return {"resize": node, "axis": axis, "size": size}
 
@@ -348,45 +276,13 @@ def from_json(data: Any) -> Edit:
     """
     match strict_json.record(data):
         case {"new": name, "to": new, "like": like}:
-            return NewTensor(strict_json.name(name), formula.from_json(new), strict_json.text(like))
+            return NewTensor(strict_json.name(name), expressions.formula_from_json(new), strict_json.text(like))
         case {"set": name, "to": new}:
-            return SetTensor(strict_json.text(name), formula.from_json(new))
+            return SetTensor(strict_json.text(name), expressions.formula_from_json(new))
         case {"resize": node, "axis": axis, "size": size}:
             return Resize(strict_json.text(node), strict_json.whole(axis), strict_json.whole(size))
         case {"reroute": node, "by": by, "readers": readers, "name": name}:
             some = None if readers is None else strict_json.texts(readers)
             called = None if name is None else strict_json.name(name)
-            return Reroute(strict_json.text(node), _expression_from_json(by), some, called)
+            return Reroute(strict_json.text(node), expressions.calls_from_json(by), some, called)
     raise ValueError(f"an edit of {', '.join(data) or 'nothing'} is not known")
-
-
-def _expression_to_json(by: Any) -> Any:
-    match by:
-        case Ref(node):
-            return {"ref": node}
-        case Call(op, args, dtype):
-            call = {"call": op, "args": [_expression_to_json(each) for each in args]}
-            return call if dtype is None else {**call, "dtype": dtype}
-        case tuple():
-            return [_expression_to_json(each) for each in by]
-        case _:
-            return strict_json.literal_to_json(by)
-
-
-def _expression_from_json(data: Any) -> Any:
-    match data:
-        case {"ref": node}:
-            return Ref(strict_json.text(node))
-        case {"call": op, "args": args}:
-            operands = tuple(map(_expression_from_json, strict_json.items(args)))
-            call = Call(strict_json.text(op), operands, data.get("dtype"))
-            call.target(), call.keywords()  # raise where it names what it may not
-            return call
-        case list():
-            return tuple(map(_expression_from_json, data))
-        case _:
-            return strict_json.literal(data)
-
-
-def _brief(value: Any) -> str:
-    return f"[{', '.join(map(_brief, value))}]" if isinstance(value, tuple) else str(value)

@@ -24,7 +24,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError
-from normfuse.graph.formula import evaluate
+from normfuse.graph.expressions import evaluate
 from normfuse.graph.literals import counts_short, short_arguments
 from normfuse.graph.nodes import attribute_of, draws, operator_name
 from normfuse.graph.program import Program

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from normfuse.graph.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, is_formula
+from normfuse.graph.expressions import Call, Expression, Formula, Number, Read, parts
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "mul.Tensor": torch.mul,
@@ -82,9 +82,9 @@ class Tape:
         self._rounded = [self._moved(node, self._place, each) for node, each in zip(self._results, places, strict=True)]
 
         self._weight, self._scale = self._rounded[0], None
-        if outside and isinstance(formulas[0], Scaled):
-            self._weight = self._node(formulas[0].of)
-            self._scale = self._line(torch.reshape, self._node(formulas[0].by), (-1,))
+        match formulas[0]:
+            case Call("scale", (of, by)) if outside:
+                self._weight, self._scale = self._node(of), self._line(torch.reshape, self._node(by), (-1,))
 
     def forward(self) -> Callable[..., tuple[Tensor, ...]]:
         """Code that takes the leaves and returns the results, and last the scale where it is apart."""
@@ -189,19 +189,19 @@ class Tape:
                 return self._read[name]
             case Number(number):
                 return self._number(number)
-            case Centered(of, dim):
+            case Call("center", (of,), (("dim", dim),)):
                 return self._centered(self._node(of), dim)
-            case Scaled(of, by, dim):
+            case Call("scale", (of, by), (("dim", dim),)):
                 return self._line(torch.mul, self._node(of), self._along(by, self._node(of), dim))
-            case Added(of, by, dim):
+            case Call("shift", (of, by), (("dim", dim),)):
                 return self._line(torch.add, self._node(of), self._along(by, self._node(of), dim))
-            case Apply(op, args, (), 0) if op in FUNCTIONS:
+            case Call(op, args, (), 0) if op in FUNCTIONS:
                 return self._line(FUNCTIONS[op], *map(self._argument, args))
             case _:
                 raise NoTapeError(str(formula))
 
     def _argument(self, value: Any) -> Any:
-        if is_formula(value):
+        if isinstance(value, Expression):
             return self._node(value)
         return self._number(value) if isinstance(value, (int, float)) else value
 
@@ -216,15 +216,7 @@ class Tape:
     # -- gradients -------------------------------------------------------------------------------------------------------
 
     def _operands(self, node: Node) -> list[Node]:
-        match self._formulas.get(node):
-            case Centered(of, _):
-                return [self._node(of)]
-            case Scaled(of, by, _) | Added(of, by, _):
-                return [self._node(of), self._node(by)]
-            case Apply(args=args):
-                return [self._node(each) for each in args if is_formula(each)]
-            case _:
-                return []
+        return [self._node(each) for each in parts(self._formulas.get(node))]
 
     def _way_to(self, asking: set[Node]) -> set[Node]:
         """The values through which a gradient reaches a leaf that asks for it."""
@@ -250,35 +242,35 @@ class Tape:
         operands = self._operands(node)
         wanted = [each in self._reached for each in operands]
         match self._formulas[node]:
-            case Centered(_, dim):
+            case Call("center", _, (("dim", dim),)):
                 yield operands[0], self._centered(gradient, dim)
-            case Scaled(_, by, dim):
+            case Call("scale", (_, by), (("dim", dim),)):
                 if wanted[1]:
                     yield operands[1], self._entries(self._line(torch.mul, gradient, operands[0]), dim, operands[1])
                 if wanted[0]:  # last, because it may overwrite the gradient
                     times = torch.Tensor.mul_ if overwrite else torch.mul
                     yield operands[0], self._line(times, gradient, self._along(by, operands[0], dim))
-            case Added(_, _, dim):
+            case Call("shift", _, (("dim", dim),)):
                 if wanted[1]:
                     yield operands[1], self._entries(gradient, dim, operands[1])
                 if wanted[0]:
                     yield operands[0], gradient
-            case Apply("mul.Tensor") if len(operands) == 2:
+            case Call("mul.Tensor") if len(operands) == 2:
                 for operand, other in zip(operands, reversed(operands), strict=True):
                     if operand in self._reached:
                         yield operand, self._line(torch.mul, gradient, other)
-            case Apply("sub.Tensor") if len(operands) == 2:
+            case Call("sub.Tensor") if len(operands) == 2:
                 if wanted[0]:
                     yield operands[0], gradient
                 if wanted[1]:
                     yield operands[1], self._line(torch.neg, gradient)
-            case Apply("neg.default"):
+            case Call("neg.default"):
                 yield operands[0], self._line(torch.neg, gradient)
-            case Apply("add.Tensor"):
+            case Call("add.Tensor"):
                 yield from ((each, gradient) for each, asked in zip(operands, wanted, strict=True) if asked)
-            case Apply("view.default" | "reshape.default"):
+            case Call("view.default" | "reshape.default"):
                 yield operands[0], self._line(torch.reshape, gradient, tuple(_shape(operands[0])))
-            case Apply("expand.default"):
+            case Call("expand.default"):
                 yield operands[0], gradient
             case formula:
                 raise NoTapeError(str(formula))

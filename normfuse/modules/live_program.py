@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from normfuse.graph.arithmetic import operator_named
 from normfuse.graph.edits import copied
-from normfuse.graph.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, is_formula, reads
+from normfuse.graph.expressions import ALONG_AXIS, Call, Formula, Number, Read, along_axis, interpret, reads
 from normfuse.graph.program import Program
 from normfuse.graph.shapes import fake_mode
 from normfuse.graph.views import aten
@@ -88,7 +88,7 @@ class _Emitted:
         self.dtype = reduce(torch.promote_types, (each.dtype for each in leaves), torch.float32)
         self.device = leaves[0].device if leaves else None
         self.first = next(node for node in graph.nodes if node.op != "placeholder")
-        self.value = self._emit(formula)
+        self.value: Node = interpret(formula, self._leaf, self._made)
 
     def rounded_to(self, promised: Tensor) -> Node:
         """The value in the dtype that the tensor has."""
@@ -96,35 +96,19 @@ class _Emitted:
         assert value.meta["val"].shape == promised.shape, f"'{self.name}' would have another shape than its formula"
         return value
 
-    def _emit(self, formula: Formula) -> Node:
-        match formula:
-            case Read(name):
-                return self._cast(self.stored[name], self.dtype)
-            case Number(value):
-                return self._call(aten.full.default, [], value, dtype=self.dtype, device=self.device)
-            case Centered(of, dim):
-                whole = self._emit(of)
-                return self._call(aten.sub.Tensor, whole, self._call(aten.mean.dim, whole, [dim], True))
-            case Scaled(of, by, dim):
-                whole = self._emit(of)
-                return self._call(aten.mul.Tensor, whole, self._along(by, whole, dim))
-            case Added(of, by, dim):
-                whole = self._emit(of)
-                return self._call(aten.add.Tensor, whole, self._along(by, whole, dim))
-            case Apply(op, args, kwargs, output):
-                result = self._call(operator_named(op), *map(self._argument, args), **dict(kwargs))
-                several = isinstance(result.meta["val"], (tuple, list))
-                return self._call(operator.getitem, result, output) if several else result
+    def _leaf(self, leaf: Read | Number) -> Node:
+        if isinstance(leaf, Read):
+            return self._cast(self.stored[leaf.name], self.dtype)
+        return self._call(aten.full.default, [], leaf.value, dtype=self.dtype, device=self.device)
 
-    def _argument(self, argument: Any) -> Any:
-        if isinstance(argument, tuple):
-            return [self._argument(each) for each in argument]
-        return self._emit(argument) if is_formula(argument) else argument
-
-    def _along(self, by: Formula, whole: Node, dim: int) -> Node:
-        sizes = [1] * whole.meta["val"].dim()
-        sizes[dim] = -1
-        return self._call(aten.reshape.default, self._emit(by), sizes)
+    def _made(self, call: Call, values: list[Any]) -> Node:
+        if call.op in ALONG_AXIS:
+            rank = values[0].meta["val"].dim()
+            made: Node = along_axis(call, values, rank, lambda op, *args: self._call(operator_named(op), *args))
+            return made
+        result = self._call(operator_named(call.op), *values, **dict(call.kwargs))
+        several = isinstance(result.meta["val"], (tuple, list))
+        return self._call(operator.getitem, result, call.output) if several else result
 
     def _cast(self, value: Node, dtype: torch.dtype) -> Node:
         same = value.meta["val"].dtype == dtype

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import NormfuseError
-from normfuse.graph.edits import Call, Ref
-from normfuse.graph.formula import rounded
+from normfuse.graph.expressions import Call, Ref, rounded
 from normfuse.graph.program import identity
 from normfuse.modules.placement import VALUE
 from normfuse.modules.receiving import load_of, note, unwatched, watched
@@ -178,7 +177,7 @@ def _part(by: Any, value: Any, module: nn.Module, record: Rewritten, done: dict[
     # no closure: one that calls itself is a cycle, and would hold an activation until the garbage collector comes
     match by:
         case Ref():
-            holder, attribute = (None, None) if by == VALUE else record.home[by.node]
+            holder, attribute = (None, None) if by == VALUE else record.home[by.name]
             return value if attribute is None else getattr(holder or module, attribute)
         case Call():
             if by not in done:

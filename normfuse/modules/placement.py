@@ -21,15 +21,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.fx import Node
 
-from normfuse.graph.edits import Call, Expression, Ref, literal, refs
-from normfuse.graph.formula import Formula
+from normfuse.graph.expressions import Call, Expression, Formula, Ref, literal, reads, substitute
 from normfuse.graph.ops.carrying import METADATA
 from normfuse.graph.program import Program
 from normfuse.graph.views import shape
@@ -59,15 +57,8 @@ def both(first: Change | None, then: Change) -> Change | None:
     if first is None or then.place == "instead":
         return then
     if (first.place == "before" and then.place == "before") or (first.place == "instead" and then.place == "before"):
-        return Change(first.place, _with_value(first.by, then.by))
-    return Change(first.place, _with_value(then.by, first.by)) if first.place != "before" else None
-
-
-def _with_value(by: Any, value: Expression) -> Any:
-    """An expression of another value."""
-    if isinstance(by, Call):
-        return replace(by, args=tuple(_with_value(each, value) for each in by.args))
-    return value if by == VALUE else by
+        return Change(first.place, substitute(first.by, {VALUE.name: then.by}))
+    return Change(first.place, substitute(then.by, {VALUE.name: first.by})) if first.place != "before" else None
 
 
 @dataclass(frozen=True)
@@ -269,15 +260,15 @@ class _Placement(Comparison):
         if op not in FREE_OF_SIZES:
             return None
         args = [self._expression(each, stops) if isinstance(each, Node) else literal(each) for each in new.args]
-        wanted = str(new.kwargs["dtype"]).removeprefix("torch.") if "dtype" in new.kwargs else None
-        return (
-            None if None in [a for a, b in zip(args, new.args, strict=True) if b is not None] else Call(op, tuple(args), wanted)
-        )
+        if None in [a for a, b in zip(args, new.args, strict=True) if b is not None]:
+            return None
+        in_dtype = ("dtype", str(new.kwargs["dtype"]).removeprefix("torch.")) if "dtype" in new.kwargs else None
+        return Call(op, tuple(args), (in_dtype,) if in_dtype else ())
 
 
 def stored_names(by: Expression) -> Iterator[str]:
     """Names of the stored tensors that a change's expression reads."""
-    return (name for name in refs(by) if name != VALUE.node)
+    return (name for name in reads(by) if name != VALUE.name)
 
 
 def input_of(program: Program, path: str) -> torch.Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.graph.formula import Formula, Scaled, formed
+from normfuse.graph.expressions import Call, Formula, formed
 from normfuse.modules.codegen import NoTapeError, Tape
 from normfuse.modules.placement import Change
 
@@ -54,7 +54,7 @@ class Forming:
         self._formulas = [recipe.formula for recipe in recipes]
         self.of_first = tuple(name in recipes[0].names for name in self._homes)
         first = recipes[0].formula
-        self.scaled_axis = first.dim if isinstance(first, Scaled) else None
+        self.scaled_axis = dict(first.kwargs)["dim"] if isinstance(first, Call) and first.op == "scale" else None
         self.has_bias = len(recipes) == 2
         self._forward: dict[Any, Callable[..., tuple[Tensor | None, ...]]] = {}
         self._backward: dict[Any, Callable[..., tuple[Tensor | None, ...]] | None] = {}

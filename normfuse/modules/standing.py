@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import MOVES, constant_formula
 from normfuse.analysis.facts import Facts
-from normfuse.graph.formula import Apply, Formula, Read, evaluate, reads
+from normfuse.graph.expressions import Call, Formula, Read, evaluate, reads
 from normfuse.graph.ops.carrying import METADATA
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, dtype, operator_norm, shape
@@ -176,7 +176,7 @@ def _call(value: Node) -> Node:
 
 def filled(name: str, number: float) -> Formula:
     """A tensor with one number everywhere."""
-    return Apply("full_like.default", (Read(name), number))
+    return Call("full_like.default", (Read(name), number))
 
 
 def is_same_without(new: Node, old: Node, is_still: Callable[[Any, Any], bool]) -> bool:

@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 from normfuse.analysis.facts import Facts
 from normfuse.errors import CannotApply, NormfuseError, NormfuseWarning, Reason, TraceError
 from normfuse.graph.edits import NewTensor, Reroute, SetTensor
+from normfuse.graph.expressions import Formula, reads
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.graph.formula import Formula, reads
 from normfuse.graph.program import Program, Trains, at_inference
 from normfuse.modules.graph_diff import Unplaced
 from normfuse.modules.parametrize import bake, install, own_classes, put_back, settle, undo

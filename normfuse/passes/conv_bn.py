@@ -34,8 +34,8 @@ from collections.abc import Iterator
 
 from normfuse.analysis.affine import Affine, forms, why_adaptive
 from normfuse.analysis.facts import Facts
+from normfuse.graph.expressions import Call
 from normfuse.graph.findings import Finding, Refusal
-from normfuse.graph.formula import Apply
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm
 from normfuse.transforms.fold import dissolve
@@ -61,4 +61,4 @@ def _has_batch_norm(form: Affine, norms: list[Norm]) -> bool:
 
 
 def _is_computed(shift: object) -> bool:
-    return isinstance(shift, Apply) and (not shift.op.startswith(("flatten", "view")) or _is_computed(shift.args[0]))
+    return isinstance(shift, Call) and (not shift.op.startswith(("flatten", "view")) or _is_computed(shift.args[0]))

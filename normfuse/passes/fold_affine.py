@@ -45,9 +45,9 @@ from torch.fx import Node
 from normfuse.analysis.affine import Affine, constant, forms, maximal, moved
 from normfuse.analysis.attention import MASKED, is_mean
 from normfuse.analysis.facts import Facts
-from normfuse.graph.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
+from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
+from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
-from normfuse.graph.formula import Apply
 from normfuse.graph.ops.carrying import rank, times_read
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten, dtype, is_tensor
@@ -117,8 +117,7 @@ def _without(norm: Norm, shift: Expression | None = None) -> Call:
         named["bias"] = shift
     named.pop("cudnn_enable", None)
     named.pop("cudnn_enabled", None)
-    op = str(norm.out.target).removeprefix("aten.")
-    return Call(op, tuple(each if isinstance(each, Ref | Call) else literal(each) for each in named.values()))
+    return Call.of(norm.out.target, [*named.values()])
 
 
 def _fold(
@@ -154,7 +153,7 @@ def _kept_shift(facts: Facts, norm: Norm, value: Node, form: Affine, core: Expre
     assert form.axis is not None
     if form.shift is None:
         return (Reroute(value.name, core),)
-    entries = Apply("div.Tensor", (form.shift, form.scale))
+    entries = Call("div.Tensor", (form.shift, form.scale))
     in_operator = norm.out is value and norm.out.target is aten.layer_norm.default
     if in_operator and norm.shift is not None and facts.editable(norm.shift) and times_read(norm.shift) == 1:
         own = SetTensor(facts.program.stored[norm.shift.name], entries)

@@ -53,7 +53,8 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.scales import why_fixed
-from normfuse.graph.edits import Call, Expression, Ref, Reroute, SetTensor
+from normfuse.graph.edits import Reroute, SetTensor
+from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program

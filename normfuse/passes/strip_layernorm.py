@@ -45,7 +45,8 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, forms
 from normfuse.analysis.facts import Facts
-from normfuse.graph.edits import Call, Edit, Expression, Ref, Reroute
+from normfuse.graph.edits import Edit, Reroute
+from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program, Site
@@ -193,7 +194,7 @@ def linear(norm: Norm, sigma: float) -> Expression:
     """(x - mean x)/σ ⊙ γ + β in place of a LayerNorm over the last axis."""
     x: Expression = Ref(norm.x.name)
     half = dtype(norm.x) in (torch.float16, torch.bfloat16)
-    wide = Call("_to_copy.default", (x,), "float32") if half else x
+    wide = Call("_to_copy.default", (x,), FLOAT32) if half else x
     value: Expression = Call("sub.Tensor", (wide, Call("mean.dim", (wide, (rank(norm.x) - 1,), True))))
     value = Call("div.Tensor", (value, sigma))
     if norm.gain is not None:

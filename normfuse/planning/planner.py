@@ -29,11 +29,10 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts, analyze
 from normfuse.errors import InvalidPlan
 from normfuse.graph import edits as editing
-from normfuse.graph import formula as formulas
 from normfuse.graph.bodies import Body
 from normfuse.graph.edits import Edit, NewTensor, Reroute, Resize, SetTensor, apply
+from normfuse.graph.expressions import Formula, Read, reads, uncentered
 from normfuse.graph.findings import NO_NORM, Claim, Refusal, Rewrite
-from normfuse.graph.formula import Centered, Formula, Read
 from normfuse.graph.ops.carrying import METADATA
 from normfuse.graph.program import Program, Site
 from normfuse.limits import OverLimit
@@ -234,19 +233,19 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
     for edit in rewrite.edits:
         match edit:
             case SetTensor(name, formula):
-                unknown = [each for each in formulas.reads(formula) if each not in tensors]
+                unknown = [each for each in reads(formula) if each not in tensors]
                 if unknown or name not in tensors:
                     return refuse("NF103", f"the formula for '{name}' does not fit the program")
                 stray = _stray_reader(name, formula, rewrite, facts)
                 if stray is not None:
                     return refuse("NF101", f"the tensor '{name}' is also read by '{stray}', outside this rewrite")
             case NewTensor(name, formula, like):
-                unknown = [each for each in (like, *formulas.reads(formula)) if each not in tensors]
+                unknown = [each for each in (like, *reads(formula)) if each not in tensors]
                 if unknown or name in tensors | made | facts.program.nodes.keys():
                     return refuse("NF103", f"the new tensor '{name}' does not fit the program")
                 made.add(name)
             case Reroute(node, by, readers, new):
-                missing = {node, *(readers or ()), *editing.refs(by)} - facts.program.nodes.keys() - made
+                missing = {node, *(readers or ()), *reads(by)} - facts.program.nodes.keys() - made
                 if missing:
                     return refuse("NF103", f"the program has no node '{min(missing)}'")
                 made |= {new} if new else set()
@@ -283,14 +282,8 @@ def _reads_old_size(name: str, rewrite: Rewrite, program: Program) -> str | None
 
 def _centered_dims(formula: Formula) -> frozenset[int] | None:
     """The dims that a formula centres, if that is all it does."""
-    match formula:
-        case Read():
-            return frozenset()
-        case Centered(of, dim):
-            inner = _centered_dims(of)
-            return None if inner is None else inner | {dim}
-        case _:
-            return None
+    of, dims = uncentered(formula)
+    return dims if isinstance(of, Read) else None
 
 
 def _conflict(one: Rewrite, other: Rewrite) -> bool:
@@ -303,7 +296,7 @@ def _changed(rewrite: Rewrite) -> set[str]:
 
 def _touched(rewrite: Rewrite) -> set[str]:
     formed = (edit.formula for edit in rewrite.edits if isinstance(edit, SetTensor | NewTensor))
-    read = {name for formula in formed for name in formulas.reads(formula)}
+    read = {name for formula in formed for name in reads(formula)}
     return _changed(rewrite) | rewrite.region | read
 
 

@@ -19,7 +19,7 @@ from torch.export import Dim
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from normfuse.errors import NormfuseError
-from normfuse.graph.formula import Formula
+from normfuse.graph.expressions import Formula
 from normfuse.graph.program import Program
 
 

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from typing import Protocol
+from typing import Protocol, cast
 
-from normfuse.graph.edits import Call, Expression
-from normfuse.graph.formula import Apply, Centered, Formula
+from normfuse.graph.expressions import FLOAT32, Call, Expression, Formula
 from normfuse.transforms.maps import ChangeOfBasis
 
 
@@ -52,17 +51,16 @@ class Compressed:
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.written`."""
-        centred = of if isinstance(of, Centered) and of.dim == dim else Centered(of, dim)
-        return Apply("slice.Tensor", (centred, dim, 0, d - 1))
+        return _first(_uncentered(of, dim).centered(dim), dim, d)
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.read`: column i less the last one, as the last entry is minus the sum of the others."""
-        return Apply("sub.Tensor", (_first(of, dim, d), _last(of, dim, d)))
+        return Call("sub.Tensor", (_first(of, dim, d), _last(of, dim, d)))
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.narrowed`."""
-        mean = Call("mean.dim", (x, (axis,), True), "float32" if half else None)
-        return _like(Call("sub.Tensor", (Call("slice.Tensor", (x, axis, 0, d - 1)), mean)), x, half)
+        mean = Call("mean.dim", (x, (axis,), True), FLOAT32 if half else ())
+        return _like(Call("sub.Tensor", (_first(x, axis, d), mean)), x, half)
 
     def widened(self, y: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.widened`."""
@@ -71,11 +69,11 @@ class Compressed:
 
     def normalized(self, y: Expression, axis: int, rank: int, d: int, eps: float, half: bool) -> Expression:
         """See `Basis.normalized`: y / √((Σy² + (Σy)²)/d + ε)."""
-        wide = Call("_to_copy.default", (y,), "float32") if half else y
+        wide = Call("_to_copy.default", (y,), FLOAT32) if half else y
         total = Call("sum.dim_IntList", (wide, (axis,), True))
         squares = Call("sum.dim_IntList", (Call("mul.Tensor", (wide, wide)), (axis,), True))
         both = Call("add.Tensor", (squares, Call("mul.Tensor", (total, total))))
-        root = Call("rsqrt.default", (Call("add.Tensor", (Call("mul.Tensor", (both, 1.0 / d)), eps)),))
+        root = Call("rsqrt.default", (Call("add.Tensor", (_times(both, 1.0 / d), eps)),))
         return _like(Call("mul.Tensor", (wide, root)), y, half)
 
 
@@ -88,29 +86,27 @@ class Rotated:
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.written`: Qᵀ along ``dim``."""
-        of = of.of if isinstance(of, Centered) and of.dim == dim else of
-        by_sum, by_last = 1.0 / (sqrt(d) * (sqrt(d) + 1.0)), 1.0 / (sqrt(d) + 1.0)
-        total = Apply("sum.dim_IntList", (of, (dim,), True))
-        less = Apply("sub.Tensor", (_first(of, dim, d), total), (("alpha", by_sum),))
-        return Apply("sub.Tensor", (less, _last(of, dim, d)), (("alpha", by_last),))
+        of = _uncentered(of, dim)
+        by_sum, by_last = _shares(d)
+        total = Call("sum.dim_IntList", (of, (dim,), True))
+        less = Call("sub.Tensor", (_first(of, dim, d), total), (("alpha", by_sum),))
+        return Call("sub.Tensor", (less, _last(of, dim, d)), (("alpha", by_last),))
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.read`: Q on the other side, times √(d/(d-1)), as the root is over d - 1 entries."""
-        return Apply("mul.Tensor", (self.written(of, dim, d), sqrt(d / (d - 1.0))))
+        return _times(self.written(of, dim, d), sqrt(d / (d - 1.0)))
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.narrowed`."""
-        first, last = (Call("slice.Tensor", (x, axis, *ends)) for ends in ((0, d - 1), (d - 1, d)))
-        by_sum = Call("mul.Tensor", (_sum(x, axis, half), 1.0 / (sqrt(d) * (sqrt(d) + 1.0))))
-        by_last = Call("mul.Tensor", (last, 1.0 / (sqrt(d) + 1.0)))
-        return _like(Call("sub.Tensor", (first, Call("add.Tensor", (by_sum, by_last)))), x, half)
+        by_sum, by_last = _shares(d)
+        less = Call("add.Tensor", (_times(_sum(x, axis, half), by_sum), _times(_last(x, axis, d), by_last)))
+        return _like(Call("sub.Tensor", (_first(x, axis, d), less)), x, half)
 
     def widened(self, y: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.widened`."""
         total = _sum(y, axis, half)
-        first = Call("sub.Tensor", (y, Call("mul.Tensor", (total, 1.0 / (sqrt(d) * (sqrt(d) + 1.0))))))
-        last = Call("mul.Tensor", (total, -1.0 / sqrt(d)))
-        return _like(Call("cat.default", ((first, last), axis)), y, half)
+        first = Call("sub.Tensor", (y, _times(total, _shares(d)[0])))
+        return _like(Call("cat.default", ((first, _times(total, -1.0 / sqrt(d))), axis)), y, half)
 
     def normalized(self, y: Expression, axis: int, rank: int, d: int, eps: float, half: bool) -> Expression:
         """See `Basis.normalized`: rms_norm with ε' = ε·d/(d-1); torch's is over the last axis and accumulates in float32."""
@@ -120,16 +116,34 @@ class Rotated:
         return scaled if axis == last else Call("transpose.int", (scaled, axis, last))
 
 
-def _first(of: Formula, dim: int, d: int) -> Formula:
-    return Apply("slice.Tensor", (of, dim, 0, d - 1))
+def _first(of: Expression, dim: int, d: int) -> Call:
+    return Call("slice.Tensor", (of, dim, 0, d - 1))
 
 
-def _last(of: Formula, dim: int, d: int) -> Formula:
-    return Apply("slice.Tensor", (of, dim, d - 1, d))
+def _last(of: Expression, dim: int, d: int) -> Call:
+    return Call("slice.Tensor", (of, dim, d - 1, d))
+
+
+def _uncentered(of: Formula, dim: int) -> Formula:
+    """A stored tensor before it was centred along ``dim``, if that was the last that was done to it."""
+    match of:
+        case Call("center", (inner,), (("dim", own),)) if own == dim:
+            return cast("Formula", inner)
+        case _:
+            return of
+
+
+def _shares(d: int) -> tuple[float, float]:
+    """What Qᵀ takes away of the sum of all entries, and of the last one: 1/(r(r+1)) and 1/(r+1)."""
+    return 1.0 / (sqrt(d) * (sqrt(d) + 1.0)), 1.0 / (sqrt(d) + 1.0)
+
+
+def _times(of: Expression, by: float) -> Call:
+    return Call("mul.Tensor", (of, by))
 
 
 def _sum(x: Expression, axis: int, half: bool) -> Call:
-    return Call("sum.dim_IntList", (x, (axis,), True), "float32" if half else None)
+    return Call("sum.dim_IntList", (x, (axis,), True), FLOAT32 if half else ())
 
 
 def _like(value: Call, like: Expression, half: bool) -> Call:

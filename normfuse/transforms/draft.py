@@ -16,8 +16,8 @@ from torch.fx import Node
 from normfuse.analysis.affine import MOVES, Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.scales import computed_from, why_fixed
-from normfuse.graph.edits import Call, Edit, Expression, NewTensor, Ref, Reroute, SetTensor, literal
-from normfuse.graph.formula import Apply, Formula, Read, reads
+from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
+from normfuse.graph.expressions import Call, Expression, Formula, Read, Ref, reads
 from normfuse.graph.ops.carrying import rank, times_read
 from normfuse.graph.views import arguments, aten, dtype, shape
 
@@ -146,8 +146,7 @@ class Draft:
             made = f"{weight.replace('.', '_')}_normfuse_bias"
         new, read = new_tensor(self.facts, made, value, arguments(layer)["weight"])
         named = {**arguments(layer), "bias": read}
-        given = (each if isinstance(each, Call | Ref) else literal(each) for each in named.values())
-        self.edits += [new, Reroute(layer.name, Call(str(layer.target).removeprefix("aten."), tuple(given)))]
+        self.edits += [new, Reroute(layer.name, Call.of(layer.target, [*named.values()]))]
         self.biases[layer] = made
         return None
 
@@ -165,7 +164,8 @@ def new_tensor(facts: Facts, name: str, formula: Formula, at: Node) -> tuple[New
     alike = next((each for each in known if program.tensor(each).dtype == kind), None)
     if alike is not None:
         return NewTensor(name, formula, alike), Ref(name)
-    return NewTensor(name, formula, known[0]), Call("_to_copy.default", (Ref(name),), str(kind).removeprefix("torch."))
+    in_dtype = (("dtype", str(kind).removeprefix("torch.")),)
+    return NewTensor(name, formula, known[0]), Call("_to_copy.default", (Ref(name),), in_dtype)
 
 
 def per_group(weight: Formula, entries: Formula, groups: int, sizes: tuple[int, ...]) -> Formula:
@@ -174,19 +174,19 @@ def per_group(weight: Formula, entries: Formula, groups: int, sizes: tuple[int, 
     A convolution's weight [Cout, Cin/g, …] has input channels there, a transposed one's [Cin, Cout/g, …] output channels.
     Either way row i belongs to group i // (rows/g), and entry (i, j) to channel j of that group.
     """
-    split = Apply("view.default", (weight, (groups, sizes[0] // groups, sizes[1], -1)))
-    own = Apply("view.default", (entries, (groups, 1, sizes[1], 1)))
-    return Apply("view.default", (Apply("mul.Tensor", (split, own)), sizes))
+    split = Call("view.default", (weight, (groups, sizes[0] // groups, sizes[1], -1)))
+    own = Call("view.default", (entries, (groups, 1, sizes[1], 1)))
+    return Call("view.default", (Call("mul.Tensor", (split, own)), sizes))
 
 
 def full(entries: Formula, size: int) -> Formula:
     """One entry per channel, also where a single one stands for all of them."""
-    return Apply("expand.default", (entries, (size,)))
+    return Call("expand.default", (entries, (size,)))
 
 
 def column(entries: Formula, axis: int, value: Node) -> Formula:
     """Entries along an axis of a value, in a shape that broadcasts with it."""
-    return Apply("view.default", (entries, (-1, *(1 for _ in range(rank(value) - 1 - axis)))))
+    return Call("view.default", (entries, (-1, *(1 for _ in range(rank(value) - 1 - axis)))))
 
 
 def sizes_of(node: Node) -> tuple[int, ...]:

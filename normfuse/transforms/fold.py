@@ -10,8 +10,8 @@ from torch.fx import Node
 from normfuse.analysis.affine import MOVES, Affine, maximal, moved
 from normfuse.analysis.facts import Facts
 from normfuse.graph.edits import Edit, NewTensor, Reroute
+from normfuse.graph.expressions import Call
 from normfuse.graph.findings import NO_NORM, Claim, Rewrite
-from normfuse.graph.formula import Apply
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm
 from normfuse.transforms.draft import Absorbed, Obstacle, scale_shift
@@ -66,7 +66,7 @@ def _decide(
             return half, scale_shift(facts, replace(form, scale=None), value), f"{HALF}: {stopped}"
         half = into_readers(facts, replace(form, shift=None), value, {})
         if isinstance(half, Absorbed) and well_conditioned(program, form.scale):
-            left = replace(form, scale=None, shift=Apply("div.Tensor", (form.shift, form.scale)))
+            left = replace(form, scale=None, shift=Call("div.Tensor", (form.shift, form.scale)))
             return half, scale_shift(facts, left, value), f"{HALF}: {stopped}"
     if _steps(facts, form) <= (form.scale is not None) + (form.shift is not None):
         return None  # it is no more than one multiplication and one addition already

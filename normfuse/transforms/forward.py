@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from normfuse.analysis.attention import VALUES, why_no_mean
 from normfuse.analysis.facts import Facts
-from normfuse.graph.formula import Apply, Formula
+from normfuse.graph.expressions import Call, Formula
 from normfuse.graph.ops.carrying import METADATA, carries, rank, same, same_sizes
 from normfuse.graph.ops.sizes import follows
 from normfuse.graph.views import arguments, aten, is_tensor, shape, tensors_in
@@ -191,7 +191,7 @@ class Forward:
                 if own.map.linear != summed.linear or not _is_axis(node, onward[0], operand, own.axis):
                     return Obstacle(node, self.JOINS)
                 less = operand is a["other"] and node.target is aten.sub.Tensor and own.map.shift is not None
-                summed = summed.plus(Apply("neg.default", (own.map.shift,)) if less else own.map.shift)
+                summed = summed.plus(Call("neg.default", (own.map.shift,)) if less else own.map.shift)
             elif summed.linear != Map():
                 stopped = self._term(node, operand, onward[0], summed.linear)
                 if stopped:
@@ -217,9 +217,9 @@ class Forward:
             if not isinstance(size, int) or (own and own.axis != axis):
                 return Obstacle(node, "joins parts whose sizes are not known")
             for parts, entries, none in ((scales, own and own.map.scale, 1.0), (shifts, own and own.map.shift, 0.0)):
-                parts.append(full(entries, size) if entries else Apply("new_full.default", (like, (size,), none)))
-        scale = Apply("cat.default", (tuple(scales),)) if any(own.scale for own in maps) else None
-        shift = Apply("cat.default", (tuple(shifts),)) if any(own.shift for own in maps) else None
+                parts.append(full(entries, size) if entries else Call("new_full.default", (like, (size,), none)))
+        scale = Call("cat.default", (tuple(scales),)) if any(own.scale for own in maps) else None
+        shift = Call("cat.default", (tuple(shifts),)) if any(own.shift for own in maps) else None
         self.carry(node, Pending((axis,), Map(scale, shift)))
         return None
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import constant
 from normfuse.analysis.facts import Facts
-from normfuse.graph.formula import Apply, Formula, Number
+from normfuse.graph.expressions import Call, Formula, Number
 from normfuse.graph.ops.carrying import rank, same, same_sizes, varies_along
 from normfuse.graph.views import Norm, aten, dtype, is_tensor, shape
 from normfuse.transforms.backward import Key, way_back
@@ -101,7 +101,7 @@ class _Find(Forward):
         if entries is None or axes not in ([], [pending.axis]) or not (is_first or node.target in _COMMUTING):
             return Obstacle(node, "differs along another axis than the channels")
         if node.target in (aten.div.Tensor, aten.sub.Tensor):
-            entries = Apply("reciprocal.default" if node.target is aten.div.Tensor else "neg.default", (entries,))
+            entries = Call("reciprocal.default" if node.target is aten.div.Tensor else "neg.default", (entries,))
         self.found.dropped.append((node, value))
         adds = node.target in (aten.add.Tensor, aten.sub.Tensor)
         return replace(pending, map=pending.map.then(None, entries) if adds else pending.map.then(entries, None))

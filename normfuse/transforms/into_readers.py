@@ -15,8 +15,8 @@ from torch.fx import Node
 from normfuse.analysis.affine import Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.scales import why_fixed
-from normfuse.graph.edits import Reroute, literal
-from normfuse.graph.formula import Apply, Formula, Scaled, evaluate, is_formula, substitute
+from normfuse.graph.edits import Reroute
+from normfuse.graph.expressions import Call, Formula, evaluate, substitute
 from normfuse.graph.ops.carrying import METADATA, rank, same, times_read
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten, shape
@@ -111,8 +111,8 @@ class _Absorb(Forward):
             return stopped
         if transposed or not (node.target is aten.linear.default or unpadded(a["padding"])):
             return self._map(node, a, plain, shift)
-        shifted = per_group(plain, full(shift, groups * sizes[1]), groups, sizes) if groups > 1 else Scaled(plain, shift, 1)
-        added = Apply("sum.dim_IntList", (shifted, tuple(range(1, len(sizes)))))
+        shifted = per_group(plain, full(shift, groups * sizes[1]), groups, sizes) if groups > 1 else plain.scaled(shift, 1)
+        added = Call("sum.dim_IntList", (shifted, tuple(range(1, len(sizes)))))
         return self.draft.new_bias(node, added) if a["bias"] is None else self._added(node, a["bias"], added)
 
     def _map(self, node: Node, a: dict[str, Any], weight: Formula, shift: Formula) -> Obstacle | None:
@@ -125,11 +125,10 @@ class _Absorb(Forward):
             return Obstacle(node, "adds zeros around its input, which a shift would change")
         channels = int(shape(a["input"])[channel(node, a["input"])])
         batch = (1,) * channel(node, a["input"])  # none where the input has no batch
-        column = Apply("view.default", (full(shift, channels), (*batch, channels, *(1 for _ in places))))
-        everywhere = Apply("expand.default", (column, (*batch, channels, *places)))
+        column = Call("view.default", (full(shift, channels), (*batch, channels, *(1 for _ in places))))
+        everywhere = Call("expand.default", (column, (*batch, channels, *places)))
         given = {**a, "input": everywhere, "weight": weight, "bias": None}
-        arguments_ = tuple(each if is_formula(each) else literal(each) for each in given.values())
-        self.draft.add(node, Apply(str(node.target).removeprefix("aten."), arguments_))
+        self.draft.add(node, Call.of(node.target, [*given.values()]))
         return None
 
     def _added(self, layer: Node, bias: Node, entries: Formula) -> Obstacle | None:
@@ -150,7 +149,7 @@ class _Absorb(Forward):
         stopped = fold(self.draft, weight, entering, Map(scale)) if scale is not None else None
         if stopped or shift is None:
             return stopped
-        added = Apply("sum.dim_IntList", (Scaled(plain, shift, entering), (entering,), entering > 0))
+        added = Call("sum.dim_IntList", (plain.scaled(shift, entering), (entering,), entering > 0))
         if node.target is aten.addmm.default:
             if a["beta"] != 1 or a["alpha"] != 1:
                 return Obstacle(node, "scales its bias")

@@ -10,7 +10,7 @@ from torch.fx import Node
 from normfuse.analysis.affine import MOVES, Affine, constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.scales import computed_from, of_each, own_scale, scalable
-from normfuse.graph.formula import Apply, Formula, Scaled
+from normfuse.graph.expressions import Call, Formula
 from normfuse.graph.ops.carrying import METADATA, carries, rank, same, times_read
 from normfuse.graph.views import arguments, aten, shape
 from normfuse.transforms.backward import Backward, Key, Step, way_back
@@ -115,11 +115,11 @@ class _Fold(Backward[Obstacle]):
         self.draft.nodes.update(computed_from(node))
         found = scalable(self.facts, node, axis)
         if found is not None:
-            return self.draft.change(found[0], lambda own: Scaled(own, scale, found[1]))
+            return self.draft.change(found[0], lambda own: own.scaled(scale, found[1]))
         again = f"normfuse_{node.name}_scale"
         if times_read(node) != 1 or own_scale(self.facts, node, axis) is None:
             return self.draft.change(node, lambda own: own)  # which says why it cannot change
-        if not self.draft.change_again(again, lambda own: Scaled(own, scale, axis)):
+        if not self.draft.change_again(again, lambda own: own.scaled(scale, axis)):
             self.draft.edits += of_each(self.facts, node, axis, scale)
         return None
 
@@ -195,13 +195,13 @@ def _parted(node: Node, axis: int, pending: Map) -> Step[Obstacle]:
     def whole(entries: Formula | None, none: float) -> Formula | None:
         if entries is None:
             return None
-        others = (Apply("new_full.default", (entries, (size,), none)) for size in sizes)
+        others = (Call("new_full.default", (entries, (size,), none)) for size in sizes)
         parts = (full(entries, sizes[place]) if own == place else other for own, other in enumerate(others))
-        return Apply("cat.default", (tuple(parts),))
+        return Call("cat.default", (tuple(parts),))
 
     return Step(((arguments(split)["self"], axis),), (Map(whole(pending.scale, 1.0), whole(pending.shift, 0.0)),))
 
 
 def part(entries: Formula | None, start: int, size: int) -> Formula | None:
     """The entries of some of the channels; a single entry stands for all of them."""
-    return None if entries is None else Apply("slice.Tensor", (entries, 0, start, start + size))
+    return None if entries is None else Call("slice.Tensor", (entries, 0, start, start + size))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from normfuse.analysis.affine import product, total
-from normfuse.graph.formula import Added, Apply, Centered, Formula, Scaled
+from normfuse.graph.expressions import Call, Formula
 
 
 class ChangeOfBasis(Protocol):
@@ -37,11 +37,11 @@ class Centring:
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.written`."""
-        return Centered(of, dim)
+        return of.centered(dim)
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.read`: WC₀, as C₀ is symmetric."""
-        return Centered(of, dim)
+        return of.centered(dim)
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class Map:
     @property
     def inverse(self) -> Map:
         """The map that undoes this one: P((v - shift) / scale) of v = scale ⊙ Lt + shift is t."""
-        less = None if self.shift is None else Apply("neg.default", (self.shift,))
-        over = None if self.scale is None else Apply("reciprocal.default", (self.scale,))
+        less = None if self.shift is None else Call("neg.default", (self.shift,))
+        over = None if self.scale is None else Call("reciprocal.default", (self.scale,))
         return replace(self, scale=over, shift=None if less is None else product(less, over))
 
     @property
@@ -88,11 +88,11 @@ class Map:
 
     def read(self, weight: Formula, dim: int, d: int) -> Formula:
         """A weight that is multiplied with v along ``dim``, of ``d`` entries there: (W diag(scale)) L reads t."""
-        scaled = weight if self.scale is None else Scaled(weight, self.scale, dim)
+        scaled = weight if self.scale is None else weight.scaled(self.scale, dim)
         return scaled if self.basis is None else self.basis.read(scaled, dim, d)
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
         """A stored tensor that writes v along ``dim``, of ``d`` entries there: P(scale ⊙ W + shift) writes t."""
-        scaled = of if self.scale is None else Scaled(of, self.scale, dim)
-        shifted = scaled if self.shift is None else Added(scaled, self.shift, dim)
+        scaled = of if self.scale is None else of.scaled(self.scale, dim)
+        shifted = scaled if self.shift is None else scaled.shifted(self.shift, dim)
         return shifted if self.basis is None else self.basis.written(shifted, dim, d)

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
-from normfuse.graph.edits import Call, Edit, NewTensor, Ref, Reroute, Resize, SetTensor, literal
+from normfuse.graph.edits import Edit, NewTensor, Reroute, Resize, SetTensor
+from normfuse.graph.expressions import Call, Formula, Read, Ref, reads, uncentered
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.graph.formula import Added, Apply, Centered, Formula, Read, Scaled, reads
 from normfuse.graph.ops.carrying import carries, is_mean_of, rank
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
 from normfuse.graph.program import Program
@@ -210,11 +210,8 @@ def _is_nearly_centred(tensor: Tensor, axis: int) -> bool:
 
 
 def _centered_by_formula(program: Program, node: Node) -> set[int]:
-    formula, axes = program.formulas.get(program.stored.get(node.name, "")), set()
-    while isinstance(formula, Centered):
-        axes.add(formula.dim)
-        formula = formula.of
-    return axes
+    formula = program.formulas.get(program.stored.get(node.name, ""))
+    return set() if formula is None else set(uncentered(formula)[1])
 
 
 class _Stream(Backward[Obstacle]):
@@ -238,7 +235,7 @@ class _Stream(Backward[Obstacle]):
         if (node, axis) in self.streams.paid:
             return self._entry(node, axis)
         if node.name in self.streams.scaled:
-            branch = self.facts.program.nodes[next(iter(_refs(self.streams.scaled[node.name])))]
+            branch = self.facts.program.nodes[next(reads(self.streams.scaled[node.name].by))]
             return Step(((branch, axis - (rank(node) - rank(branch))),))
         return None
 
@@ -417,24 +414,24 @@ class _Streams:
             formulas[layer.weight] = layer.map.read(plain, layer.dim, _width(node, layer.dim))
             if layer.map.shift is None:
                 continue
-            weighed = Scaled(plain, layer.map.shift, layer.dim)
+            weighed = plain.scaled(layer.map.shift, layer.dim)
             if layer.bias is not None or layer.takes_bias:
                 out = 1 - layer.dim if rank(node) == 2 else 0
-                added = Apply("sum.dim_IntList", (weighed, tuple(own for own in range(rank(node)) if own != out)))
+                added = Call("sum.dim_IntList", (weighed, tuple(own for own in range(rank(node)) if own != out)))
                 if layer.bias is not None:
-                    formulas[layer.bias] = Added(writers.get(layer.bias, Read(layer.bias)), added, 0)
+                    formulas[layer.bias] = writers.get(layer.bias, Read(layer.bias)).shifted(added, 0)
                 else:
                     yield from self._new_bias(layer, added)
             else:
                 made = f"normfuse_{layer.node.name}_map"
-                yield NewTensor(made, Apply("sum.dim_IntList", (weighed, (layer.dim,), rank(node) > 2)), layer.weight)
+                yield NewTensor(made, Call("sum.dim_IntList", (weighed, (layer.dim,), rank(node) > 2)), layer.weight)
                 yield Reroute(layer.node.name, Call("add.Tensor", (Ref(layer.node.name), Ref(made))))
 
     def _new_bias(self, layer: Layer, value: Formula) -> Iterator[Edit]:
         made = f"normfuse_{layer.node.name}_bias"
         named = {**arguments(layer.node), "bias": Ref(made)}
         yield NewTensor(made, value, next(reads(value)))
-        yield Reroute(layer.node.name, Call(str(layer.node.target).removeprefix("aten."), tuple(map(literal, named.values()))))
+        yield Reroute(layer.node.name, Call.of(layer.node.target, [*named.values()]))
 
     def _entry(self, key: Key, name: str, stream: _Stream) -> Reroute:
         """Where the stream begins at a value that stays as it is."""
@@ -460,11 +457,6 @@ def _is_half(node: Node) -> bool:
 
 def _width(node: Node, axis: int) -> int:
     return int(shape(node)[axis])
-
-
-def _refs(edit: Reroute) -> Iterator[str]:
-    if isinstance(edit.by, Ref):
-        yield edit.by.node
 
 
 def _is_mean_subtraction(node: Node, axis: int) -> bool:

@@ -20,8 +20,8 @@ import torch
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
-from normfuse.graph.edits import Call, Edit, Ref, Reroute, SetTensor
-from normfuse.graph.formula import Centered, Formula, Read, Scaled
+from normfuse.graph.edits import Edit, Reroute, SetTensor
+from normfuse.graph.expressions import FLOAT32, Call, Formula, Read, Ref
 from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, spans
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
 from normfuse.transforms import backward
@@ -132,7 +132,7 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
             continue
         stored = facts.program.stored
         tensors = [(stored[writer.name], dim) for writer, dim in writers if writer.op == "placeholder"]
-        folds = (SetTensor(name, Centered(Scaled(Read(name), Read(vector), dim), dim)) for name, dim in tensors)
+        folds = (SetTensor(name, Read(name).scaled(Read(vector), dim).centered(dim)) for name, dim in tensors)
         return Step(edits=(*folds, Reroute(node.name, Ref(branch.name))), passed=frozenset(passed for passed, _ in writers))
     return None
 
@@ -273,8 +273,8 @@ def _region(norms: tuple[Norm, ...], keys: list[Key], paid: set[Key], steps: dic
             continue
         for edit in steps[key].edits:
             match edit:
-                case SetTensor(name, Centered(Read(), dim)) if name in tensors:
-                    tensors[name] = Centered(tensors[name], dim)  # along a second axis as well
+                case SetTensor(name, Call("center", (Read(),), (("dim", dim),))) if name in tensors:
+                    tensors[name] = tensors[name].centered(dim)  # along a second axis as well
                 case SetTensor(name, formula):
                     tensors[name] = formula
                 case Reroute():
@@ -300,5 +300,5 @@ def _less_its_mean(node: Node, axis: int) -> Call:
     if dtype(node) in (torch.float32, torch.float64):
         return Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True))))
     # a mean that is rounded to half precision would leave a mean behind that RMSNorm sees
-    centered = Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True), "float32")))
+    centered = Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True), FLOAT32)))
     return Call("type_as.default", (centered, x))

@@ -8,24 +8,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.graph.formula import Added, Apply, Centered, Formula, Number, Read, Scaled, formed
+from normfuse.graph.expressions import Call, Formula, Number, Read, formed
 from normfuse.modules.codegen import NoTapeError, Tape
 
 WEIGHT, GAIN, SHIFT, MEAN, VARIANCE = (Read(name) for name in ("weight", "gain", "shift", "mean", "variance"))
-SCALE = Apply("mul.Tensor", (GAIN, Apply("rsqrt.default", (Apply("add.Tensor", (VARIANCE, 1e-5)),))))
-MOVED = Apply("neg.default", (Apply("mul.Tensor", (MEAN, SCALE)),))
-SCALED, VIEWED = Scaled(WEIGHT, GAIN, 0), Apply("view.default", (GAIN, (4, 1, 1, 1)))
+SCALE = Call("mul.Tensor", (GAIN, Call("rsqrt.default", (Call("add.Tensor", (VARIANCE, 1e-5)),))))
+MOVED = Call("neg.default", (Call("mul.Tensor", (MEAN, SCALE)),))
+SCALED, VIEWED = WEIGHT.scaled(GAIN, 0), Call("view.default", (GAIN, (4, 1, 1, 1)))
 FORMULAS: dict[str, tuple[Formula, ...]] = {
-    "batch norm": (Scaled(WEIGHT, SCALE, 0), Apply("add.Tensor", (SHIFT, MOVED))),
-    "a bias of its own": (Scaled(WEIGHT, SCALE, 0), Added(Scaled(MEAN, SCALE, 0), SHIFT, -1)),
-    "no bias": (Scaled(WEIGHT, SCALE, -4),),
-    "another axis": (Scaled(Scaled(WEIGHT, SCALE, 1), GAIN, 0), SHIFT),
-    "centred": (Centered(Scaled(WEIGHT, GAIN, 1), 0), Centered(SHIFT, 0)),
-    "read twice": (Scaled(Scaled(WEIGHT, GAIN, 0), GAIN, 1), Apply("mul.Tensor", (GAIN, GAIN))),
-    "the weight in the bias": (SCALED, Apply("sub.Tensor", (SCALED, Scaled(WEIGHT, SHIFT, 1)))),
-    "a number for all": (Scaled(WEIGHT, Number(3.0), 0), Scaled(GAIN, Apply("mul.Tensor", (Number(0.5), Number(-2.0))), 0)),
-    "subtracted from a number": (Scaled(WEIGHT, Apply("mul.Tensor", (Apply("neg.default", (GAIN,)), SHIFT)), 0),),
-    "repeated": (Apply("mul.Tensor", (WEIGHT, VIEWED)), Apply("expand.default", (GAIN, (2, 4)))),
+    "batch norm": (WEIGHT.scaled(SCALE, 0), Call("add.Tensor", (SHIFT, MOVED))),
+    "a bias of its own": (WEIGHT.scaled(SCALE, 0), MEAN.scaled(SCALE, 0).shifted(SHIFT, -1)),
+    "no bias": (WEIGHT.scaled(SCALE, -4),),
+    "another axis": (WEIGHT.scaled(SCALE, 1).scaled(GAIN, 0), SHIFT),
+    "centred": (WEIGHT.scaled(GAIN, 1).centered(0), SHIFT.centered(0)),
+    "read twice": (WEIGHT.scaled(GAIN, 0).scaled(GAIN, 1), Call("mul.Tensor", (GAIN, GAIN))),
+    "the weight in the bias": (SCALED, Call("sub.Tensor", (SCALED, WEIGHT.scaled(SHIFT, 1)))),
+    "a number for all": (WEIGHT.scaled(Number(3.0), 0), GAIN.scaled(Call("mul.Tensor", (Number(0.5), Number(-2.0))), 0)),
+    "subtracted from a number": (WEIGHT.scaled(Call("mul.Tensor", (Call("neg.default", (GAIN,)), SHIFT)), 0),),
+    "repeated": (Call("mul.Tensor", (WEIGHT, VIEWED)), Call("expand.default", (GAIN, (2, 4)))),
     "unchanged": (WEIGHT, SHIFT),
 }  # fmt: skip
 NAMES = ("weight", "gain", "variance", "shift", "mean")
@@ -84,8 +84,8 @@ def test_what_is_not_written_down_is_refused() -> None:
     leaves = tensors()
     wide = torch.float64
     with pytest.raises(NoTapeError):
-        Tape([Apply("tanh.default", (WEIGHT,))], leaves, [wide], wide)
-    through_a_root = Tape([Scaled(WEIGHT, Apply("rsqrt.default", (VARIANCE,)), 0)], leaves, [wide], wide)
+        Tape([Call("tanh.default", (WEIGHT,))], leaves, [wide], wide)
+    through_a_root = Tape([WEIGHT.scaled(Call("rsqrt.default", (VARIANCE,)), 0)], leaves, [wide], wide)
     with pytest.raises(NoTapeError):
         through_a_root.backward(True, False, [False, False, True, False, False])
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import CannotApply
-from normfuse.graph.formula import rounded
+from normfuse.graph.expressions import rounded
 from normfuse.modules.standing import filled
 from tests.models import TRAPS, D, noise
 from tests.modules.models import IMAGES, Net

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from normfuse.graph.edits import Call, Edit, NewTensor, Ref, Reroute, SetTensor
-from normfuse.graph.formula import Added, Apply, Centered, Formula, Number, Read, Scaled
+from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
+from normfuse.graph.expressions import Call, Formula, Number, Read, Ref
 from normfuse.graph.program import Program
 from normfuse.planning.planner import Plan
 
@@ -77,19 +77,19 @@ def _skipped(edit: SetTensor, shape: tuple[int, ...]) -> Edit | None:
 
 
 def _half_done(edit: SetTensor, shape: tuple[int, ...]) -> Edit | None:
-    half = Apply("mul.Tensor", (Apply("add.Tensor", (edit.formula, Read(edit.name))), Number(0.5)))
+    half = Call("mul.Tensor", (Call("add.Tensor", (edit.formula, Read(edit.name))), Number(0.5)))
     return replace(edit, formula=half) if isinstance(edit, SetTensor) else None
 
 
 def _dropped(edit: SetTensor, shape: tuple[int, ...]) -> Edit | None:
-    return replace(edit, formula=Apply("mul.Tensor", (edit.formula, Number(0.0)))) if len(shape) == 1 else None
+    return replace(edit, formula=Call("mul.Tensor", (edit.formula, Number(0.0)))) if len(shape) == 1 else None
 
 
 def _one_channel(edit: SetTensor, shape: tuple[int, ...]) -> Edit | None:
     if not shape or shape[0] < 2:
         return None
-    first = Apply("mul.Tensor", (Apply("slice.Tensor", (edit.formula, 0, 0, 1)), Number(1.001)))
-    return replace(edit, formula=Apply("cat.default", ((first, Apply("slice.Tensor", (edit.formula, 0, 1, shape[0]))), 0)))
+    first = Call("mul.Tensor", (Call("slice.Tensor", (edit.formula, 0, 0, 1)), Number(1.001)))
+    return replace(edit, formula=Call("cat.default", ((first, Call("slice.Tensor", (edit.formula, 0, 1, shape[0]))), 0)))
 
 
 def _wrong_axis(edit: SetTensor, shape: tuple[int, ...]) -> Edit | None:
@@ -101,9 +101,11 @@ def _wrong_axis(edit: SetTensor, shape: tuple[int, ...]) -> Edit | None:
 
 def _turned(formula: Formula) -> Formula:
     """Along the other of the first two axes, which are of one size."""
-    if isinstance(formula, (Centered, Scaled, Added)) and formula.dim in (0, 1):
-        return replace(formula, of=_turned(formula.of), dim=1 - formula.dim)
-    return formula
+    match formula:
+        case Call("center" | "scale" | "shift", (of, *by), (("dim", 0 | 1 as dim),)):
+            return replace(formula, args=(_turned(of), *by), kwargs=(("dim", 1 - dim),))
+        case _:
+            return formula
 
 
 FORMULAS: dict[str, Change] = {

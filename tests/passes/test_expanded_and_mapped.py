@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 import normfuse
-from normfuse.graph.edits import Call, Ref, Reroute
+from normfuse.graph.edits import Reroute
+from normfuse.graph.expressions import Call, Ref
 from normfuse.graph.findings import Claim, Rewrite
 from normfuse.graph.program import Program
 from normfuse.planning.planner import plan

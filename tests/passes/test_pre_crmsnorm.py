@@ -14,8 +14,8 @@ from torch.export import Dim
 import normfuse
 from normfuse.errors import CannotApply, InvalidPlan
 from normfuse.graph.edits import Reroute, Resize, apply
+from normfuse.graph.expressions import Read, evaluate
 from normfuse.graph.findings import Rewrite
-from normfuse.graph.formula import Read, evaluate
 from normfuse.graph.program import Program
 from normfuse.graph.views import shape
 from normfuse.nn import CRMSNorm

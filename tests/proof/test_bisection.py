@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import normfuse
 from normfuse.graph.edits import SetTensor
-from normfuse.graph.formula import Apply, Number
+from normfuse.graph.expressions import Call, Number
 from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.program import Program
 from normfuse.planning.planner import plan
@@ -47,9 +47,9 @@ def test_the_broken_weight_is_found_behind_a_stream_that_differs_on_purpose(name
     writers = [e for r in chosen.rewrites for e in r.edits if isinstance(e, SetTensor) and program.tensor(e.name).dim() >= 2]
     assert writers
     for edit in writers:
-        first = Apply("mul.Tensor", (Apply("slice.Tensor", (edit.formula, 0, 0, 1)), Number(1.5)))
+        first = Call("mul.Tensor", (Call("slice.Tensor", (edit.formula, 0, 0, 1)), Number(1.5)))
         rows = program.tensor(edit.name).shape[0]
-        wrong = replace(edit, formula=Apply("cat.default", ((first, Apply("slice.Tensor", (edit.formula, 0, 1, rows))), 0)))
+        wrong = replace(edit, formula=Call("cat.default", ((first, Call("slice.Tensor", (edit.formula, 0, 1, rows))), 0)))
         rounds = tuple(
             tuple(replace(r, edits=tuple(wrong if e == edit else e for e in r.edits)) for r in some) for some in chosen.rounds
         )

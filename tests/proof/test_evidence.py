@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import normfuse
 from normfuse.errors import VerificationFailed
 from normfuse.graph.edits import SetTensor
-from normfuse.graph.formula import Centered, Read
+from normfuse.graph.expressions import Read
 from normfuse.graph.interpreter import run
 from normfuse.proof.cases import Case
 from normfuse.proof.equivalence import Side, compare
@@ -126,7 +126,7 @@ def test_the_planner_does_not_trust_a_pass_with_tied_tensors() -> None:
 
     def careless(program: normfuse.Program, facts: object) -> object:
         site = program.site(next(node for node in program.graph.nodes if node.name == "layer_norm"))
-        edits = (SetTensor(name, Centered(Read(name), 1)),)
+        edits = (SetTensor(name, Read(name).centered(1)),)
         yield Rewrite("careless", (site,), ("layer_norm",), "layer_norm", edits, frozenset({"embedding"}), Claim.ROUNDING, "")
 
     chosen = plan(program, [Pass("careless", careless, "")])  # type: ignore[arg-type]

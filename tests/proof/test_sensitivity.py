@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.graph.edits import SetTensor
-from normfuse.graph.formula import Apply, Number
+from normfuse.graph.expressions import Call, Number
 from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.program import Program
 from normfuse.planning.planner import Plan, plan
@@ -39,10 +39,10 @@ def one_row_off(chosen: Plan, program: Program, edit: SetTensor, change: float) 
     value = program.tensor(edit.name)
     row = middle_row(value)
     bounds = ((0, row), (row, row + 1), (row + 1, len(value)))
-    parts = [Apply("slice.Tensor", (edit.formula, 0, *ends)) for ends in bounds if ends[0] < ends[1]]
+    parts = [Call("slice.Tensor", (edit.formula, 0, *ends)) for ends in bounds if ends[0] < ends[1]]
     at = 1 if row else 0
-    parts[at] = Apply("mul.Tensor", (parts[at], Number(1.0 + change)))
-    wrong = replace(edit, formula=Apply("cat.default", (tuple(parts), 0)))
+    parts[at] = Call("mul.Tensor", (parts[at], Number(1.0 + change)))
+    wrong = replace(edit, formula=Call("cat.default", (tuple(parts), 0)))
     rounds = tuple(
         tuple(replace(each, edits=tuple(wrong if e == edit else e for e in each.edits)) for each in rewrites)
         for rewrites in chosen.rounds

@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
 from normfuse.graph.edits import Edit, SetTensor, apply
-from normfuse.graph.formula import Apply, Formula, Read
+from normfuse.graph.expressions import Call, Formula, Read
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten
 from normfuse.transforms.draft import Draft, Obstacle, channel, is_transposed
@@ -32,8 +32,8 @@ class Orthogonal:
     resizes: bool = False
 
     def written(self, of: Formula, dim: int, d: int) -> Formula:
-        turned = Apply("matmul.default", (Apply("transpose.int", (of, dim, -1)), Read(self.name)))
-        return Apply("transpose.int", (turned, dim, -1))
+        turned = Call("matmul.default", (Call("transpose.int", (of, dim, -1)), Read(self.name)))
+        return Call("transpose.int", (turned, dim, -1))
 
     read = written
 
