@@ -146,10 +146,10 @@ def _by_matrices(call: Call, values: list[Any]) -> Any:
         result = operator_named(call.op)(*values, **keywords)
         return result[call.output] if isinstance(result, (tuple, list)) else result
     along = of.movedim(keywords["dim"], 0)
-    entries = by[0].reshape(-1).expand(4) if by else None
     if call.op == "center":
-        found = torch.einsum("ij,jk->ik", torch.eye(4, dtype=of.dtype) - 0.25, along)
-    elif call.op == "scale":
+        return torch.einsum("ij,jk->ik", torch.eye(4, dtype=of.dtype) - 0.25, along).movedim(0, keywords["dim"])
+    entries = by[0].reshape(-1).expand(4)
+    if call.op == "scale":
         found = torch.einsum("ij,jk->ik", torch.diag(entries), along)
     else:
         found = along + torch.outer(entries, torch.ones(4, dtype=entries.dtype))
@@ -204,5 +204,5 @@ def test_json_brings_back_what_it_was_given(formula: Expression) -> None:
 
 
 def test_what_is_centred_last() -> None:
-    assert uncentered(WEIGHT.centered(0).centered(1)) == (WEIGHT, {0, 1})
+    assert uncentered(WEIGHT.centered(0).centered(1)) == (WEIGHT, frozenset({0, 1}))
     assert uncentered(WEIGHT.centered(0).scaled(GAIN, 1)) == (WEIGHT.centered(0).scaled(GAIN, 1), frozenset())
