@@ -18,7 +18,7 @@ from normfuse.analysis.facts import Facts
 from normfuse.graph.arithmetic import only_computes
 from normfuse.graph.expressions import Call, Expression, Formula, Number, Read, Ref, literal
 from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, times_read, varies_along
-from normfuse.graph.views import Norm, arguments, aten, dtype, is_tensor, shape
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor, shape
 
 Move: TypeAlias = tuple[str, tuple[Any, ...], str]
 """One shape op on the way from the base to the value: its name, its arguments after the first, and the shape it is given."""
@@ -51,7 +51,7 @@ class Affine:
 def forms(facts: Facts) -> dict[Node, Affine]:
     """Every value that is a channel affine of an earlier one, with the earliest such base."""
     found: dict[Node, Affine] = {}
-    batch_norms = {norm.out: norm for norm in facts.norms if norm.kind in ("batch_norm", "instance_norm")}
+    batch_norms = {norm.out: norm for norm in facts.norms if norm.kind in (NormKind.BATCH_NORM, NormKind.INSTANCE_NORM)}
     for node in facts.program.graph.nodes:
         if node in facts.constant or not _is_float(node):
             continue

@@ -20,10 +20,10 @@ from normfuse.analysis.norms import norms_of
 from normfuse.graph.bodies import Body, bodies
 from normfuse.graph.ops.carrying import carries, hides, is_mean_of, rank
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, dtype, tensors_in
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, tensors_in
 
 NOTHING: frozenset[int] = frozenset()
-CENTRING = ("layer_norm", "std_norm")
+CENTRING = (NormKind.LAYER_NORM, NormKind.STD_NORM)
 """Kinds of norms that take the mean away."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # a float8 weight cannot hold its changed self
 

@@ -22,7 +22,7 @@ from normfuse.graph.bodies import Body
 from normfuse.graph.interpreter import call, default_dtype
 from normfuse.graph.ops.carrying import METADATA, rank, same, same_sizes, varies_along
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, dtype, operator_norm, shape, tensors_in
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, operator_norm, shape, tensors_in
 
 ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
 MEANS = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
@@ -66,11 +66,10 @@ def _offline(program: Code, node: Node) -> Norm | None:
         return None
     axes = varies_along(y, node)
     eps = _root_of_statistics(y)
-    return (
-        None
-        if eps is None or len(axes) != 1
-        else Norm(node, "offline_norm", x, tuple(axes), None, None, eps, frozenset({node}))
-    )
+    if eps is None or len(axes) != 1:
+        return None
+    over = tuple(axis for axis in range(rank(node)) if axis not in axes)
+    return Norm(node, NormKind.OFFLINE_NORM, x, over, None, None, eps, frozenset({node}))
 
 
 def _root_of_statistics(node: Node) -> float | None:
@@ -188,7 +187,7 @@ def _closed(inner: frozenset[Node], out: Node) -> bool:
 
 def _prove(
     program: Code, x: Node, out: Node, inner: list[Node], stored: frozenset[Node], axis: int
-) -> tuple[str, float] | None:
+) -> tuple[NormKind, float] | None:
     """Kind and eps of ``out`` as gain ⊙ norm(x), if it is that for a gain drawn at random."""
     size = shape(x)[axis]
     if not isinstance(size, int) or size < 2:
@@ -258,8 +257,8 @@ def _std_norm(correction: int) -> Callable[[Tensor, int, float], Tensor]:
 
 
 _KINDS = (
-    ("layer_norm", _layer_norm), ("rms_norm", _rms_norm), ("crms_norm", _crms_norm),
-    ("std_norm", _std_norm(1)), ("std_norm", _std_norm(0)),
+    (NormKind.LAYER_NORM, _layer_norm), (NormKind.RMS_NORM, _rms_norm), (NormKind.CRMS_NORM, _crms_norm),
+    (NormKind.STD_NORM, _std_norm(1)), (NormKind.STD_NORM, _std_norm(0)),
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from normfuse.api.opening import Given, Model, to_program
 from normfuse.escaping import escaped
 from normfuse.graph.findings import Refusal
 from normfuse.graph.program import Program, Site
-from normfuse.graph.views import Norm
+from normfuse.graph.views import Norm, NormKind
 from normfuse.planning.planner import Plan, plan, site_in
 from normfuse.planning.registry import ALL
 from normfuse.report.text import norms_table, plain_table, refusals_lines
@@ -89,7 +89,7 @@ def inspect(
 
 def _seen_by(program: Program, facts: Facts, norm: Norm) -> str | None:
     """A reader that sees the mean of what a LayerNorm normalizes."""
-    witness = facts.first_sight(norm.x, norm.axes[0]) if norm.kind == "layer_norm" and len(norm.axes) == 1 else None
+    witness = facts.first_sight(norm.x, norm.axes[0]) if norm.kind == NormKind.LAYER_NORM and len(norm.axes) == 1 else None
     return None if witness is None else "the caller" if witness.op == "output" else str(program.site(witness))
 
 
@@ -98,7 +98,7 @@ def _row(site: Site, norm: Norm, plans: Mapping[str, Plan], seen_by: str | None)
         **site.to_dict(),
         "kind": norm.kind,
         "by_hand": norm.by_hand,
-        "axes": list(norm.axes),
+        "axes": list(norm.channels if norm.kind in (NormKind.BATCH_NORM, NormKind.OFFLINE_NORM) else norm.axes),
         "eps": norm.eps,
         "gain": norm.gain is not None,
         "shift": norm.shift is not None,

@@ -21,7 +21,7 @@ from normfuse.graph.edits import Edit, Reroute, apply
 from normfuse.graph.expressions import FLOAT32, Call, Ref, literal
 from normfuse.graph.interpreter import call, default_dtype, widened
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, dtype, shape
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape
 
 COPIES = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 HALVES = (torch.float16, torch.bfloat16)
@@ -123,18 +123,18 @@ def with_operators(program: Program) -> Program:
 def _operator(program: Program, norm: Norm) -> tuple[Node, Reroute] | None:
     """For a norm that is no operator yet, or whose gain still stands behind it: its node, and the operator for it."""
     last, size = len(shape(norm.x)) - 1, (shape(norm.x) or (None,))[-1]
-    if norm.kind not in ("layer_norm", "rms_norm") or norm.axes != (last,) or not isinstance(size, int):
+    if norm.kind not in (NormKind.LAYER_NORM, NormKind.RMS_NORM) or norm.axes != (last,) or not isinstance(size, int):
         return None
     if dtype(norm.x) not in OPERATOR_DTYPES or dtype(norm.out) != dtype(norm.x) or norm.shift is not None:
         return None
     out, gain = (norm.out, norm.gain) if norm.gain is not None else _behind(program, norm.out, aten.mul.Tensor)
-    out, shift = _behind(program, out, aten.add.Tensor) if norm.kind == "layer_norm" else (out, None)
+    out, shift = _behind(program, out, aten.add.Tensor) if norm.kind == NormKind.LAYER_NORM else (out, None)
     if out is norm.out and not norm.by_hand:
         return None
     if not all(_is_vector(each, norm.x, size) for each in (gain, shift) if each):
         return None
     weight, bias = (_as_vector(each, size) for each in (gain, shift))
-    affine = (weight, bias) if norm.kind == "layer_norm" else (weight,)
+    affine = (weight, bias) if norm.kind == NormKind.LAYER_NORM else (weight,)
     return norm.out, Reroute(out.name, Call(f"{norm.kind}.default", (Ref(norm.x.name), (size,), *affine, norm.eps)))
 
 

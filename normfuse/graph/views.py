@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -56,17 +57,34 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+class NormKind(StrEnum):
+    """What a norm computes; a text too, so that answers say ``layer_norm``."""
+
+    LAYER_NORM = "layer_norm"
+    RMS_NORM = "rms_norm"
+    CRMS_NORM = "crms_norm"
+    """an RMSNorm of a zero-mean vector whose last entry is not stored"""
+    BATCH_NORM = "batch_norm"
+    GROUP_NORM = "group_norm"
+    INSTANCE_NORM = "instance_norm"
+    STD_NORM = "std_norm"
+    """a LayerNorm that adds eps to the deviation"""
+    OFFLINE_NORM = "offline_norm"
+    """one that the model spells with stored statistics"""
+
+    __repr__ = str.__repr__  # in answers that people print
+
+
 @dataclass(frozen=True)
 class Norm:
     """One normalization, whoever spelled it.
 
     Attributes:
         out: the node that yields the normalized value.
-        kind: ``layer_norm``, ``rms_norm``, ``crms_norm``, ``batch_norm``, ``group_norm``, ``instance_norm``, ``std_norm``
-            for a LayerNorm that adds eps to the deviation, or ``offline_norm`` for one that the model spells with stored
-            statistics.
+        kind: what it computes.
         x: the node that is normalized.
-        axes: the axes of ``x`` that share statistics (for batch_norm: the channel axis, which does not).
+        axes: the axes of ``x`` that statistics are taken over, also where they are stored; of a group_norm in groups of the
+            first of them.
         gain: the multiplier's node, or None.
         shift: the added term's node, or None.
         eps: as in the call.
@@ -74,7 +92,7 @@ class Norm:
     """
 
     out: Node
-    kind: str
+    kind: NormKind
     x: Node
     axes: tuple[int, ...]
     gain: Node | None
@@ -87,6 +105,13 @@ class Norm:
         """Whether the model spells the norm in arithmetic rather than by one operator."""
         return self.out.target not in _OPERATORS and self.out.target is not operator.getitem
 
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """The axes of ``x`` along which gain and shift vary, and stored statistics where it has them."""
+        if self.kind in (NormKind.BATCH_NORM, NormKind.OFFLINE_NORM):
+            return tuple(axis for axis in range(len(shape(self.x))) if axis not in self.axes)
+        return (1,) if self.kind in (NormKind.GROUP_NORM, NormKind.INSTANCE_NORM) else self.axes
+
 
 def _trailing(x: Node, normalized_shape: Any) -> tuple[int, ...]:
     rank = len(shape(x))
@@ -96,14 +121,14 @@ def _trailing(x: Node, normalized_shape: Any) -> tuple[int, ...]:
 def _layer_norm(node: Node, out: Node) -> Norm:
     a = arguments(node)
     axes = _trailing(a["input"], a["normalized_shape"])
-    return Norm(out, "layer_norm", a["input"], axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+    return Norm(out, NormKind.LAYER_NORM, a["input"], axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
 
 
 def _rms_norm(node: Node, out: Node) -> Norm:
     a = arguments(node)
     x = a["input"]
     eps = default_rms_eps(dtype(x)) if a["eps"] is None else float(a["eps"])
-    return Norm(out, "rms_norm", x, _trailing(x, a["normalized_shape"]), a["weight"], None, eps, frozenset({node, out}))
+    return Norm(out, NormKind.RMS_NORM, x, _trailing(x, a["normalized_shape"]), a["weight"], None, eps, frozenset({node, out}))
 
 
 def default_rms_eps(kind: torch.dtype | None) -> float:
@@ -113,21 +138,23 @@ def default_rms_eps(kind: torch.dtype | None) -> float:
 
 def _batch_norm(node: Node, out: Node) -> Norm:
     a = arguments(node)
-    return Norm(out, "batch_norm", a["input"], (1,), a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+    x = a["input"]
+    axes = tuple(axis for axis in range(len(shape(x))) if axis != 1)
+    return Norm(out, NormKind.BATCH_NORM, x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
 
 
 def _group_norm(node: Node, out: Node) -> Norm:
     a = arguments(node)
     x = a["input"]
     axes = tuple(range(1, len(shape(x))))
-    return Norm(out, "group_norm", x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+    return Norm(out, NormKind.GROUP_NORM, x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
 
 
 def _instance_norm(node: Node, out: Node) -> Norm:
     a = arguments(node)
     x = a["input"]
     axes = tuple(range(2, len(shape(x))))
-    return Norm(out, "instance_norm", x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
+    return Norm(out, NormKind.INSTANCE_NORM, x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
 
 
 _OPERATORS = {

@@ -26,7 +26,7 @@ from normfuse.analysis.facts import Facts
 from normfuse.graph.expressions import Call, Formula, Read, evaluate, reads
 from normfuse.graph.ops.carrying import METADATA
 from normfuse.graph.program import Program
-from normfuse.graph.views import arguments, aten, dtype, operator_norm, shape
+from normfuse.graph.views import NormKind, arguments, aten, dtype, operator_norm, shape
 from normfuse.transforms.draft import LAYERS
 
 _VIEWS = MOVES | {aten._to_copy.default, aten.type_as.default}
@@ -89,7 +89,7 @@ class Standing:
             a = arguments(_call(node))
             roles = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - norm.eps}
             wanted = [(a[each], number) for each, number in roles.items() if isinstance(a.get(each), Node)]
-            return norm.x if norm.kind == "batch_norm" and not a.get("training") and norm.eps < 1 else None, wanted
+            return norm.x if norm.kind == NormKind.BATCH_NORM and not a.get("training") and norm.eps < 1 else None, wanted
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return None, []
         a, constant = arguments(node), self.program.constant
@@ -188,7 +188,7 @@ def is_same_without(new: Node, old: Node, is_still: Callable[[Any, Any], bool]) 
         is_still: told a new and an old argument, whether they are the same.
     """
     was, now = operator_norm(old), operator_norm(new)
-    alike = was is not None and now is not None and was.kind != "batch_norm" and was.eps == now.eps
+    alike = was is not None and now is not None and was.kind != NormKind.BATCH_NORM and was.eps == now.eps
     if new.target is not old.target or not (alike or new.target in LAYERS):
         return False
     before, after = arguments(old), arguments(new)

@@ -37,7 +37,7 @@ from normfuse.analysis.facts import Facts
 from normfuse.graph.expressions import Call
 from normfuse.graph.findings import Finding, Refusal
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm
+from normfuse.graph.views import Norm, NormKind
 from normfuse.transforms.fold import dissolve
 
 NORMS = ("batch_norm", "offline_norm")
@@ -49,15 +49,16 @@ def conv_bn(program: Program, facts: Facts) -> Iterator[Finding]:
         return
     found = forms(facts)
     for norm in facts.norms:
-        if norm.kind == "batch_norm" and norm.out not in found:
+        if norm.kind == NormKind.BATCH_NORM and norm.out not in found:
             yield Refusal("conv_bn", program.site(norm.out), "NF301", why_adaptive(facts, norm))
     yield from dissolve(facts, "conv_bn", found, _has_batch_norm)
 
 
 def _has_batch_norm(form: Affine, norms: list[Norm]) -> bool:
     """A norm with stored statistics that subtracts a mean has arithmetic in its shift; Unified Norm has the bias as it is."""
-    by_operator = any(norm.kind in ("batch_norm", "instance_norm") for norm in norms)  # both have running statistics here
-    return by_operator or (any(norm.kind == "offline_norm" for norm in norms) and _is_computed(form.shift))
+    running = (NormKind.BATCH_NORM, NormKind.INSTANCE_NORM)  # here both have running statistics
+    by_operator = any(norm.kind in running for norm in norms)
+    return by_operator or (any(norm.kind == NormKind.OFFLINE_NORM for norm in norms) and _is_computed(form.shift))
 
 
 def _is_computed(shift: object) -> bool:

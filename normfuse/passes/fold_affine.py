@@ -50,7 +50,7 @@ from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank, times_read
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, dtype, is_tensor
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor
 from normfuse.transforms.draft import Absorbed, Obstacle, column, new_tensor
 from normfuse.transforms.fold import makes_tensors, told
 from normfuse.transforms.into_readers import into_readers, well_conditioned
@@ -76,7 +76,7 @@ def _functions(facts: Facts) -> Iterable[list[Norm]]:
     """The norms that are adaptive, those together that are one function of one value."""
     same: dict[tuple[object, ...], list[Norm]] = {}
     for norm in facts.norms:
-        if norm.kind in ("layer_norm", "rms_norm", "group_norm", "std_norm"):
+        if norm.kind in (NormKind.LAYER_NORM, NormKind.RMS_NORM, NormKind.GROUP_NORM, NormKind.STD_NORM):
             by_operator = norm.out.target, str(norm.out.args), str(norm.out.kwargs)
             proven = "by hand", norm.kind, norm.x, norm.axes, norm.eps, norm.gain, dtype(norm.out)
             same.setdefault(proven if norm.by_hand else by_operator, []).append(norm)
@@ -105,7 +105,7 @@ def _of_operator(facts: Facts, norm: Norm) -> Affine | None:
     given = [node for node in (norm.gain, norm.shift) if node is not None]
     if any(node not in facts.constant or rank(node) != 1 for node in given):
         return None
-    axis = 1 if norm.kind == "group_norm" else rank(norm.out) - 1
+    *_, axis = norm.channels
     scale, shift = (None if node is None else constant(facts, node) for node in (norm.gain, norm.shift))
     return None if scale is shift is None else Affine(norm.x, (), axis, scale, shift, norm.inner)
 

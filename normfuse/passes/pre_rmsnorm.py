@@ -58,7 +58,7 @@ from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, dtype, shape
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape
 from normfuse.transforms.zero_mean import Obstacle, Region, center
 
 NORMS = ("layer_norm",)
@@ -66,14 +66,14 @@ NORMS = ("layer_norm",)
 
 def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per region of norms that share writers, and a refusal for every other LayerNorm."""
-    layer_norms = [norm for norm in facts.norms if norm.kind == "layer_norm"]
+    layer_norms = [norm for norm in facts.norms if norm.kind == NormKind.LAYER_NORM]
     for norm in layer_norms:
         if len(norm.axes) != 1:
             yield _refuse(program, norm, "NF203", f"it normalizes over {len(norm.axes)} axes together")
         elif not _fixed(norm):
             yield _refuse(program, norm, "NF203", "it normalizes over an axis of dynamic size")
     for norm in facts.norms:
-        if norm.kind == "std_norm":
+        if norm.kind == NormKind.STD_NORM:
             yield _refuse(program, norm, "NF210", "it adds eps to the deviation, which no RMSNorm does")
     centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1 and _fixed(norm)])
     for region in centering.regions:
@@ -96,7 +96,7 @@ def _rewrite(program: Program, region: Region) -> Rewrite:
     return Rewrite(
         pass_name="pre_rmsnorm",
         sites=tuple(program.site(norm.out) for norm in region.norms),
-        was=("layer_norm",) * len(region.norms),
+        was=(NormKind.LAYER_NORM,) * len(region.norms),
         becomes="rms_norm",
         edits=(*region.edits, *(_as_rms(norm, region) for norm in region.norms)),
         region=frozenset(node.name for node in region.nodes),

@@ -36,7 +36,7 @@ from normfuse.analysis.affine import MOVES, Affine, forms, why_adaptive
 from normfuse.analysis.facts import Facts
 from normfuse.graph.findings import Finding, Refusal
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, aten
+from normfuse.graph.views import Norm, NormKind, aten
 from normfuse.transforms.fold import dissolve
 
 NORMS = ("batch_norm",)
@@ -44,7 +44,7 @@ NORMS = ("batch_norm",)
 
 def prepbn(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per sum of a BatchNorm and its input, or say why it stays."""
-    batch_norms = [norm for norm in facts.norms if norm.kind == "batch_norm"]
+    batch_norms = [norm for norm in facts.norms if norm.kind == NormKind.BATCH_NORM]
     found = forms(facts) if batch_norms else {}
     for norm in batch_norms:
         if norm.out not in found and _is_rep(norm):
@@ -55,7 +55,7 @@ def prepbn(program: Program, facts: Facts) -> Iterator[Finding]:
 
 def _has_sum(form: Affine, norms: list[Norm]) -> bool:
     """Whether a BatchNorm is added to a multiple of its own input."""
-    return any(norm.kind == "batch_norm" and _is_rep(norm) for norm in norms)
+    return any(norm.kind == NormKind.BATCH_NORM and _is_rep(norm) for norm in norms)
 
 
 def _is_rep(norm: Norm) -> bool:

@@ -50,7 +50,7 @@ from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program, Site
-from normfuse.graph.views import Norm, dtype
+from normfuse.graph.views import Norm, NormKind, dtype
 from normfuse.transforms.draft import Absorbed, Obstacle
 from normfuse.transforms.fold import dissolve, told
 from normfuse.transforms.mean_subtraction import Centring, as_norm, blind, centrings, into_weights
@@ -65,7 +65,7 @@ NORMS = ("layer_norm",)
 def strip_layernorm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per stored σ, then one per mean-subtraction; refuse every norm that measures its input."""
     for norm in facts.norms:
-        if norm.kind == "layer_norm":
+        if norm.kind == NormKind.LAYER_NORM:
             yield _measuring(program.site(norm.out), norm)
     every = centrings(facts)
     found = _along_channels(forms(facts), every) if every else {}
@@ -90,7 +90,7 @@ def _measuring(site: Site, norm: Norm) -> Refusal:
 
 def is_published(norm: Norm) -> bool:
     """Whether a norm is in the published format: LayerNorm with an eps beside which the variance vanishes."""
-    return norm.kind == "layer_norm" and norm.eps >= PUBLISHED_EPS
+    return norm.kind == NormKind.LAYER_NORM and norm.eps >= PUBLISHED_EPS
 
 
 def overflows(norm: Norm) -> bool:
@@ -177,7 +177,7 @@ def with_sigmas(sigmas: Mapping[str, float], because: Mapping[str, str]) -> Call
 
     def propose(program: Program, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
-            if norm.out.name in sigmas and norm.kind == "layer_norm" and norm.axes == (rank(norm.x) - 1,):
+            if norm.out.name in sigmas and norm.kind == NormKind.LAYER_NORM and norm.axes == (rank(norm.x) - 1,):
                 yield _stored(program, norm, sigmas[norm.out.name], because[norm.out.name])
 
     return propose

@@ -33,7 +33,7 @@ from normfuse.analysis.affine import Affine, forms
 from normfuse.analysis.facts import Facts
 from normfuse.graph.findings import Finding
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm
+from normfuse.graph.views import Norm, NormKind
 from normfuse.transforms.fold import dissolve
 
 NORMS = ("offline_norm",)
@@ -41,9 +41,9 @@ NORMS = ("offline_norm",)
 
 def unified_norm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per norm that divides by stored statistics."""
-    if any(norm.kind == "offline_norm" for norm in facts.norms):
+    if any(norm.kind == NormKind.OFFLINE_NORM for norm in facts.norms):
         yield from dissolve(facts, "unified_norm", forms(facts), _has_statistics)
 
 
 def _has_statistics(form: Affine, norms: list[Norm]) -> bool:
-    return any(norm.kind == "offline_norm" for norm in norms)
+    return any(norm.kind == NormKind.OFFLINE_NORM for norm in norms)

@@ -21,7 +21,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import analyze
 from normfuse.graph.interpreter import NARROW, run
 from normfuse.graph.program import Program
-from normfuse.graph.views import shape
+from normfuse.graph.views import NormKind, shape
 from normfuse.proof.evidence import MARGIN
 from normfuse.proof.proving import FLOOR, distance, distances, nudged, rounding_of
 
@@ -139,7 +139,7 @@ def _same_graph(a: Program, b: Program) -> bool:
 
 def _widths(program: Program) -> set[int]:
     """How long the axes are whose mean a LayerNorm takes away."""
-    norms = [norm for norm in analyze(program).norms if norm.kind == "layer_norm"]
+    norms = [norm for norm in analyze(program).norms if norm.kind == NormKind.LAYER_NORM]
     sizes = (shape(norm.x)[axis] for norm in norms for axis in norm.axes)
     return {size for size in sizes if isinstance(size, int)}
 

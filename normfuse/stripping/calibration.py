@@ -26,7 +26,7 @@ from normfuse.escaping import escaped, json_text
 from normfuse.graph.interpreter import flat_inputs, run_graph, user_inputs
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, aten, dtype
+from normfuse.graph.views import Norm, NormKind, aten, dtype
 from normfuse.limits import OverLimit
 from normfuse.proof.proving import Progress
 from normfuse.report.text import plain_table
@@ -261,7 +261,7 @@ def batches_of(data: Inputs, size: int) -> list[Inputs]:
 
 def last_axis_norms(program: Program) -> list[Norm]:
     """The LayerNorms of a program that are over its last axis alone."""
-    return [norm for norm in analyze(program).norms if norm.kind == "layer_norm" and norm.axes == (rank(norm.x) - 1,)]
+    return [norm for norm in analyze(program).norms if norm.kind == NormKind.LAYER_NORM and norm.axes == (rank(norm.x) - 1,)]
 
 
 class _Watch:

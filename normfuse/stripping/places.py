@@ -25,7 +25,7 @@ from normfuse.errors import NormfuseError
 from normfuse.graph.interpreter import call
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, shape
+from normfuse.graph.views import Norm, NormKind, arguments, aten, shape
 from normfuse.nn.convert import forget_layer_norms
 from normfuse.nn.fake_layer_norm import FakeLayerNorm
 from normfuse.transforms.draft import LAYERS
@@ -84,7 +84,7 @@ def places(model: nn.Module, inputs: Sequence[Any] = (), kwargs: Mapping[str, An
     found: dict[nn.Module, Place] = {}
     for norm in facts.norms:
         path = program.site(norm.out).module
-        if norm.kind == "layer_norm" and norm.axes == (rank(norm.x) - 1,) and path:
+        if norm.kind == NormKind.LAYER_NORM and norm.axes == (rank(norm.x) - 1,) and path:
             place, module = _place(model, path, norm, made.get(path, [])), model.get_submodule(path)
             if module in found:  # called more than once: its paths are not told apart
                 first = found[module]

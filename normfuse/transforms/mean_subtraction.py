@@ -16,7 +16,7 @@ from torch.fx import Node
 from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.graph.ops.carrying import METADATA, is_mean_of, rank, times_read
-from normfuse.graph.views import Norm, arguments, aten, shape
+from normfuse.graph.views import Norm, NormKind, arguments, aten, shape
 from normfuse.transforms.draft import Absorbed, Draft, Obstacle, channel, is_transposed
 from normfuse.transforms.forward import PRODUCTS, Forward, Pending
 from normfuse.transforms.maps import Map
@@ -67,7 +67,7 @@ class Blind(Facts):
 
 def as_norm(each: Centring) -> Norm:
     """A mean-subtraction as `normfuse.transforms.zero_mean` takes its wishes."""
-    return Norm(each.out, "layer_norm", each.x, (each.axis,), None, None, 0.0, each.inner)
+    return Norm(each.out, NormKind.LAYER_NORM, each.x, (each.axis,), None, None, 0.0, each.inner)
 
 
 def into_weights(facts: Facts, each: Centring) -> Absorbed | Obstacle:

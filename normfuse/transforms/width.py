@@ -26,7 +26,7 @@ from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import carries, is_mean_of, rank
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape, tensors_in
 from normfuse.transforms.backward import Backward, Key, Step
 from normfuse.transforms.basis import Basis
 from normfuse.transforms.draft import Obstacle
@@ -49,14 +49,14 @@ def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Ite
     concerned: list[Norm] = []
     for norm in facts.norms:
         is_centred = all(axis in known[norm.x] for axis in norm.axes)
-        if norm.kind == "layer_norm" or (norm.kind == "rms_norm" and is_centred):
+        if norm.kind == NormKind.LAYER_NORM or (norm.kind == NormKind.RMS_NORM and is_centred):
             size = shape(norm.x)[norm.axes[0]]
             if len(norm.axes) == 1 and isinstance(size, int) and size > 2:
                 concerned.append(norm)
             else:
                 over = f"{len(norm.axes)} axes together" if len(norm.axes) > 1 else f"an axis of size {size}"
                 yield Refusal(pass_name, program.site(norm.out), "NF402", f"it normalizes over {over}")
-        elif norm.kind == "rms_norm" and len(norm.axes) == 1 and (at := _rounded_writer(facts, known, norm)) is not None:
+        elif norm.kind == NormKind.RMS_NORM and len(norm.axes) == 1 and (at := _rounded_writer(facts, known, norm)) is not None:
             why = f"its input has zero mean but for rounding: '{program.stored[at.name]}' and all that writes it were centred"
             hint = f"run {pass_name} on the original model, alone or in one plan with what centred them"
             yield Refusal(pass_name, program.site(norm.out), "NF406", f"{why}, and rounded", program.site(at), hint)
@@ -134,7 +134,7 @@ def narrow(facts: Facts, norms: Iterable[Norm], basis: Basis) -> Iterator[Narrow
         else:
             read_by[norm] = found
     known = centered(facts)
-    wishes = [norm for norm in read_by if norm.kind == "layer_norm" and norm.axes[0] not in known[norm.x]]
+    wishes = [norm for norm in read_by if norm.kind == NormKind.LAYER_NORM and norm.axes[0] not in known[norm.x]]
     centering = center(facts, wishes)
     for norm, obstacle in centering.blocked:
         yield Kept(norm, "NF401", obstacle.witness or obstacle.at, _KEEPS_MEAN[obstacle.kind])
