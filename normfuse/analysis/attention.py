@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfuse.analysis.affine import MOVES
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Why
 from normfuse.graph.interpreter import call
 from normfuse.graph.ops.carrying import carries, rank
 from normfuse.graph.program import Program
@@ -33,25 +34,23 @@ VALUES: dict[Any, str] = {
 _SOFTMAX = {aten.softmax.int, aten._softmax.default}
 _KEEPING = MOVES | {aten._to_copy.default, aten.type_as.default, aten.expand.default, aten.detach.default}
 
-MASKED = "may keep a query from every key, which gives it zeros and not a mean of the values"
-
 
 def is_mean(facts: Facts, node: Node) -> bool:
     """Whether a node is a product of weights and values that depend on the input, and not one with a stored weight."""
     return node.target in VALUES and arguments(node)[VALUES[node.target]] not in facts.constant
 
 
-def why_no_mean(facts: Facts, node: Node) -> str:
-    """Why the weights of one of `VALUES` may not sum to one, as half a sentence; empty where they are proven to."""
+def why_no_mean(facts: Facts, node: Node) -> Why | None:
+    """Why the weights of one of `VALUES` may not sum to one, or None where they are proven to."""
     a = arguments(node)
     if not statically_known_true(shape(a[VALUES[node.target]])[-2] > 0):
-        return "may have no keys at all"
+        return Why.NO_KEYS
     if node.target is not aten.scaled_dot_product_attention.default:
         weights = a["self"]
-        return "" if _sums_to_one(weights) else "multiplies by weights that need not sum to one"
+        return None if _sums_to_one(weights) else Why.SUMS_TO_OTHERS
     if a["dropout_p"] != 0:
-        return "drops some of its weights"
-    return "" if _leaves_a_key(facts, a["attn_mask"]) else MASKED
+        return Why.DROPS
+    return None if _leaves_a_key(facts, a["attn_mask"]) else Why.MASKED
 
 
 def _sums_to_one(weights: Node) -> bool:

@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import rounds
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import NewTensor, Reroute
 from normfuse.graph.expressions import Call, Formula, Read, Ref
 from normfuse.graph.ops.carrying import carries, rank, same, times_read
@@ -81,23 +82,21 @@ def of_each(facts: Facts, product: Node, axis: int, scale: Formula) -> tuple[New
     return new, Reroute(product.name, Call("mul.Tensor", (Ref(other.name), Ref(made))))
 
 
-def why_fixed(facts: Facts, weight: Node) -> tuple[Node, str] | None:
+def why_fixed(facts: Facts, weight: Node) -> Obstacle | None:
     """What makes a weight one whose channels cannot be scaled or centred, and why; None where it is nothing of the kind."""
     behind = computed_from(weight)
     grid = next((node for node in behind if node.op == "call_function" and rounds(node)), None)
     if grid is not None:
         tensor = next((node for node in computed_from(grid) if facts.editable(node)), None)
         name = str(grid.target).removeprefix("aten.").partition(".")[0]
-        return tensor or grid, f"is quantized by {name} and stays so: another value would leave its grid"
+        return Obstacle(Why.QUANTIZED, tensor or grid, (name,))
     picked = next((node for node in behind if node.target in _LOOKUPS), None)
     if picked is not None:
-        return next(
-            (node for node in computed_from(picked) if facts.editable(node)), picked
-        ), "is a codebook that all channels pick from, so no channel can be changed by itself"
+        return Obstacle(Why.CODEBOOK, next((node for node in computed_from(picked) if facts.editable(node)), picked))
     for node in behind:
         kind = dtype(node)
         if node.op == "placeholder" and kind is not None and not kind.is_floating_point:
-            return node, f"is stored as {str(kind).removeprefix('torch.')} and stays so: it cannot hold the weight's new value"
+            return Obstacle(Why.NO_FLOAT, node, (str(kind).removeprefix("torch."),))
     return None
 
 

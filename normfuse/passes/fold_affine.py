@@ -43,16 +43,17 @@ from dataclasses import replace
 from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, constant, forms, maximal, moved
-from normfuse.analysis.attention import MASKED, is_mean
+from normfuse.analysis.attention import is_mean
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why, told
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank, times_read
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor
-from normfuse.transforms.draft import Absorbed, Obstacle, column, new_tensor
-from normfuse.transforms.fold import makes_tensors, told
+from normfuse.transforms.draft import Absorbed, column, new_tensor
+from normfuse.transforms.fold import makes_tensors
 from normfuse.transforms.into_readers import into_readers, well_conditioned
 
 _PLAIN = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
@@ -171,7 +172,7 @@ def _rewrite(program: Program, norm: Norm, form: Affine, absorbed: Absorbed, gon
 
 def _refused(program: Program, norm: Norm, whole: Absorbed | Obstacle) -> Refusal:
     at = program.site(whole.at) if isinstance(whole, Obstacle) else None
-    hint = "untie it if memory allows" if isinstance(whole, Obstacle) and "more than once" in whole.why else ""
+    hint = "untie it if memory allows" if isinstance(whole, Obstacle) and whole.code is Why.READ_AGAIN else ""
     return Refusal("fold_affine", program.site(norm.out), "NF501", _told(program, whole), at, hint)
 
 
@@ -192,7 +193,7 @@ def _bias_of_values(program: Program, facts: Facts, layer: Node) -> Iterator[Fin
     form = Affine(x, (), rank(layer) - 1, None, entries, frozenset({layer}))
     absorbed = into_readers(facts, form, layer, {})
     if isinstance(absorbed, Obstacle):
-        if absorbed.why == MASKED:
+        if absorbed.code is Why.MASKED:
             at, hint = program.site(absorbed.at), "leave the mask out where all keys are meant"
             yield Refusal("fold_affine", program.site(layer), "NF503", told(program, absorbed), at, hint)
         return

@@ -52,6 +52,7 @@ from typing import Any
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why, named
 from normfuse.analysis.scales import why_fixed
 from normfuse.graph.edits import Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
@@ -59,7 +60,7 @@ from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape
-from normfuse.transforms.zero_mean import Obstacle, Region, center
+from normfuse.transforms.zero_mean import Region, center
 
 NORMS = ("layer_norm",)
 
@@ -139,30 +140,30 @@ def _explain(facts: Facts, norm: Norm, obstacle: Obstacle, norms: frozenset[Node
     returned = witness is not None and witness.op == "output"
     reader = "the caller (it is an output of the model)" if returned or witness is None else _named(program, witness)
     hint = ""
-    fixed = why_fixed(facts, obstacle.at) if obstacle.at in program.constant and obstacle.kind in ("gate", "op") else None
-    match obstacle.kind:
+    is_weight = obstacle.at in program.constant and obstacle.code in (Why.GATE, Why.UNCENTRED)
+    fixed = why_fixed(facts, obstacle.at) if is_weight else None
+    match obstacle.code:
         case _ if fixed is not None:
-            name = program.stored.get(fixed[0].name) or program.site(fixed[0])
-            code, reason = "NF202", f"its input is written by the weight '{name}', which {fixed[1]}{_ALONE}"
-        case "seen" if _source(obstacle.at) in norms and witness is not None and _reads(witness, obstacle.at):
+            code, reason = "NF202", f"its input is written by the weight {named(program, fixed.at)}, which {fixed}{_ALONE}"
+        case Why.SEEN if _source(obstacle.at) in norms and witness is not None and _reads(witness, obstacle.at):
             code = "NF205"
             reason = f"its input is made of another norm's output ({program.site(_source(obstacle.at))}), whose gain gives it"
             reason += f" a mean, and {reader} sees that mean"
-        case "seen":
+        case Why.SEEN:
             code, reason = "NF201", f"{reader} sees the mean of '{at.node}', which this norm's input is made of"
             hint = "if nobody needs that output, trace the model without it" if returned else ""
-        case "tied":
+        case Why.TIED:
             code, reason = "NF206", f"the weight '{tensor}' is also read by {reader}, which sees its mean{_ALONE}"
             hint = "untie the weight in the model if the memory of a second copy is acceptable"
-        case "written":
+        case Why.UPDATED:
             code, reason = "NF209", f"'{tensor}' is updated by the program itself"
-        case "input":
+        case Why.INPUT:
             code, reason = "NF207", f"its mean comes from the caller's input '{at.node}'{_ALONE}"
-        case "joined":
+        case Why.JOINED:
             code, reason = "NF204", f"its input is joined or split along the norm's axis ({writer} in {at})"
-        case "norm":
+        case Why.NORM:
             code, reason = "NF205", f"its input is written by another norm ({at}), whose gain gives it a mean{_ALONE}"
-        case "gate":
+        case Why.GATE:
             code = "NF208"
             reason = f"its input is scaled channel by channel ({at}) by values that its writers cannot take up{_ALONE}"
         case _:

@@ -45,14 +45,15 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, forms
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, told
 from normfuse.graph.edits import Edit, Reroute
 from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program, Site
 from normfuse.graph.views import Norm, NormKind, dtype
-from normfuse.transforms.draft import Absorbed, Obstacle
-from normfuse.transforms.fold import dissolve, told
+from normfuse.transforms.draft import Absorbed
+from normfuse.transforms.fold import dissolve
 from normfuse.transforms.mean_subtraction import Centring, as_norm, blind, centrings, into_weights
 from normfuse.transforms.zero_mean import Region, center
 

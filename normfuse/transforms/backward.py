@@ -7,25 +7,24 @@ means, and what becomes of a value that nothing carries further, is a policy: a 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import TypeAlias
 
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit
 from normfuse.graph.ops.carrying import carries, times_read
 from normfuse.graph.ops.sizes import follows
-from normfuse.transforms.draft import Obstacle, passes_shift
+from normfuse.transforms.draft import passes_shift
 from normfuse.transforms.maps import Map
 
 Key: TypeAlias = tuple[Node, int]
 """A value and the axis along which a map is pending."""
-Why = TypeVar("Why")
-"""What a policy says of what is in the way."""
 
 
 @dataclass(frozen=True)
-class Step(Generic[Why]):
+class Step:
     """How one value becomes what it is to be.
 
     Attributes:
@@ -40,10 +39,10 @@ class Step(Generic[Why]):
     maps: tuple[Map, ...] = ()
     edits: tuple[Edit, ...] = ()
     passed: frozenset[Node] = frozenset()
-    obstacle: Why | None = None
+    obstacle: Obstacle | None = None
 
 
-class Backward(Generic[Why]):
+class Backward:
     """A walk backward; `decided`, `stored`, `carried` and `stuck` are its policy.
 
     Attributes:
@@ -52,9 +51,9 @@ class Backward(Generic[Why]):
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.steps: dict[Key, Step[Why]] = {}
+        self.steps: dict[Key, Step] = {}
 
-    def carry(self, *pending: tuple[Key, Map], on: bool = True) -> Why | None:
+    def carry(self, *pending: tuple[Key, Map], on: bool = True) -> Obstacle | None:
         """Carry maps from values to where they come from; the first obstacle.
 
         Args:
@@ -73,7 +72,7 @@ class Backward(Generic[Why]):
             waiting += zip(step.operands, step.maps or [pending_map] * len(step.operands), strict=True)
         return first
 
-    def _step(self, node: Node, axis: int, pending: Map) -> Step[Why]:
+    def _step(self, node: Node, axis: int, pending: Map) -> Step:
         decided = self.decided(node, axis, pending)
         if decided is not None:
             return decided
@@ -84,19 +83,19 @@ class Backward(Generic[Why]):
 
     # -- the policy ----------------------------------------------------------------------------------------------------
 
-    def decided(self, node: Node, axis: int, pending: Map) -> Step[Why] | None:
+    def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
         """What is known of a value whatever writes it: it is as it is to be, it may not change, it changes by itself."""
         return None
 
-    def stored(self, node: Node, axis: int, pending: Map) -> Step[Why]:
+    def stored(self, node: Node, axis: int, pending: Map) -> Step:
         """What becomes of a stored tensor, or of an input."""
         raise NotImplementedError
 
-    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step[Why]:
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         """What becomes of a value whose operands carry the map."""
         return Step(operands)
 
-    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Why]:
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step:
         """What becomes of a value that does not let the map through."""
         raise NotImplementedError
 
@@ -115,22 +114,22 @@ def way_back(facts: Facts, node: Node, axis: int, pending: Map, *, shared: bool 
     return None if way.carry(((node, axis), pending), on=False) else tuple(way.steps)
 
 
-class _Way(Backward[Obstacle]):
+class _Way(Backward):
     def __init__(self, facts: Facts, shared: bool) -> None:
         super().__init__(facts)
         self.shared = shared
 
-    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+    def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
         alone = times_read(node) == 1 or (self.shared and node.op == "placeholder")
-        return None if alone else Step(obstacle=Obstacle(node, "is read more than once"))
+        return None if alone else Step(obstacle=Obstacle(Why.READ_AGAIN, node))
 
-    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+    def stored(self, node: Node, axis: int, pending: Map) -> Step:
         return Step() if self.facts.editable(node) else self.stuck(node, axis, pending)
 
-    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step[Obstacle]:
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         passes = pending.shift is None or passes_shift(node)
         passes = passes and (not pending.resizes or follows(node, axis))
         return Step(operands) if passes else self.stuck(node, axis, pending)
 
-    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
-        return Step(obstacle=Obstacle(node, "is no stored tensor, and none writes it alone"))
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step:
+        return Step(obstacle=Obstacle(Why.NO_WRITER, node))

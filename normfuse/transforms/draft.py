@@ -15,19 +15,12 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import MOVES, Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import computed_from, why_fixed
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Formula, Read, Ref, reads
 from normfuse.graph.ops.carrying import rank, times_read
 from normfuse.graph.views import arguments, aten, dtype, shape
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """Why an affine cannot be absorbed: the node in the way, and what it does there as half a sentence."""
-
-    at: Node
-    why: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class Draft:
         """Give a value that depends on stored tensors alone, and is read once, another value."""
         self.nodes.add(node)
         if times_read(node) != 1:
-            return Obstacle(node, "is read more than once")
+            return Obstacle(Why.READ_AGAIN, node)
         if self.facts.editable(node):
             name = self.facts.program.stored[node.name]
             if not self.change_again(name, to):
@@ -120,7 +113,7 @@ class Draft:
             return None
         formula = constant_formula(self.facts, node) if node.op == "call_function" else None
         if formula is None or next(reads(formula), None) is None:
-            return Obstacle(*(why_fixed(self.facts, node) or (node, "is no stored tensor that may change")))
+            return why_fixed(self.facts, node) or Obstacle(Why.NOT_STORED, node)
         new, read = new_tensor(self.facts, f"normfuse_{node.name}", to(formula), node)
         self.edits += [new, Reroute(node.name, read)]
         return None
@@ -138,7 +131,7 @@ class Draft:
         behind = (self.facts.program.stored.get(each.name) for each in computed_from(arguments(layer)["weight"]))
         weight = next((name for name in behind if name is not None), None)
         if weight is None:
-            return Obstacle(layer, "has a weight that is not stored")
+            return Obstacle(Why.WEIGHT_NOT_STORED, layer)
         folder, _, own = weight.rpartition(".")
         made = f"{folder}.bias" if folder else "bias"
         program = self.facts.program

@@ -9,12 +9,12 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import MOVES, Affine, maximal, moved
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import told
 from normfuse.graph.edits import Edit, NewTensor, Reroute
 from normfuse.graph.expressions import Call
 from normfuse.graph.findings import NO_NORM, Claim, Rewrite
-from normfuse.graph.program import Program
 from normfuse.graph.views import Norm
-from normfuse.transforms.draft import Absorbed, Obstacle, scale_shift
+from normfuse.transforms.draft import Absorbed, scale_shift
 from normfuse.transforms.into_readers import into_readers, well_conditioned
 from normfuse.transforms.into_writers import into_writers
 
@@ -77,13 +77,6 @@ def _decide(
 def makes_tensors(absorbed: Absorbed) -> bool:
     """Whether it needs tensors that the model did not have."""
     return any(isinstance(edit, NewTensor) for edit in absorbed.edits)
-
-
-def told(program: Program, obstacle: Obstacle) -> str:
-    """What stands in the way, as a sentence for the user."""
-    if obstacle.at.op == "output":
-        return "the caller reads its output"
-    return f"'{program.stored.get(obstacle.at.name) or program.site(obstacle.at)}' {obstacle.why}"
 
 
 def _steps(facts: Facts, form: Affine) -> int:

@@ -25,11 +25,12 @@ from torch.fx import Node
 
 from normfuse.analysis.attention import VALUES, why_no_mean
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula
 from normfuse.graph.ops.carrying import METADATA, carries, rank, same, same_sizes
 from normfuse.graph.ops.sizes import follows
 from normfuse.graph.views import arguments, aten, is_tensor, shape, tensors_in
-from normfuse.transforms.draft import LAYERS, Obstacle, full, passes_shift
+from normfuse.transforms.draft import LAYERS, full, passes_shift
 from normfuse.transforms.maps import Map
 
 PRODUCTS: dict[Any, tuple[str, str]] = {
@@ -100,7 +101,7 @@ class Forward:
         values = [each for each in given if each in self.pending]
         value, pending = values[0], self.pending[values[0]]
         if node.op != "call_function":
-            return Obstacle(node, self.RETURNED)
+            return Obstacle(self.RETURNED, node)
         a = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
         if pending.map.basis is None and node.target in VALUES and values == [a[VALUES[node.target]]]:
             return self._mean(node, value)
@@ -133,13 +134,13 @@ class Forward:
         if len(onward) != 1:
             return self._moved(node, values)
         if pending.map.resizes and not follows(node, onward[0]):
-            return Obstacle(node, "is no linear layer")
+            return Obstacle(Why.NO_LAYER, node)
         if pending.map.shift is not None and not passes_shift(node):
-            return Obstacle(node, "does not let a shift through")
+            return Obstacle(Why.NO_SHIFT, node)
         operands = carries(node, onward[0]) or ()
         carrying = Counter(operand for operand, _ in operands)
         if any(given[value] != carrying[value] for value in values):  # attention of a value to itself
-            return Obstacle(node, "reads the value in two ways")
+            return Obstacle(Why.READS_TWICE, node)
         for operand, axis in operands:
             own = Pending((axis,), pending.map)
             stopped = self._as_pending(node, operand, own) if self.pending.get(operand) != own else None
@@ -150,7 +151,7 @@ class Forward:
 
     def _as_pending(self, node: Node, operand: Node, own: Pending) -> Obstacle | None:
         if operand in self.pending or not self.COMPENSATES:
-            return Obstacle(node, self.JOINS)
+            return Obstacle(self.JOINS, node)
         return self.compensate(operand, own.axis, own.map)
 
     def _moved(self, node: Node, values: list[Node]) -> Obstacle | None:
@@ -158,9 +159,9 @@ class Forward:
         pending = self.pending[values[0]]
         onward = _onward(node, values[0], pending.axes) if len(values) == 1 and pending.map.basis is None else None
         if onward is None:
-            return Obstacle(node, "is no linear layer")
+            return Obstacle(Why.NO_LAYER, node)
         if pending.map.shift is not None and not passes_shift(node):
-            return Obstacle(node, "does not let a shift through")
+            return Obstacle(Why.NO_SHIFT, node)
         self.carry(node, Pending(onward, pending.map))
         return None
 
@@ -169,12 +170,12 @@ class Forward:
         pending, added = self.pending[value], rank(node) - rank(value)
         times = sum(operand is value for operand in tensors_in((node.args, node.kwargs)))
         if rank(value) < 2 or added < 0 or rank(value) - 2 in pending.axes or times != 1:
-            return Obstacle(node, "is no linear layer")
+            return Obstacle(Why.NO_LAYER, node)
         if not all(same(shape(value)[axis], shape(node)[axis + added]) for axis in pending.axes):
-            return Obstacle(node, "lets several heads share their values")
-        why = why_no_mean(self.facts, node) if pending.map.shift is not None else ""
+            return Obstacle(Why.SHARED_HEADS, node)
+        why = why_no_mean(self.facts, node) if pending.map.shift is not None else None
         if why:
-            return Obstacle(node, why)
+            return Obstacle(why, node)
         self.carry(node, Pending(tuple(axis + added for axis in pending.axes), pending.map))
         return None
 
@@ -183,13 +184,13 @@ class Forward:
         pending = self.pending[values[0]]
         onward = [own for own in range(rank(node)) if _is_axis(node, own, values[0], pending.axis)]
         if len(onward) != 1 or a["self"] is a["other"]:
-            return Obstacle(node, "is no linear layer")
+            return Obstacle(Why.NO_LAYER, node)
         summed = pending.map.linear
         for operand in (a["self"], a["other"]):
             own = self.pending.get(operand)
             if own is not None:
                 if own.map.linear != summed.linear or not _is_axis(node, onward[0], operand, own.axis):
-                    return Obstacle(node, self.JOINS)
+                    return Obstacle(self.JOINS, node)
                 less = operand is a["other"] and node.target is aten.sub.Tensor and own.map.shift is not None
                 summed = summed.plus(Call("neg.default", (own.map.shift,)) if less else own.map.shift)
             elif summed.linear != Map():
@@ -202,7 +203,7 @@ class Forward:
     def _term(self, node: Node, operand: Any, axis: int, linear: Map) -> Obstacle | None:
         own = axis - (rank(node) - rank(operand)) if is_tensor(operand) else -1
         if own < 0 or str(shape(operand)[own]) != str(shape(node)[axis]):
-            return Obstacle(node, "adds what does not vary along the channels")
+            return Obstacle(Why.ADDS_OTHERS, node)
         return self.compensate(operand, own, linear)
 
     def _joined(self, node: Node, a: dict[str, Any]) -> Obstacle | None:
@@ -215,7 +216,7 @@ class Forward:
         for operand in a["tensors"]:
             size, own = shape(operand)[axis] if rank(operand) == rank(node) else None, self.pending.get(operand)
             if not isinstance(size, int) or (own and own.axis != axis):
-                return Obstacle(node, "joins parts whose sizes are not known")
+                return Obstacle(Why.JOINS_UNKNOWN, node)
             for parts, entries, none in ((scales, own and own.map.scale, 1.0), (shifts, own and own.map.shift, 0.0)):
                 parts.append(full(entries, size) if entries else Call("new_full.default", (like, (size,), none)))
         scale = Call("cat.default", (tuple(scales),)) if any(own.scale for own in maps) else None
@@ -226,7 +227,7 @@ class Forward:
     def _dropped(self, node: Node, pending: Pending) -> Obstacle | None:
         """Entries become zeros at random: they would lose their shift."""
         if pending.map.shift is not None:
-            return Obstacle(node, "does not let a shift through")
+            return Obstacle(Why.NO_SHIFT, node)
         for result in node.users:
             if result.args[1] == 0:  # the other one is the mask, whatever the values are
                 self.carry(result, pending)
@@ -236,9 +237,9 @@ class Forward:
 
     COMPENSATES = False
     """whether what meets a value that has a map pending can be given the same map"""
-    JOINS = "joins it with another value"
+    JOINS = Why.JOINS_ANOTHER
     """what an operator does that has operands with and without the map"""
-    RETURNED = "is no linear layer"
+    RETURNED = Why.NO_LAYER
     """what the caller does with a value that has a map pending"""
 
     def layer(self, node: Node, a: dict[str, Any], pending: Pending) -> Obstacle | None:

@@ -14,12 +14,13 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import constant
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula, Number
 from normfuse.graph.ops.carrying import rank, same, same_sizes, varies_along
 from normfuse.graph.views import Norm, aten, dtype, is_tensor, shape
 from normfuse.transforms.backward import Key, way_back
 from normfuse.transforms.basis import Basis
-from normfuse.transforms.draft import LAYERS, Obstacle, channel, is_transposed, unpadded
+from normfuse.transforms.draft import LAYERS, channel, is_transposed, unpadded
 from normfuse.transforms.forward import PRODUCTS, Forward, Pending
 from normfuse.transforms.maps import Map
 
@@ -67,18 +68,18 @@ def products(facts: Facts, norm: Norm, basis: Basis) -> Products | Obstacle:
     scale, shift = (None if node is None else constant(facts, node) for node in (norm.gain, norm.shift))
     for node, found in ((norm.gain, scale), (norm.shift, shift)):
         if node is not None and found is None:
-            return Obstacle(node, "is no stored gain or shift")
+            return Obstacle(Why.NO_STORED_AFFINE, node)
     if dtype(norm.out) != dtype(norm.x):
-        return Obstacle(norm.out, "has another dtype than its input")
+        return Obstacle(Why.OTHER_DTYPE, norm.out)
     walk = _Find(facts)
     stopped = walk.run(norm.out, Pending((norm.axes[0],), Map(scale, shift, basis)))
-    return stopped or (walk.found if walk.found.layers else Obstacle(norm.out, "is read by no linear layer"))
+    return stopped or (walk.found if walk.found.layers else Obstacle(Why.READ_BY_NO_LAYER, norm.out))
 
 
 class _Find(Forward):
     """Products with stored weights take the map up; nothing is compensated. What they become is left to who asks."""
 
-    RETURNED = "reads it"
+    RETURNED = Why.READS_IT
 
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts)
@@ -99,7 +100,7 @@ class _Find(Forward):
         entries: Formula | None = Number(float(other)) if not isinstance(other, Node) else constant(self.facts, other)
         axes = varies_along(other, node) if isinstance(other, Node) else []
         if entries is None or axes not in ([], [pending.axis]) or not (is_first or node.target in _COMMUTING):
-            return Obstacle(node, "differs along another axis than the channels")
+            return Obstacle(Why.DIFFERS, node)
         if node.target in (aten.div.Tensor, aten.sub.Tensor):
             entries = Call("reciprocal.default" if node.target is aten.div.Tensor else "neg.default", (entries,))
         self.found.dropped.append((node, value))
@@ -111,18 +112,18 @@ class _Find(Forward):
     def layer(self, node: Node, a: dict[str, Any], pending: Pending) -> Obstacle | None:
         weight, bias, transposed = a["weight"], a["bias"], is_transposed(node)
         if rank(weight) < 2 or pending.axis != channel(node, a["input"]) or a.get("groups", 1) != 1:
-            return Obstacle(node, "mixes the channels in groups, or another axis")
+            return Obstacle(Why.MIXES_GROUPS, node)
         padded = not (node.target is aten.linear.default or unpadded(a["padding"]))
         if pending.map.shift is not None and (transposed or padded):
-            return Obstacle(node, "adds zeros around its input, which a shift would change")
+            return Obstacle(Why.PADS, node)
         return self._take(node, weight, 0 if transposed else 1, pending.map, bias, bias is None)
 
     def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
         weight = a[PRODUCTS[node.target][1]]
         if rank(value) < 2 or rank(weight) < 2 or pending.axis != rank(value) - 1:
-            return Obstacle(node, "mixes another axis than the channels")
+            return Obstacle(Why.MIXES_OTHERS, node)
         if pending.map.shift is not None and a.get("alpha", 1) != 1:
-            return Obstacle(node, "scales what it multiplies")
+            return Obstacle(Why.SCALES_PRODUCT, node)
         bias = a["self"] if node.target is aten.addmm.default and a["beta"] == 1 else None
         return self._take(node, weight, rank(weight) - 2, pending.map, bias, False)
 
@@ -130,12 +131,12 @@ class _Find(Forward):
         *way, (tensor, along) = way_back(self.facts, weight, dim, pending.linear, shared=True) or [(node, 0)]
         alone = not any(value.op == "placeholder" for value, _ in way)
         if tensor is node or not alone or (way and rank(tensor) != 2):
-            return Obstacle(node, "multiplies by what is no stored weight")
+            return Obstacle(Why.NO_STORED_FACTOR, node)
         stored = self.facts.program.stored
         out = shape(node)[channel(node, node) if node.target in LAYERS else -1]
         owned = is_tensor(bias) and self.facts.editable(bias) and rank(bias) == 1 and same(shape(bias)[0], out)
         if pending.shift is not None and bias is not None and not owned and rank(tensor) > 2:
-            return Obstacle(bias, "is no bias of its own")
+            return Obstacle(Why.NO_BIAS_OF_ITS_OWN, bias)
         name = stored[bias.name] if owned else None
         self.found.layers.append(Layer(node, stored[tensor.name], along, tuple(way), pending, name, takes_bias))
         return None

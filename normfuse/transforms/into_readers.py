@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import why_fixed
 from normfuse.graph.edits import Reroute
 from normfuse.graph.expressions import Call, Formula, evaluate, substitute
@@ -24,7 +25,6 @@ from normfuse.transforms.draft import (
     LAYERS,
     Absorbed,
     Draft,
-    Obstacle,
     channel,
     full,
     is_transposed,
@@ -50,9 +50,9 @@ def into_readers(facts: Facts, form: Affine, value: Node, others: dict[Node, Aff
         others: maximal affine values by node; those that the walk meets dissolve as well.
     """
     if form.axis is None:
-        return Obstacle(value, "is scaled as a whole, not along an axis")
+        return Obstacle(Why.SCALED_WHOLE, value)
     if not any(reader.target not in METADATA for reader in value.users):
-        return Obstacle(value, "is read by nobody")
+        return Obstacle(Why.READ_BY_NOBODY, value)
     walk = _Absorb(facts, {out: other for out, other in others.items() if out is not value})
     obstacle = walk.run(value, Pending((form.axis,), Map(form.scale, form.shift)))
     return obstacle or Absorbed(tuple(walk.draft.edits), frozenset(walk.draft.nodes | walk.met), frozenset(walk.dissolved))
@@ -62,7 +62,7 @@ class _Absorb(Forward):
     """All that reads the value takes the map up, or carries it on; what meets it is compensated in what writes that."""
 
     COMPENSATES = True
-    JOINS = "joins values of different scales"
+    JOINS = Why.JOINS_SCALES
 
     def __init__(self, facts: Facts, others: dict[Node, Affine]) -> None:
         super().__init__(facts)
@@ -86,9 +86,9 @@ class _Absorb(Forward):
     def compensate(self, operand: Node, axis: int, pending: Map) -> Obstacle | None:
         """What meets the value must be stored as it is: t = (v - shift) / scale, in what writes it."""
         if times_read(operand) != 1:
-            return Obstacle(operand, "is read more than once")
+            return Obstacle(Why.READ_AGAIN, operand)
         if pending.scale is not None and not well_conditioned(self.facts.program, pending.scale):
-            return Obstacle(operand, f"would be divided by scales that are zero, or more than {CONDITION:g} apart")
+            return Obstacle(Why.ILL_CONDITIONED, operand, (CONDITION,))
         return fold(self.draft, operand, axis, pending.inverse)
 
     # -- taking it up --------------------------------------------------------------------------------------------------
@@ -96,11 +96,11 @@ class _Absorb(Forward):
     def layer(self, node: Node, a: dict[str, Any], pending: Pending) -> Obstacle | None:
         weight, groups = a["weight"], a.get("groups", 1)
         if rank(weight) < 2 or pending.axis != channel(node, a["input"]):
-            return Obstacle(node, "mixes another axis than the channels")
+            return Obstacle(Why.MIXES_OTHERS, node)
         plain = constant_formula(self.facts, weight)
         if plain is None or times_read(weight) != 1:
-            no_weight = why_fixed(self.facts, weight) or (weight, "is no stored weight")
-            return Obstacle(*no_weight) if plain is None else Obstacle(weight, "is read more than once")
+            no_weight = why_fixed(self.facts, weight) or Obstacle(Why.NO_STORED_WEIGHT, weight)
+            return no_weight if plain is None else Obstacle(Why.READ_AGAIN, weight)
         scale, shift, sizes, transposed = pending.map.scale, pending.map.shift, sizes_of(weight), is_transposed(node)
         if scale is not None and groups > 1 and not transposed:
             every = full(scale, groups * sizes[1])
@@ -122,7 +122,7 @@ class _Absorb(Forward):
         """
         (_, *places), out = shape(a["input"])[-rank(a["weight"]) + 1 :], shape(node)[-rank(a["weight"]) + 1 :]
         if not all(isinstance(size, int) for size in (*places, *out)) or prod(out) > prod(sizes_of(a["weight"])):
-            return Obstacle(node, "adds zeros around its input, which a shift would change")
+            return Obstacle(Why.PADS, node)
         channels = int(shape(a["input"])[channel(node, a["input"])])
         batch = (1,) * channel(node, a["input"])  # none where the input has no batch
         column = Call("view.default", (full(shift, channels), (*batch, channels, *(1 for _ in places))))
@@ -134,9 +134,9 @@ class _Absorb(Forward):
     def _added(self, layer: Node, bias: Node, entries: Formula) -> Obstacle | None:
         axis = channel(layer, layer) if layer.target in LAYERS else rank(layer) - 1
         if not same(shape(bias)[-1], shape(layer)[axis]):
-            return Obstacle(layer, "has a bias of another shape than its channels")
+            return Obstacle(Why.OTHER_BIAS, layer)
         if times_read(bias) != 1:
-            return Obstacle(bias, "is read more than once")
+            return Obstacle(Why.READ_AGAIN, bias)
         return fold(self.draft, bias, rank(bias) - 1, Map(shift=entries))
 
     def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
@@ -144,7 +144,7 @@ class _Absorb(Forward):
         weight, scale, shift = a[PRODUCTS[node.target][1]], pending.map.scale, pending.map.shift
         plain = constant_formula(self.facts, weight)
         if plain is None or rank(weight) < 2 or pending.axis != rank(value) - 1 or times_read(weight) != 1:
-            return Obstacle(node, "multiplies by what is not a weight of its own")
+            return Obstacle(Why.NO_WEIGHT_OF_ITS_OWN, node)
         entering = rank(weight) - 2
         stopped = fold(self.draft, weight, entering, Map(scale)) if scale is not None else None
         if stopped or shift is None:
@@ -152,7 +152,7 @@ class _Absorb(Forward):
         added = Call("sum.dim_IntList", (plain.scaled(shift, entering), (entering,), entering > 0))
         if node.target is aten.addmm.default:
             if a["beta"] != 1 or a["alpha"] != 1:
-                return Obstacle(node, "scales its bias")
+                return Obstacle(Why.SCALES_BIAS, node)
             return self._added(node, a["self"], added)
         self.draft.add(node, added)
         return None

@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import MOVES, Affine, constant_formula
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import computed_from, of_each, own_scale, scalable
 from normfuse.graph.expressions import Call, Formula
 from normfuse.graph.ops.carrying import METADATA, carries, rank, same, times_read
@@ -18,7 +19,6 @@ from normfuse.transforms.draft import (
     LAYERS,
     Absorbed,
     Draft,
-    Obstacle,
     channel,
     full,
     is_transposed,
@@ -33,10 +33,10 @@ def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle
     """Scale and shift of a value folded into the stored tensors that write its base."""
     stray = next((reader for reader in form.base.users if reader not in form.inner and reader.target not in METADATA), None)
     if stray is not None:
-        return Obstacle(stray, "reads the value before the norm as well")
+        return Obstacle(Why.READ_BEFORE, stray)
     axis = axis_of_base(facts, form, value)
     if axis is None and form.axis is not None:
-        return Obstacle(form.base, "is reshaped so that its channels are no longer one axis")
+        return Obstacle(Why.RESHAPED, form.base)
     draft = Draft(facts)
     stopped = fold(draft, form.base, rank(form.base) - 1 if axis is None else axis, Map(form.scale, form.shift))
     return stopped or Absorbed(tuple(draft.edits), frozenset(draft.nodes))
@@ -60,19 +60,19 @@ def fold(draft: Draft, node: Node, axis: int, pending: Map) -> Obstacle | None:
     return _Fold(draft, (node, axis)).carry(((node, axis), pending), on=False)
 
 
-class _Fold(Backward[Obstacle]):
+class _Fold(Backward):
     """Each value on the way is read once; weights, biases and tables take the map up."""
 
     def __init__(self, draft: Draft, start: Key) -> None:
         super().__init__(draft.facts)
         self.draft, self.start = draft, start
 
-    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+    def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
         if (node, axis) != self.start and times_read(node) != 1:
-            return _stopped(node, "is read more than once")
+            return _stopped(Why.READ_AGAIN, node)
         self.draft.nodes.add(node)
         if node in self.draft.added_to:
-            return _stopped(node, "has a map added to what it gives")
+            return _stopped(Why.HAS_MAP, node)
         if node in self.facts.constant:
             return self._constant(node, axis, pending)
         if node.target in LAYERS:
@@ -83,12 +83,12 @@ class _Fold(Backward[Obstacle]):
             return _parted(node, axis, pending)
         return None
 
-    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+    def stored(self, node: Node, axis: int, pending: Map) -> Step:
         return self.stuck(node, axis, pending)  # an input: tensors of the program are constants
 
-    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step[Obstacle]:
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         if pending.shift is not None and not passes_shift(node) and not _is_sum(node):
-            return _stopped(node, "does not let a shift through")
+            return _stopped(Why.NO_SHIFT, node)
         if not _is_sum(node):
             return Step(operands[::-1])
         # a sum takes the shift once, where there is a bias: addmm names it last
@@ -96,12 +96,12 @@ class _Fold(Backward[Obstacle]):
         maps = tuple(pending if place == taker else pending.linear for place in range(len(operands)))
         return Step(operands[::-1], maps[::-1])
 
-    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
-        return _stopped(node, "does not let a scale of its channels through")
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step:
+        return _stopped(Why.NO_SCALE, node)
 
     # -- taking it up --------------------------------------------------------------------------------------------------
 
-    def _constant(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+    def _constant(self, node: Node, axis: int, pending: Map) -> Step:
         """A stored tensor, or arithmetic on stored tensors: changed where it is stored if it gets there, else anew."""
         if node.op != "placeholder" and way_back(self.facts, node, axis, pending) is not None:
             return Step((carries(node, axis) or ())[::-1])
@@ -123,15 +123,15 @@ class _Fold(Backward[Obstacle]):
             self.draft.edits += of_each(self.facts, node, axis, scale)
         return None
 
-    def _layer(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+    def _layer(self, node: Node, axis: int, pending: Map) -> Step:
         a = arguments(node)
         weight, bias, groups = a["weight"], a["bias"], a.get("groups", 1)
         if rank(weight) < 2 or axis != channel(node, node):
-            return _stopped(node, "writes its channels along another axis")
+            return _stopped(Why.WRITES_ELSEWHERE, node)
         if groups != 1 and pending.basis is not None:
-            return _stopped(node, "writes its channels in groups")
+            return _stopped(Why.WRITES_GROUPS, node)
         if bias is not None and (rank(bias) != 1 or not same(shape(bias)[0], shape(node)[axis])):
-            return _stopped(node, "has a bias of another shape than its channels")
+            return _stopped(Why.OTHER_BIAS, node)
         stopped = self._weight(weight, pending.linear, groups, transposed=is_transposed(node))
         if stopped:
             return Step(obstacle=stopped)
@@ -156,8 +156,8 @@ class _Fold(Backward[Obstacle]):
         return self.draft.change(weight, lambda own: per_group(own, every, groups, sizes))
 
 
-def _stopped(node: Node, why: str) -> Step[Obstacle]:
-    return Step(obstacle=Obstacle(node, why))
+def _stopped(code: Why, node: Node) -> Step:
+    return Step(obstacle=Obstacle(code, node))
 
 
 def _is_sum(node: Node) -> bool:
@@ -166,11 +166,11 @@ def _is_sum(node: Node) -> bool:
     return node.target in (aten.add.Tensor, aten.sub.Tensor)
 
 
-def _joined(node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+def _joined(node: Node, axis: int, pending: Map) -> Step:
     """Joined along the channels: each operand takes its own part."""
     tensors, total = arguments(node)["tensors"], shape(node)[axis]
     if not isinstance(total, int) or any(rank(operand) != rank(node) for operand in tensors):
-        return _stopped(node, "joins parts whose sizes are not known")
+        return _stopped(Why.JOINS_UNKNOWN, node)
     scale, shift = (entries and full(entries, total) for entries in (pending.scale, pending.shift))
     start, maps = 0, []
     for operand in tensors:
@@ -184,13 +184,13 @@ def _splits_along(split: Any, axis: int) -> bool:
     return split.target in (aten.split.Tensor, aten.split_with_sizes.default) and axis == arguments(split)["dim"] % rank(split)
 
 
-def _parted(node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+def _parted(node: Node, axis: int, pending: Map) -> Step:
     """Split along the channels: the other parts are scaled by ones and shifted by zeros."""
     split: Any = node.args[0]
     place: Any = node.args[1]
     sizes = [each.shape[axis] for each in split.meta["val"]]
     if not all(isinstance(size, int) for size in sizes) or sum(each.args[1] == place for each in split.users) != 1:
-        return _stopped(node, "is a part of what is read in other ways")
+        return _stopped(Why.PART, node)
 
     def whole(entries: Formula | None, none: float) -> Formula | None:
         if entries is None:

@@ -15,9 +15,10 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.ops.carrying import METADATA, is_mean_of, rank, times_read
 from normfuse.graph.views import Norm, NormKind, arguments, aten, shape
-from normfuse.transforms.draft import Absorbed, Draft, Obstacle, channel, is_transposed
+from normfuse.transforms.draft import Absorbed, Draft, channel, is_transposed
 from normfuse.transforms.forward import PRODUCTS, Forward, Pending
 from normfuse.transforms.maps import Map
 from normfuse.transforms.zero_mean import ZERO_MEAN
@@ -78,7 +79,7 @@ def into_weights(facts: Facts, each: Centring) -> Absorbed | Obstacle:
         each: the mean-subtraction; afterwards its readers are to read x.
     """
     if not any(reader.target not in METADATA for reader in each.out.users):
-        return Obstacle(each.out, "is read by nobody")
+        return Obstacle(Why.READ_BY_NOBODY, each.out)
     walk = _Take(facts)
     stopped = walk.run(each.out, Pending((each.axis,), ZERO_MEAN))
     return stopped or Absorbed(tuple(walk.draft.edits), frozenset(walk.draft.nodes | walk.met))
@@ -87,7 +88,7 @@ def into_weights(facts: Facts, each: Centring) -> Absorbed | Obstacle:
 class _Take(Forward):
     """Layers and products take a change of basis up in weights of their own; nothing is compensated."""
 
-    JOINS = "is no linear layer"
+    JOINS = Why.NO_LAYER
 
     def __init__(self, facts: Facts) -> None:
         super().__init__(facts)
@@ -95,18 +96,18 @@ class _Take(Forward):
 
     def layer(self, node: Node, a: dict[str, Any], pending: Pending) -> Obstacle | None:
         if rank(a["weight"]) < 2 or pending.axis != channel(node, a["input"]) or a.get("groups", 1) != 1:
-            return Obstacle(node, "mixes other channels than those of the mean")
+            return Obstacle(Why.MIXES_OTHER_MEANS, node)
         return self._take(a["weight"], 0 if is_transposed(node) else 1, pending.map)
 
     def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
         weight = a[PRODUCTS[node.target][1]]
         if rank(weight) != 2 or pending.axis != rank(value) - 1:
-            return Obstacle(node, "multiplies by what is not a weight of its own")
+            return Obstacle(Why.NO_WEIGHT_OF_ITS_OWN, node)
         return self._take(weight, 0, pending.map)
 
     def _take(self, weight: Node, dim: int, pending: Map) -> Obstacle | None:
         if constant_formula(self.facts, weight) is None:
-            return Obstacle(weight, "is no stored weight")
+            return Obstacle(Why.NO_STORED_WEIGHT, weight)
         return self.draft.change(weight, lambda own: pending.read(own, dim, shape(weight)[dim]))
 
 

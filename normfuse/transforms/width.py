@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why, named
 from normfuse.graph.edits import Edit, NewTensor, Reroute, Resize, SetTensor
 from normfuse.graph.expressions import Call, Formula, Read, Ref, reads, uncentered
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
@@ -29,7 +30,6 @@ from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape, tensors_in
 from normfuse.transforms.backward import Backward, Key, Step
 from normfuse.transforms.basis import Basis
-from normfuse.transforms.draft import Obstacle
 from normfuse.transforms.forward import is_size_blind
 from normfuse.transforms.into_products import Layer, Products, products
 from normfuse.transforms.maps import Map
@@ -62,9 +62,9 @@ def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Ite
             yield Refusal(pass_name, program.site(norm.out), "NF406", f"{why}, and rounded", program.site(at), hint)
     for found in narrow(facts, concerned, basis):
         if isinstance(found, Kept):
-            site = program.site(found.at)
-            who = "the caller" if found.at.op == "output" else f"'{program.stored.get(found.at.name) or site}'"
-            yield Refusal(pass_name, program.site(found.norm.out), found.code, f"{_ABOUT[found.code]}{who} {found.why}", site)
+            at = found.obstacle.witness or found.obstacle.at
+            reason = f"{_ABOUT[found.code]}{named(program, at)} {found.obstacle}"
+            yield Refusal(pass_name, program.site(found.norm.out), found.code, reason, program.site(at))
         else:
             yield _rewrite(program, pass_name, basis, found)
 
@@ -108,14 +108,12 @@ class Kept:
     Attributes:
         norm: the norm.
         code: the refusal's code.
-        at: the node in the way.
-        why: what it does there, as half a sentence.
+        obstacle: what is in the way.
     """
 
     norm: Norm
     code: str
-    at: Node
-    why: str
+    obstacle: Obstacle
 
 
 def narrow(facts: Facts, norms: Iterable[Norm], basis: Basis) -> Iterator[Narrowing | Kept]:
@@ -130,14 +128,14 @@ def narrow(facts: Facts, norms: Iterable[Norm], basis: Basis) -> Iterator[Narrow
     for norm in norms:
         found = products(facts, norm, basis)
         if isinstance(found, Obstacle):
-            yield Kept(norm, "NF403", found.at, found.why)
+            yield Kept(norm, "NF403", found)
         else:
             read_by[norm] = found
     known = centered(facts)
     wishes = [norm for norm in read_by if norm.kind == NormKind.LAYER_NORM and norm.axes[0] not in known[norm.x]]
     centering = center(facts, wishes)
     for norm, obstacle in centering.blocked:
-        yield Kept(norm, "NF401", obstacle.witness or obstacle.at, _KEEPS_MEAN[obstacle.kind])
+        yield Kept(norm, "NF401", obstacle)
     blocked = {norm for norm, _ in centering.blocked}
     streams = _Streams(facts, basis, read_by, known, centering)
     for group in streams.groups([norm for norm in read_by if norm not in blocked]):
@@ -150,17 +148,6 @@ _ABOUT = {
     "NF404": "its stream cannot be narrower: ",
     "NF405": "it would cost what it saves: ",
 }
-_KEEPS_MEAN = {
-    "seen": "sees the mean of what this norm reads",
-    "tied": "sees the mean of a weight that writes what this norm reads",
-    "written": "is updated by the program itself",
-    "input": "gives what this norm reads its mean",
-    "joined": "joins or splits what this norm reads along its axis",
-    "norm": "writes what this norm reads, and its gain gives that a mean",
-    "gate": "scales what this norm reads channel by channel",
-    "op": "writes what this norm reads and cannot be centred",
-}
-"""What an obstacle of `center` does, by its kind."""
 
 
 def centered(facts: Facts) -> dict[Node, frozenset[int]]:
@@ -178,16 +165,16 @@ def _rounded_writer(facts: Facts, known: Mapping[Node, frozenset[int]], norm: No
     return None if stopped else walk.writer
 
 
-class _Rounded(Backward[Obstacle]):
+class _Rounded(Backward):
     def __init__(self, facts: Facts, known: Mapping[Node, frozenset[int]]) -> None:
         super().__init__(facts)
         self.known = known
         self.writer: Node | None = None
 
-    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+    def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
         return Step() if axis in self.known[node] else None
 
-    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+    def stored(self, node: Node, axis: int, pending: Map) -> Step:
         program = self.facts.program
         tensor = program.tensor(program.stored[node.name]) if node.name in program.stored else None
         if tensor is None or not _is_nearly_centred(tensor, axis):
@@ -195,8 +182,8 @@ class _Rounded(Backward[Obstacle]):
         self.writer = node if self.writer is None and tensor.any() else self.writer
         return Step()
 
-    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
-        return Step(obstacle=Obstacle(node, "does not write zero means"))
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step:
+        return Step(obstacle=Obstacle(Why.HAS_MEAN, node))
 
 
 def _is_nearly_centred(tensor: Tensor, axis: int) -> bool:
@@ -214,7 +201,7 @@ def _centered_by_formula(program: Program, node: Node) -> set[int]:
     return set() if formula is None else set(uncentered(formula)[1])
 
 
-class _Stream(Backward[Obstacle]):
+class _Stream(Backward):
     """The values of one stream: those that get narrower, and where it begins and ends.
 
     Attributes:
@@ -231,7 +218,7 @@ class _Stream(Backward[Obstacle]):
         """The values that get narrower, with what they are made of."""
         return {key: step.operands for key, step in self.steps.items() if key not in self.entries and step.obstacle is None}
 
-    def decided(self, node: Node, axis: int, pending: Map) -> Step[Obstacle] | None:
+    def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
         if (node, axis) in self.streams.paid:
             return self._entry(node, axis)
         if node.name in self.streams.scaled:
@@ -239,23 +226,22 @@ class _Stream(Backward[Obstacle]):
             return Step(((branch, axis - (rank(node) - rank(branch))),))
         return None
 
-    def stored(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
-        return Step() if self.facts.editable(node) else Step(obstacle=Obstacle(node, "cannot change its width"))
+    def stored(self, node: Node, axis: int, pending: Map) -> Step:
+        return Step() if self.facts.editable(node) else Step(obstacle=Obstacle(Why.FIXED_WIDTH, node))
 
-    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step[Obstacle]:
+    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         if (other := meets_full_width(node, axis, operands)) is not None:
-            why = f"reads '{other.name}', which is as wide and the same for every feature; let it broadcast instead"
-            return Step(obstacle=Obstacle(node, why))
-        return Step(operands) if follows(node, axis) else Step(obstacle=Obstacle(node, "has no rule for another width"))
+            return Step(obstacle=Obstacle(Why.EXPANDED, node, (other.name,)))
+        return Step(operands) if follows(node, axis) else Step(obstacle=Obstacle(Why.NO_WIDTH, node))
 
-    def stuck(self, node: Node, axis: int, pending: Map) -> Step[Obstacle]:
+    def stuck(self, node: Node, axis: int, pending: Map) -> Step:
         if carries(node, axis) == () and says_size(node):  # zeros
             return self.carried(node, axis, pending, ())
         if axis in self.streams.known[node]:
             return self._entry(node, axis)
-        return Step(obstacle=Obstacle(node, "does not let a change of basis through"))
+        return Step(obstacle=Obstacle(Why.NO_BASIS, node))
 
-    def _entry(self, node: Node, axis: int) -> Step[Obstacle]:
+    def _entry(self, node: Node, axis: int) -> Step:
         """The stream begins here, and nothing before it changes."""
         self.entries[node, axis] = f"{node.name}_narrowed_{axis}"
         return Step()
@@ -308,13 +294,13 @@ class _Streams:
         stream, stopped = self._back(norms)
         outside = stopped or self._outside(stream, norms)
         if isinstance(outside, Obstacle):
-            yield from (Kept(norm, "NF404", outside.at, outside.why) for norm in norms)
+            yield from (Kept(norm, "NF404", outside) for norm in norms)
             return
         explicit = len(outside) + sum(not self._is_free(key, stream, norms) for key in stream.entries)
         if explicit >= len(norms):
             at = next(iter((*outside, *(key[0] for key in stream.entries))), None)
-            cost = f"needs one of {explicit} explicit changes of basis, which would serve {len(norms)} of the norms"
-            yield from (Kept(norm, "NF405", at or norm.x, cost) for norm in norms)
+            cost = (explicit, len(norms))
+            yield from (Kept(norm, "NF405", Obstacle(Why.COSTS, at or norm.x, cost)) for norm in norms)
         elif norms:
             yield self._written(norms, stream, outside, explicit)
 
@@ -326,7 +312,7 @@ class _Streams:
             found = next((rival for rival in rivals if rival is not None), None)
             if found is not None:
                 name, reader = found
-                yield Kept(norm, "NF403", reader, f"reads '{name}' too, which it needs otherwise")
+                yield Kept(norm, "NF403", Obstacle(Why.READS_TOO, reader, (name,)))
 
     def _rival(self, layer: Layer, layers: list[Layer]) -> tuple[str, Node] | None:
         """A tensor of a layer that somebody else reads, and who."""
@@ -355,7 +341,7 @@ class _Streams:
                 and taken[reader][node, axis] != sum(each is node for each in tensors_in((reader.args, reader.kwargs)))
             ]
             if strays and (node in outside or node in self.facts.constant or any(each.op == "output" for each in strays)):
-                return Obstacle(strays[0], f"reads '{node.name}' in its full width")
+                return Obstacle(Why.READS_IN_FULL, strays[0], (node.name,))
             if strays:
                 outside[node] = tuple(reader.name for reader in strays)
         return outside

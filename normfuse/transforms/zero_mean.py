@@ -13,38 +13,19 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import networkx as nx
 import torch
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, Reroute, SetTensor
 from normfuse.graph.expressions import FLOAT32, Call, Formula, Read, Ref
 from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, spans
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
-from normfuse.transforms import backward
-from normfuse.transforms.backward import Backward, Key, way_back
+from normfuse.transforms.backward import Backward, Key, Step, way_back
 from normfuse.transforms.maps import Centring, Map
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """What keeps a value from being centred for free.
-
-    Attributes:
-        at: the node in the way.
-        kind: ``seen``, ``input``, ``tied``, ``written``, ``joined``, ``norm``, ``gate`` or ``op``.
-        witness: the reader that sees the mean, where there is one.
-    """
-
-    at: Node
-    kind: str
-    witness: Node | None = None
-
-
-Step: TypeAlias = backward.Step[Obstacle]
 
 
 @dataclass(frozen=True)
@@ -88,7 +69,7 @@ def center(facts: Facts, norms: Iterable[Norm]) -> Centering:
 ZERO_MEAN = Map(basis=Centring())
 
 
-class _Centre(Backward[Obstacle]):
+class _Centre(Backward):
     """Values centred by construction end it well, and so do stored tensors whose mean nobody sees."""
 
     def decided(self, node: Node, axis: int, pending: Map) -> Step | None:
@@ -96,16 +77,16 @@ class _Centre(Backward[Obstacle]):
         if axis in facts.centered[node]:
             return Step()
         if facts.program.stored.get(node.name) in facts.program.written:
-            return Step(obstacle=Obstacle(node, "written"))
+            return Step(obstacle=Obstacle(Why.UPDATED, node))
         if axis not in facts.unseen[node]:
-            kind = "tied" if node.name in facts.program.stored else "seen"
-            return Step(obstacle=Obstacle(node, kind, facts.first_sight(node, axis)))
+            code, reader = Why.TIED if node.name in facts.program.stored else Why.SEEN, facts.first_sight(node, axis)
+            return Step(obstacle=Obstacle(code, node, () if reader is None else (reader,)))
         return None
 
     def stored(self, node: Node, axis: int, pending: Map) -> Step:
         name = self.facts.program.stored.get(node.name)
         if name is None or not self.facts.editable(node):
-            return Step(obstacle=Obstacle(node, "input" if name is None else "op"))
+            return Step(obstacle=Obstacle(Why.INPUT if name is None else Why.UNCENTRED, node))
         return Step(edits=(SetTensor(name, pending.written(Read(name), axis, shape(node)[axis])),))
 
     def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
@@ -115,7 +96,7 @@ class _Centre(Backward[Obstacle]):
         return Step(operands) if wholly else self.stuck(node, axis, pending)
 
     def stuck(self, node: Node, axis: int, pending: Map) -> Step:
-        return _scaled(self.facts, node, axis) or Step(obstacle=Obstacle(node, _kind(self.facts, node)))
+        return _scaled(self.facts, node, axis) or Step(obstacle=Obstacle(_in_the_way(self.facts, node), node))
 
 
 def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
@@ -157,12 +138,12 @@ _RESHAPING = {
 }  # fmt: skip
 
 
-def _kind(facts: Facts, node: Node) -> str:
+def _in_the_way(facts: Facts, node: Node) -> Why:
     if node.target is aten.cat.default or (node.target in (aten.view.default, aten._unsafe_view.default)):
-        return "joined"
+        return Why.JOINED
     if node in facts.norm_at:
-        return "norm"
-    return "gate" if node.target is aten.mul.Tensor else "op"
+        return Why.NORM
+    return Why.GATE if node.target is aten.mul.Tensor else Why.UNCENTRED
 
 
 def _nearest(key: Key, steps: dict[Key, Step]) -> Obstacle:

@@ -13,9 +13,10 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle
 from normfuse.graph.program import Program
 from normfuse.planning.planner import Plan, plan
-from normfuse.transforms.draft import Absorbed, Obstacle
+from normfuse.transforms.draft import Absorbed
 from normfuse.transforms.into_readers import into_readers
 from tests.models import noise
 from tests.zoo.spread import spread

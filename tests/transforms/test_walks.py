@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, SetTensor, apply
 from normfuse.graph.expressions import Call, Formula, Read
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten
-from normfuse.transforms.draft import Draft, Obstacle, channel, is_transposed
+from normfuse.transforms.draft import Draft, channel, is_transposed
 from normfuse.transforms.forward import Forward, Pending
 from normfuse.transforms.into_writers import fold
 from normfuse.transforms.maps import Map
@@ -49,7 +50,7 @@ class Rotate(Forward):
 
     def layer(self, node: Node, a: dict[str, Any], pending: Pending) -> Obstacle | None:
         if pending.axis != channel(node, a["input"]) or a.get("groups", 1) != 1:
-            return Obstacle(node, "mixes the channels in groups, or another axis")
+            return Obstacle(Why.MIXES_GROUPS, node)
         dim = 0 if is_transposed(node) else 1
         return self.draft.change(a["weight"], lambda own: pending.map.read(own, dim, 0))
 
@@ -154,4 +155,4 @@ def test_what_is_not_linear_along_the_axis_stops_it(reader: str) -> None:
     start = next(reader.name for reader in program.reader_of("a.weight").users)
     stopped = rotate(program, start, 2)
     assert isinstance(stopped, Obstacle)
-    assert stopped.why == why
+    assert str(stopped) == why
