@@ -7,7 +7,7 @@ the name of the node: "'head.weight' is read more than once".
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, unique
 from typing import Any
 
 from torch.fx import Node
@@ -15,6 +15,7 @@ from torch.fx import Node
 from normfuse.graph.program import Program
 
 
+@unique
 class Why(Enum):
     """What a node does that is in the way; the words have places for an obstacle's details."""
 
