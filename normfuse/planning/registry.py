@@ -80,7 +80,7 @@ def find(name: str) -> Pass:
 def codes() -> dict[str, str]:
     """Every refusal code with its story: the passes', the planner's and the appliers'."""
     everything: dict[str, str] = {}
-    for name in ("planner", "live.eager"):
+    for name in ("planning.planner", "modules.placement"):
         everything |= stories(inspect.getdoc(importlib.import_module(f"normfuse.{name}")) or "")
     for each in passes().values():
         everything |= each.codes
