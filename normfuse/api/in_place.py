@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from normfuse.api.opening import Given, inputs_for
-from normfuse.errors import NormfuseError
 from normfuse.graph.findings import Claim
-from normfuse.modules import tuning
+from normfuse.modules.deploy import deploy_modules, evaluate_formulas, restore_modules
+from normfuse.modules.tune import tune_modules
 from normfuse.planning.registry import requested
 from normfuse.proof.proving import Progress, checked_level
 from normfuse.sources.batches import warn_of
@@ -55,7 +55,7 @@ def tune(
     """
     given = inputs_for(model, inputs, kwargs, dynamic_shapes)
     warn_of(given)
-    tuning.tuned(model, requested(passes), given, allow=Claim.named(allow), level=checked_level(verify), progress=progress)
+    tune_modules(model, requested(passes), given, allow=Claim.named(allow), level=checked_level(verify), progress=progress)
     return model
 
 
@@ -97,13 +97,11 @@ def deploy(
         VerificationFailed: the result is not equivalent; the model is put back.
     """
     if passes is None:
-        if not tuning.is_live(model):
-            raise NormfuseError("this model is not tuned, so there is nothing to evaluate", hint="name the passes to deploy")
-        tuning.baked(model, keep=keep)
+        evaluate_formulas(model, keep=keep)
         return model
     given = inputs_for(model, inputs, kwargs, dynamic_shapes)
     warn_of(given)
-    tuning.deployed(
+    deploy_modules(
         model, requested(passes), given, allow=Claim.named(allow), level=checked_level(verify), keep=keep, progress=progress
     )
     return model
@@ -115,5 +113,5 @@ def restore(model: Module) -> Module:
     Raises:
         NormfuseError: the model was deployed and its own tensors were not kept.
     """
-    tuning.restored(model)
+    restore_modules(model)
     return model

@@ -12,7 +12,7 @@ from normfuse.errors import CannotApply, NormfuseError
 from normfuse.exporters import eager_cpu
 from normfuse.graph.program import Program
 from normfuse.graph.stored import own_state
-from normfuse.modules import tuning
+from normfuse.modules.deploy import apply_plan
 from normfuse.report.record import Report
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.inputs import Inputs
@@ -70,7 +70,7 @@ class Result:
         """
         if self.mode == "live":
             raise CannotApply(["a live program is no plan for modules"], hint="normfuse.tune(model, ...) makes modules live")
-        tuning.applied(model, self.report.plan, self.inputs, keep=keep)
+        apply_plan(model, self.report.plan, self.inputs, keep=keep)
         return model
 
     def save(self, path: str | Path) -> Path:

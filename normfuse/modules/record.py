@@ -207,6 +207,11 @@ def rewritten(model: nn.Module) -> Iterator[tuple[nn.Module, Rewritten]]:
     return ((module, module.__dict__[RECORD]) for module in model.modules() if is_rewritten(module))
 
 
+def was_changed(model: nn.Module) -> bool:
+    """Whether a model is tuned or deployed, its own tensors kept or not."""
+    return any(RECORD in each.__dict__ or GIVEN_UP in each.__dict__ for each in model.modules())
+
+
 def own(module: nn.Module, name: str) -> Any:
     """The tensor that a module itself holds under a name."""
     for home in (module.__dict__, module._parameters, module._buffers):

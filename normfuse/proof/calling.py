@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, first_line
 from normfuse.graph.interpreter import flat_inputs, run
-from normfuse.graph.program import Program, at_inference
+from normfuse.graph.program import Program, Trains, at_inference
 from normfuse.proof.differences import same
 from normfuse.proof.trial_run import lacks_kernel
 from normfuse.proof.undisturbed import seeded, undisturbed
@@ -62,29 +62,48 @@ def call_of_program(module: nn.Module, program: Program) -> Call:
 
     def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         with seeded(0), torch.no_grad(), _state_kept(module, program):
-            return _called(module, program, args, kwargs)
+            return _tensors(returned(module, program, args, kwargs))
 
     return call
 
 
-def call_of_module(module: nn.Module, program: Program) -> Call:
-    """The call of a live module as it is at inference, under ``no_grad`` or not, whichever way its trace went.
+def call_of_module(module: nn.Module, program: Program, *, trains: Trains | None = None, as_traced: bool = True) -> Call:
+    """The call of a live module as it is at inference.
 
     Args:
         module: the module; it is left as it was.
         program: its trace.
+        trains: as for `Program.trace`.
+        as_traced: under ``no_grad`` or not, whichever way the trace went; False for ``no_grad``, under which torch's own fast
+            paths may pass by what a module was changed to.
     """
 
     def once(args: Sequence[Any], kwargs: Mapping[str, Any], grad: bool) -> list[Tensor]:
-        with undisturbed(module), at_inference(module), seeded(0), torch.set_grad_enabled(grad):
-            return _called(module, program, args, kwargs)
+        return _tensors(called_once(module, program, args, kwargs, trains=trains, grad=grad))
 
     def call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         usual = once(args, kwargs, False)
+        if not as_traced:
+            return usual
         traced = answer(lambda: run(program, flat_inputs(program, args, kwargs))).outputs
         return usual if traced is None or same(usual, traced) else once(args, kwargs, True)
 
     return call
+
+
+def called_once(
+    module: nn.Module,
+    program: Program,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    trains: Trains | None = None,
+    seed: int = 0,
+    grad: bool = False,
+) -> tuple[list[Any], list[Tensor]]:
+    """What `returned` tells of one call of a live module as it is at inference; the module is left as it was."""
+    with undisturbed(module), at_inference(module, trains), seeded(seed), torch.set_grad_enabled(grad):
+        return returned(module, program, args, kwargs)
 
 
 def returned(
@@ -103,8 +122,8 @@ def returned(
     return leaves, [each.detach().clone() for each in _updated(module, program, pytree.tree_leaves((args, kwargs)))]
 
 
-def _called(module: nn.Module, program: Program, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    leaves, state = returned(module, program, args, kwargs)
+def _tensors(given_back: tuple[list[Any], list[Tensor]]) -> list[Tensor]:
+    leaves, state = given_back
     return [*(each for each in leaves if isinstance(each, Tensor)), *state]
 
 

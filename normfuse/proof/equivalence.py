@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -131,8 +131,7 @@ def program_side(
 
     def as_called(case: Case) -> Sequence[Tensor]:
         assert call is not None
-        args, kwargs = pytree.tree_unflatten(list(flat(case)), program.exported.call_spec.in_spec)
-        return call(args, kwargs)[:outputs]
+        return on_cases(call, program)(replace(case, flat=tuple(flat(case))))[:outputs]
 
     return Side(
         name,
@@ -166,6 +165,16 @@ def _rounded_numbers(program: Program) -> tuple[str, ...]:
 def live_side(name: str, call: Runner) -> Side:
     """A model that can only be called."""
     return Side(name, f"PyTorch {torch.__version__}", {"": call})
+
+
+def on_cases(call: Call, program: Program) -> Runner:
+    """A call with arguments, on cases whose inputs are those of a program."""
+
+    def run_case(case: Case) -> Sequence[Tensor]:
+        args, kwargs = pytree.tree_unflatten(list(case.flat), program.exported.call_spec.in_spec)
+        return call(args, kwargs)
+
+    return run_case
 
 
 def artifact_side(artifact: Artifact, ports: Sequence[Port | None]) -> Side:

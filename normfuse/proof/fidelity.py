@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import ConstantArgument
 from torch.utils import _pytree as pytree
@@ -21,15 +20,15 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import InputError, TraceError, first_line
 from normfuse.graph.interpreter import flat_inputs, run
 from normfuse.graph.nodes import draws
-from normfuse.graph.program import Program, Trains, at_inference
-from normfuse.proof.calling import returned
+from normfuse.graph.program import Program, Trains
+from normfuse.proof.calling import called_once
 from normfuse.proof.cases import Case, other_sizes, other_values
 from normfuse.proof.differences import same
 from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.proving import distances
 from normfuse.proof.trial_run import GIVE_FITTING, lacks_kernel, trial_run
-from normfuse.proof.undisturbed import seeded, undisturbed
+from normfuse.proof.undisturbed import undisturbed
 from normfuse.sources.inputs import Inputs
 
 RANDOM = "two calls of the model differ: its outputs are random, and were compared on the same random numbers"
@@ -121,9 +120,7 @@ class _Comparison:
     def _module(self, case: Case, seed: int, *, grad: bool = False) -> _Called:
         """What the module gives."""
         args, kwargs = pytree.tree_unflatten(list(case.flat), self.program.exported.call_spec.in_spec)
-        mode = torch.enable_grad() if grad else torch.no_grad()
-        with undisturbed(self.module), at_inference(self.module, self.trains), seeded(seed), mode:
-            leaves, state = returned(self.module, self.program, args, kwargs)
+        leaves, state = called_once(self.module, self.program, args, kwargs, trains=self.trains, seed=seed, grad=grad)
         tensors = [each for each in leaves if isinstance(each, Tensor)]
         return _Called([*tensors, *state], {p: each for p, each in enumerate(leaves) if not isinstance(each, Tensor)})
 

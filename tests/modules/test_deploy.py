@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import CannotApply
+from normfuse.modules.attach import attach
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS, Stream
 from tests.modules.models import IMAGES, Net, net
@@ -211,17 +212,15 @@ def test_what_cannot_be_done_is_told_and_the_rest_is_done() -> None:
 
 
 def test_a_wrong_result_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from normfuse.modules import tuning
-
     model, original = net(), net()
-    attach = tuning.attach
 
-    def lossy(program: Any, adaptation: Any, model: Any, guarded: Any) -> None:
-        attach(program, adaptation, model, guarded)
+    def lossy(program: Any, changes: Any, model: Any, guards: Any) -> None:
+        attach(program, changes, model, guards)
         del model.norm._normfuse.change
         model.norm._normfuse.change = None  # folded into the convolution, and applied again
 
-    monkeypatch.setattr(tuning, "attach", lossy)
+    for recipe in ("tune", "deploy"):
+        monkeypatch.setattr(f"normfuse.modules.{recipe}.attach", lossy)
     for call in (normfuse.tune, normfuse.deploy):
         with pytest.raises(normfuse.VerificationFailed):
             call(model, "conv_bn", inputs=IMAGES)

@@ -1,0 +1,112 @@
+"""Planning for the live modules: what has no place on them is planned without."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from normfuse.analysis.facts import Facts
+from normfuse.errors import CannotApply, NormfuseWarning, Reason
+from normfuse.graph.edits import Reroute
+from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.graph.program import Program
+from normfuse.modules.graph_diff import Unplaced
+from normfuse.modules.placement import Adaptation, adapt
+from normfuse.planning.planner import Plan, plan
+from normfuse.planning.registry import Pass, find
+
+HINT = "rewrite the traced program instead: normfuse.rewrite(model, ...)"
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """A plan that can be made on modules.
+
+    Attributes:
+        program: what the plan was made for, a trace of the model.
+        plan: the plan.
+        changes: what it means for the model's modules.
+    """
+
+    program: Program
+    plan: Plan
+    changes: Adaptation
+
+
+def plan_for_modules(program: Program, passes: Sequence[str], allow: Claim, model: nn.Module) -> ModulePlan:
+    """A plan of which every rewrite can be made on the model's modules; the others are refused (NF104)."""
+    excluded: dict[tuple[str, str], str] = {}
+    while True:
+        chosen = plan(program, [_without(find(name), excluded) for name in passes], allow=allow, in_place=True)
+        changes = adapt(program, chosen.apply(program), model)
+        blamed: dict[tuple[str, str], str] = {}
+        for each in changes.unplaced:
+            for wanted in _blamed(chosen, each):
+                blamed.setdefault(wanted, each.reason)
+        if not changes.unplaced:
+            return ModulePlan(program, chosen, changes)
+        if not blamed.keys() - excluded.keys():
+            raise cannot_place(program, changes, HINT)
+        excluded |= blamed
+
+
+def cannot_place(program: Program, changes: Adaptation, hint: str) -> CannotApply:
+    """The error for changes that have no place on modules, which says why."""
+    return CannotApply([f"{program.site(each.node)}: {each.reason}" for each in changes.unplaced], hint=hint)
+
+
+def _without(each: Pass, excluded: Mapping[tuple[str, str], str]) -> Pass:
+    """A pass that refuses its rewrites of some norms."""
+    mine = {node: reason for (name, node), reason in excluded.items() if name == each.name}
+
+    def propose(program: Program, facts: Facts) -> Iterator[Finding]:
+        for finding in each.propose(program, facts):
+            reason = next((mine[site.node] for site in getattr(finding, "sites", ()) if site.node in mine), None)
+            if reason is None:
+                yield finding
+            elif isinstance(finding, Rewrite):
+                why = f"{reason} ({finding.because})"
+                yield from (Refusal(each.name, site, "NF104", why, hint=HINT) for site in finding.sites)
+
+    return replace(each, propose=propose)
+
+
+def _blamed(chosen: Plan, unplaced: Unplaced) -> Iterator[tuple[str, str]]:
+    """(Pass, norm) of the rewrites that want what has no place."""
+    name = unplaced.node.name
+    rewrites = [each for each in chosen.rewrites if (each.pass_name, str(each.sites[0])) == unplaced.origin]
+    rewrites = rewrites or [r for r in chosen.rewrites if any(isinstance(e, Reroute) and e.node == name for e in r.edits)]
+    rewrites = rewrites or [r for r in chosen.rewrites if name in r.region]
+    for each in rewrites:
+        yield from ((each.pass_name, site.node) for site in each.sites)
+
+
+def require_rewrites(chosen: Plan) -> None:
+    """Raise where there is nothing to make.
+
+    Raises:
+        CannotApply: with the reasons of all refusals.
+    """
+    if not chosen.rounds:
+        reasons = [Reason(f"{each.site}: {each.code}: {each.reason}", _hint(each)) for each in chosen.refusals]
+        names = ", ".join(chosen.passes)
+        nothing = Reason(f"{names} found nothing to do", "normfuse.inspect(model) shows every norm and what each pass would do")
+        raise CannotApply(reasons or [nothing])
+
+
+def _hint(refusal: Refusal) -> str:
+    """What to do about a refusal; where it does not say, what explains it."""
+    if "dropout" in refusal.reason:
+        return "set the dropout's p to 0; or call deploy, for which the model is as in evaluation mode"
+    return refusal.hint or f"`normfuse explain {refusal.code}` tells what it needs"
+
+
+def warn_of_what_stays(chosen: Plan) -> None:
+    """Warn of what was left out because modules have no place for it; `inspect` tells of all other refusals."""
+    left = [each for each in chosen.refusals if each.code == "NF104"]
+    if left:
+        names = ", ".join(str(each.site) for each in left[:3]) + (", …" if len(left) > 3 else "")
+        warnings.warn(f"{len(left)} norms stay as they are ({names}): {left[0].reason}", NormfuseWarning, stacklevel=4)
