@@ -4,7 +4,7 @@ All variants of a row take turns in one run, on one thread, timed by that thread
 cost cache but not time. A cell has the median in µs and, in brackets, the ratio of the medians and of the minima to the first
 column's: below one is faster.
 
-    python benchmarks/crms_norm.py [--device cuda] [--dtype float16] [--models "ViT-Ti"] [products] [eager] [compile] [ort]
+    python -m benchmarks.crms_norm [--device cuda] [--dtype float16] [--models "ViT-Ti"] [products] [eager] [compile] [ort]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
+from benchmarks.record import recorded
 from benchmarks.rms_norm import heading, row
 from normfuse.graph.program import Program
 
@@ -171,4 +172,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

@@ -1,6 +1,6 @@
 """What becomes of a BatchNorm, by pattern and by tool, and is the result still the same function? Prints a Markdown table.
 
-    python benchmarks/fold_patterns.py [--tools normfuse torch.fx …] [--only WORD …] [--json results.json]
+    python -m benchmarks.fold_patterns [--tools normfuse torch.fx …] [--only WORD …]
 
 A tool that is not installed has an empty column; `benchmarks/requirements.txt` names them. The exit code is 1 if normfuse
 raises or is wrong anywhere.
@@ -16,16 +16,14 @@ import argparse
 import importlib
 import importlib.metadata
 import io
-import json
 import math
 import re
-import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +37,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves, tree_map
 
 import normfuse
+from benchmarks.record import recorded
 from normfuse.errors import TraceError
 from normfuse.transforms.fold import HALF, LEFT
 from tests.batch_norms import FOLDS, IMAGE, Chain, Fold
@@ -588,7 +587,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     parser.add_argument("--only", nargs="+", default=[""], help="patterns whose name has one of these words")
-    parser.add_argument("--json", type=Path, help="write every outcome here")
     options = parser.parse_args()
     torch.set_num_threads(1)
     names = [name for name in PATTERNS if any(word in name for word in options.only)]
@@ -596,10 +594,8 @@ def main() -> int:
     outcomes = [judge(*pair) for pair in track(pairs, "judging", console=Console(stderr=True))]
     print(f"{versions()}; pass {PASS}\n")
     print(*table(outcomes, names, options.tools), "", *remarks(outcomes), sep="\n")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(each) for each in outcomes], indent=1))
     return int(any(each.tool == OURS and each.state in {"error", "WRONG"} for each in outcomes))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    recorded(main)

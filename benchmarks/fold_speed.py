@@ -1,6 +1,6 @@
 """Is a folded model faster? Beside the original, and beside a twin without norms, which is the limit. Prints a Markdown table.
 
-    python benchmarks/fold_speed.py [--models resnet50 …] [--ways eager …] [--device cuda] [--rounds 30] [--json times.json]
+    python -m benchmarks.fold_speed [--models resnet50 …] [--ways eager …] [--device cuda] [--rounds 30]
 
 All variants of a model are built and warmed up first, then single calls of all of them alternate, each round beginning with
 another one. Times are of one 224² image unless ``--batch`` says otherwise. On the CPU they are CPU seconds of the one thread
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 from torch._inductor import config as inductor
 
 import normfuse
+from benchmarks.record import recorded
 from normfuse.exporters import onnx, onnxruntime
 from normfuse.graph.program import Program
 from normfuse.nn import RepBN, convert, recalibrate
@@ -218,7 +218,6 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -236,9 +235,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {row.model} | {row.way} | {row.milliseconds:.1f} | {row.folded} | {row.deleted} |")
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

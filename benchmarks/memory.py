@@ -2,7 +2,7 @@
 
 Each stage runs in a process of its own on a pre-LN Transformer of about 400 MB (float32). Prints a Markdown table.
 
-    python benchmarks/memory.py [--width 1024] [--layers 8]
+    python -m benchmarks.memory [--width 1024] [--layers 8]
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
+
+from benchmarks.record import recorded
 
 STAGES = ("load", "structure", "structure + save", "full", "full + save")
 
@@ -73,11 +75,11 @@ def main() -> None:
         path = Path(folder) / "encoder.pt"
         torch.save(encoder(options.width, options.layers), path)
         for stage in STAGES:
-            command = [sys.executable, __file__, "--stage", stage, "--path", str(path)]
+            command = [sys.executable, "-m", "benchmarks.memory", "--stage", stage, "--path", str(path)]
             figures = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
             ratio = figures["peak"] / figures["weights"]
             print(f"| {stage} | {figures['weights']:.0f} | {figures['peak']:.0f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

@@ -2,7 +2,7 @@
 
 The weights are on the meta device: planning never reads them. Prints a Markdown table.
 
-    python benchmarks/planning_scale.py [--layers 12 24 48 96] [--repeats 3]
+    python -m benchmarks.planning_scale [--layers 12 24 48 96] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from rich.progress import track
 
+from benchmarks.record import recorded
 from normfuse.graph.program import Program
 from normfuse.planning.planner import plan
 from tests.zoo import torchvision_shim
@@ -75,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

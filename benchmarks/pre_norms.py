@@ -1,6 +1,6 @@
 """What do Pre-RMSNorm, folded gains and Pre-CRMSNorm save? Beside the original, and beside no norms at all. Prints Markdown.
 
-    python benchmarks/pre_norms.py [--models "ViT-Ti, 1 image" …] [--ways eager …] [--device cuda] [--dtype float16]
+    python -m benchmarks.pre_norms [--models "ViT-Ti, 1 image" …] [--ways eager …] [--device cuda] [--dtype float16]
                                    [--rounds 15] [--quick]
 
 All variants of a model are built, compared with the original and warmed up; then they take turns, on one thread, timed by that
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import normfuse
 from benchmarks.crms_norm import MODELS, Build, _session
+from benchmarks.record import recorded
 from benchmarks.rms_norm import heading, timed
 from normfuse.graph.program import Program
 from tests.zoo.spread import spread
@@ -175,4 +176,4 @@ def place(device: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

@@ -4,7 +4,7 @@ All variants of a row take turns in one run, on one thread, timed by that thread
 cost cache but not time. A cell has the median in µs and, in brackets, the ratio of the
 medians and of the minima to LayerNorm's or to the original model's: below one is faster.
 
-    python benchmarks/rms_norm.py [--device cuda] [--dtype float16] [norms] [operators] [training] [models]
+    python -m benchmarks.rms_norm [--device cuda] [--dtype float16] [norms] [operators] [training] [models]
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
+from benchmarks.record import recorded
 from normfuse.nn import CRMSNorm, RMSNorm
 from normfuse.nn.rms_norm import inverse_rms
 
@@ -211,4 +212,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

@@ -5,7 +5,7 @@ Each row has four programs of one size: the model with its LayerNorms, the same 
 clock on a CPU. A cell has the median in µs and, in brackets, the ratio of the medians and of the minima to the first column's:
 below one is faster.
 
-    python benchmarks/strip.py [--models "GPT-2"] [eager] [compile] [ort]
+    python -m benchmarks.strip [--models "GPT-2"] [eager] [compile] [ort]
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import normfuse
 from benchmarks.crms_norm import _session
+from benchmarks.record import recorded
 from benchmarks.rms_norm import heading, row
 from normfuse.graph.program import Program
 from normfuse.stripping import attach, places
@@ -123,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

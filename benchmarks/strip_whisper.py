@@ -4,7 +4,7 @@ The norms are calibrated and chosen on two clips of real speech, one of them hal
 targets are the tokens of the original model's own greedy transcript; the metric is the cross-entropy of predicting each of
 them from those before it.
 
-    python benchmarks/strip_whisper.py [--bounds 0.01 0.1 1.0]
+    python -m benchmarks.strip_whisper [--bounds 0.01 0.1 1.0]
 
 A bound is a share of the original's own cross-entropy. Weights and recordings arrive through pip (tests/zoo/trained.py).
 """
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 import normfuse
+from benchmarks.record import recorded
 from normfuse.graph.program import Program
 from normfuse.stripping.quality import loss, measure
 from tests.zoo import trained
@@ -73,4 +74,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)

@@ -1,6 +1,6 @@
 """What Tune mode costs beside Eval, Deploy and two published Tunes: bytes kept for backward, peak memory, time. Markdown.
 
-    python benchmarks/tune.py [--networks resnet50 …] [--batches 1 4 16] [--sizes 64 128 224] [--rounds 5] [--device cuda]
+    python -m benchmarks.tune [--networks resnet50 …] [--batches 1 4 16] [--sizes 64 128 224] [--rounds 5] [--device cuda]
                               [--compiled] [--quick] [--json tune.json]
 
 All ways start from one model in evaluation mode with random weights and measured running statistics, want gradients of all
@@ -47,6 +47,7 @@ from torch.fx import Interpreter
 from torch.profiler import ProfilerActivity, profile
 
 import normfuse
+from benchmarks.record import recorded
 from normfuse.nn import recalibrate
 from tests.zoo import torchvision_shim
 
@@ -330,4 +331,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recorded(main)
