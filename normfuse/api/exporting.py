@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,6 +12,7 @@ from normfuse.api.opening import Given, Model, files_of, to_program
 from normfuse.errors import ExportError, InputError, one_of
 from normfuse.escaping import is_text
 from normfuse.exporters.lowering import deployed
+from normfuse.exporters.targets import Target, target_of
 from normfuse.graph.program import Program
 from normfuse.proof.cases import Case, cases_for
 from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
@@ -22,9 +22,6 @@ from normfuse.sources.atomic import proven_first, scratch
 
 if TYPE_CHECKING:
     from normfuse.exporters.tensorrt import Support
-
-TARGETS = {"onnx": ".onnx", "tensorrt": ".engine", "openvino": ".xml", "executorch": ".pte", "aoti": ".pt2"}
-"""Name of a target, which is that of its module in `normfuse.exporters` -> how its files end."""
 
 
 def export(
@@ -45,7 +42,8 @@ def export(
     Args:
         model: as for `rewrite`; a `Result` brings its own inputs.
         path: the file to write.
-        to: ``onnx``, ``tensorrt``, ``openvino``, ``executorch`` or ``aoti``; None to go by how the path ends.
+        to: ``onnx``, ``tensorrt``, ``openvino``, ``executorch``, ``aoti``, or what another package adds (`docs/plugins.md`);
+            None to go by how the path ends.
         opset: the ONNX opset, also of the file that an engine is built from; RMSNorm is written in the form that ONNX
             Runtime fuses at that opset.
         inputs: as for `rewrite`.
@@ -53,7 +51,7 @@ def export(
         dynamic_shapes: as for `rewrite`.
         trust_pickle: as for `rewrite`.
         progress: told (what, done, total).
-        options: further arguments of ``normfuse.exporters.<target>.export``, such as ``capabilities`` for an engine.
+        options: further arguments of the target's ``export``, such as ``capabilities`` for an engine.
 
     Returns:
         The evidence. An engine that cannot run on this machine is not compared; the ONNX file that it was built from is.
@@ -69,18 +67,18 @@ def export(
     _, program, given = to_program(model, inputs, kwargs, dynamic_shapes, trust_pickle)
     program = program.baked()
     tried = cases_for(program, given)
-    wanted = options if target in ("aoti", "executorch") else {"opset": opset, **options}
-    exporter = importlib.import_module(f"normfuse.exporters.{target}")
-    known = [name for name, each in inspect.signature(exporter.export).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    write = target.module().export
+    known = [name for name, each in inspect.signature(write).parameters.items() if each.kind is each.KEYWORD_ONLY]
     for name in options:
-        one_of(name, known, f"option of {target}")
+        one_of(name, known, f"option of {target.name}")
+    wanted = {"opset": opset, **options} if "opset" in known else options
     written: list[Any] = []
     with proven_first(
-        Path(path), lambda file: written.append(exporter.export(program, file, **wanted)), never_over=files_of(model)
+        Path(path), lambda file: written.append(write(program, file, **wanted)), never_over=files_of(model)
     ) as file:
-        evidence = compared(program, file, target, tried, opset=opset, progress=progress)
+        evidence = compared(program, file, target.name, tried, opset=opset, progress=progress)
         checked(evidence)
-    told = (str(written[0]),) if target == "tensorrt" else ()
+    told = (str(written[0]),) if target.name == "tensorrt" else ()
     return replace(evidence, notes=(*told, *evidence.notes))
 
 
@@ -92,7 +90,7 @@ def compared(
     Args:
         program: what was exported.
         file: what was written.
-        target: of `TARGETS`.
+        target: its name.
         tried: the inputs.
         opset: for the ONNX file that stands in for an engine.
         progress: told (what, done, total).
@@ -149,22 +147,11 @@ def supported(
     return tensorrt.dry_run(program.baked(), opset=opset)
 
 
-def _check_name(target: str, path: Path) -> None:
+def _check_name(target: Target, path: Path) -> None:
     """Refuse now what could not be opened to be compared."""
-    endings = (".engine", ".plan") if target == "tensorrt" else (TARGETS[target],)
-    if path.suffix not in endings:
-        hint = f"write {path.stem}{endings[0]}, or say with --to (to=...) what the file is for"
-        raise InputError(f"what is written for {target} is a {endings[0]} file, not {path.name}", hint=hint)
+    if path.suffix not in target.suffixes:
+        usual = target.suffixes[0]
+        hint = f"write {path.stem}{usual}, or say with --to (to=...) what the file is for"
+        raise InputError(f"what is written for {target.name} is a {usual} file, not {path.name}", hint=hint)
     if not is_text(path):
         raise InputError(f"{path} is not UTF-8, and no runtime opens such a name", hint="give another name")
-
-
-def target_of(to: str | None, path: str | Path) -> str:
-    """The target that is asked for, or else the one whose files end like ``path``; ONNX where none does.
-
-    Raises:
-        InputError: there is no such target.
-    """
-    if to is None:
-        to = next((name for name, suffix in TARGETS.items() if Path(path).suffix == suffix and name != "aoti"), "onnx")
-    return one_of(to, TARGETS, "target")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,6 +16,8 @@ from normfuse.api.opening import Given, Model, to_program
 from normfuse.api.result import Result
 from normfuse.errors import InputError
 from normfuse.escaping import is_text
+from normfuse.exporters import aoti
+from normfuse.exporters.targets import opener_of
 from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program, quiet
@@ -34,15 +35,6 @@ from normfuse.sources.batches import taken
 from normfuse.sources.inputs import Inputs, as_inputs, is_loader
 from normfuse.sources.loading import load
 from normfuse.sources.specs import DynamicDim, Spec, from_specs
-
-EXPORTERS = {
-    ".onnx": "onnxruntime",
-    ".xml": "openvino",
-    ".engine": "tensorrt",
-    ".plan": "tensorrt",
-    ".pte": "executorch",
-}
-"""Suffix -> the module of `normfuse.exporters` that opens such a file."""
 
 
 def verify(
@@ -188,9 +180,8 @@ def is_exported(model: Model) -> bool:
     """Whether a path names a file that only a runtime can open; nothing of it is executed."""
     if not isinstance(model, (str, Path)):
         return False
-    from normfuse.exporters import aoti
-
-    return Path(model).suffix in EXPORTERS or (Path(model).suffix == ".pt2" and aoti.is_aoti(model))
+    target = opener_of(model)
+    return target is not None and (target.name != "aoti" or aoti.is_aoti(model))
 
 
 def opened(model: str | Path, *, trust: bool = False) -> Artifact:
@@ -210,13 +201,9 @@ def opened(model: str | Path, *, trust: bool = False) -> Artifact:
         raise InputError(f"there is no file {path}", hint="check the path")
     if not is_text(path):
         raise InputError(f"{path} is not UTF-8, and no runtime opens such a name", hint="rename the file")
-    if path.suffix == ".pt2":
-        from normfuse.exporters import aoti
-
-        return aoti.open_artifact(path, trust=trust)
-    exporter = importlib.import_module(f"normfuse.exporters.{EXPORTERS[path.suffix]}")
-    artifact: Artifact = exporter.open_artifact(path)
-    return artifact
+    target = opener_of(path)
+    assert target is not None, "the caller asks of files that `is_exported` knows"
+    return aoti.open_artifact(path, trust=trust) if target.name == "aoti" else target.opened(path)
 
 
 def _of_artifacts(left: Artifact, right: Artifact, inputs: Given, kwargs: Any, progress: Progress | None) -> Evidence:

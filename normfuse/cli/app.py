@@ -18,19 +18,15 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 
-from normfuse.cli.console import CANNOT, INTERRUPTED, YES
+from normfuse.cli.console import CANNOT, INTERRUPTED, YES, rendered, say, show, write_json
 from normfuse.cli.deadline import in_time
 from normfuse.errors import NormfuseError, NormfuseWarning
 from normfuse.escaping import escaped
 from normfuse.limits import OverLimit
-
-if TYPE_CHECKING:
-    pass
-from normfuse.cli.console import rendered, say, show, write_json
 
 HELP = {"theme": "default-slim", "text_paragraph_linebreaks": "\n\n", "padding_helptext_first_line": (0, 0, 1, 0)}
 

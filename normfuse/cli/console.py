@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 from click.exceptions import Exit
@@ -19,9 +19,6 @@ from rich.text import Text
 
 from normfuse.errors import InputError
 from normfuse.escaping import escaped, json_text
-
-if TYPE_CHECKING:
-    pass
 
 YES, NO, CANNOT, INTERRUPTED, UNREAD = 0, 1, 2, 130, 141  # the last two as shells count SIGINT and SIGPIPE
 PIPED_WIDTH = 100_000  # where a program reads, no line is folded or cut

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 from rich.console import Console
 from rich.text import Text
 
-from normfuse.errors import InputError, did_you_mean
-
-if TYPE_CHECKING:
-    pass
 from normfuse.cli.console import tell
 from normfuse.cli.options import with_answer
+from normfuse.errors import InputError, did_you_mean
 
 
 @click.command()

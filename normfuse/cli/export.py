@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rich_click as click
 from rich.text import Text
 
-from normfuse.cli.console import NO, YES
-from normfuse.errors import InputError
-from normfuse.escaping import escaped
-
-if TYPE_CHECKING:
-    pass
-from normfuse.cli.console import rendered, tell, working
+from normfuse.cli.console import NO, YES, rendered, tell, working
 from normfuse.cli.files import check_writable, wrote
 from normfuse.cli.options import Source, with_answer, with_source
+from normfuse.errors import InputError
+from normfuse.escaping import escaped
 
 ONLY = {
     "dry_run": ("--dry-run", "tensorrt"),
@@ -40,7 +36,7 @@ def _sizes(text: str) -> tuple[str, tuple[int, ...]]:
 # fmt: off
 @click.command()
 @click.argument("model")
-@click.option("--to", "target", type=click.Choice(["onnx", "tensorrt", "openvino", "executorch", "aoti"]), metavar="TARGET",
+@click.option("--to", metavar="TARGET",
               help="onnx, tensorrt, openvino, executorch or aoti. [default=by how OUT ends: .onnx, .engine, .xml, .pte]")
 @click.option("-o", "--output", required=True, metavar="OUT", help="The file to write.")
 @click.option("--opset", default=20, show_default=True, metavar="N", help="Version of ONNX's standard operators.")
@@ -54,7 +50,7 @@ def _sizes(text: str) -> tuple[str, tuple[int, ...]]:
 @click.option("--dry-run", is_flag=True, help="With tensorrt: say of every operator whether TensorRT takes it; write nothing.")
 @with_source
 @with_answer
-def export(model: str, target: str | None, output: str, opset: int, dry_run: bool, source: Source, as_json: bool,
+def export(model: str, to: str | None, output: str, opset: int, dry_run: bool, source: Source, as_json: bool,
            sizes: tuple[str, ...], **options: tuple[str, ...]) -> int:
     # fmt: on
     """Write MODEL for a runtime, run it there, and compare; a file that computes something else is removed."""
@@ -62,8 +58,9 @@ def export(model: str, target: str | None, output: str, opset: int, dry_run: boo
     check_writable([None if dry_run else output], (model, source.path))
     with working("exporting"):
         from normfuse.api import exporting
+        from normfuse.exporters.targets import target_of
 
-        target, example = exporting.target_of(target, output), source.inputs(model)
+        target, example = target_of(to, output).name, source.inputs(model)
         further: dict[str, Any] = {name: given for name, given in options.items() if given}
         further |= {"sizes": dict(map(_sizes, sizes))} if sizes else {}
         if strange := [ONLY[name][0] for name in (*further, *(["dry_run"] if dry_run else [])) if ONLY[name][1] != target]:

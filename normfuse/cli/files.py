@@ -7,13 +7,9 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from normfuse.errors import InputError
 from normfuse.escaping import escaped
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_writable(targets: Iterable[str | Path | None], sources: Iterable[str | None]) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import rich_click as click
 
-if TYPE_CHECKING:
-    pass
 from normfuse.cli.console import tell, working
 from normfuse.cli.options import Source, with_answer, with_source
 

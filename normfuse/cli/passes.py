@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import rich_click as click
 from rich.text import Text
 
-if TYPE_CHECKING:
-    pass
 from normfuse.cli.console import tell
 from normfuse.cli.options import with_answer
 
@@ -22,6 +18,10 @@ def passes(as_json: bool) -> int:
 
     table = plain_table("pass", "what it does")
     for each in passes().values():
-        table.add_row(Text(each.name, "bold"), Text(each.summary))
-    data = [{"name": each.name, "summary": each.summary, "codes": list(each.codes)} for each in passes().values()]
+        table.add_row(Text(each.name, "bold"), Text(each.summary + (f" ({each.package})" if each.package else "")))
+    data = [
+        {"name": each.name, "summary": each.summary, "codes": list(each.codes)}
+        | ({"package": each.package} if each.package else {})
+        for each in passes().values()
+    ]
     return tell(as_json, {"passes": data}, table)

@@ -1,0 +1,44 @@
+"""What other packages add to normfuse: the entry points of a group, such as ``normfuse.passes``.
+
+Each names a module, imported when the group is asked for. One that cannot be used is left out with a warning, so that a
+broken package stands in nobody's way (`docs/plugins.md`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import TypeVar
+
+from normfuse.errors import NormfuseError, NormfuseWarning, first_line
+
+Part = TypeVar("Part")
+
+
+def parts_of(group: str, own: Iterable[str], read: Callable[[str, ModuleType, str], Part]) -> Iterator[tuple[str, Part]]:
+    """What other packages add, each with its name.
+
+    Args:
+        group: of the entry points.
+        own: names that normfuse itself has there.
+        read: makes a part of its name, its module and its package, named with its version; raises where the module is none.
+
+    Raises:
+        NormfuseError: two packages have the same name there, or one has a name of normfuse's own.
+    """
+    owners = dict.fromkeys(own, "normfuse")
+    for entry in sorted(entry_points(group=group), key=lambda each: each.name):
+        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.module
+        if other := owners.get(entry.name):
+            what = f"two packages have '{entry.name}' in {group}: {other} and {package}"
+            raise NormfuseError(what, hint="uninstall one of them; pip show -f NAME tells what a package holds")
+        owners[entry.name] = package
+        try:
+            part = read(entry.name, importlib.import_module(entry.module), package)
+        except (Exception, SystemExit) as error:  # a module of somebody else's raises anything
+            warnings.warn(f"'{entry.name}' of {package} is left out: {first_line(error)}", NormfuseWarning, stacklevel=2)
+        else:
+            yield entry.name, part
