@@ -41,11 +41,10 @@ class _Commands(click.RichGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        """The command of a name, from the file of that name."""
-        found: click.Command | None = None
-        if name in COMMANDS:
-            found = getattr(importlib.import_module(f"normfuse.cli.{name}"), name)
-        return found
+        """The command of a name, from the file of that name; of a wrong one all are read, and click names the nearest."""
+        for each in [name] if name in COMMANDS else COMMANDS:
+            self.commands[each] = getattr(importlib.import_module(f"normfuse.cli.{each}"), each)
+        return self.commands.get(name)
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Ask, and leave with the exit code; whatever goes wrong becomes a line."""
