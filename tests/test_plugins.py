@@ -67,7 +67,7 @@ def forget() -> None:
 def model(shift: float = 0.0) -> nn.Module:
     torch.manual_seed(0)
     made = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 3)).eval()
-    nn.init.constant_(made[3].bias, shift)
+    nn.init.constant_(made.get_parameter("3.bias"), shift)
     return made
 
 
