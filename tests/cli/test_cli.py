@@ -404,6 +404,16 @@ def test_help_and_passes_import_no_model_library() -> None:
     assert result.stderr == ""
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    program = (
+        "import sys, contextlib\nfrom normfuse.cli import main\nfrom normfuse.cli.app import COMMANDS\n"
+        "for words in ([], *([each] for each in COMMANDS)):\n"
+        "    with contextlib.suppress(SystemExit): main([*words, '--help'])\n"
+        "print([name for name in ('torch', 'numpy', 'networkx', 'safetensors') if name in sys.modules])"
+    )
+    assert run("-c", program, capture_output=True).stdout.splitlines()[-1] == "[]"
+
+
 def test_a_stream_that_cannot_show_it_all_is_no_error() -> None:
     result = run("-m", "normfuse", "explain", "pre_rmsnorm", capture_output=True)
     assert (result.returncode, result.stderr) == (0, "")
