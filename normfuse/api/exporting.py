@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from normfuse.api.opening import Given, Model, files_of, to_program
 from normfuse.errors import ExportError, InputError, one_of
 from normfuse.escaping import is_text
-from normfuse.exporters.lowering import deployed
+from normfuse.exporters.lowering import evaluated
 from normfuse.exporters.targets import Target, target_of
 from normfuse.graph.program import Program
 from normfuse.proof.cases import Case, cases_for
@@ -50,7 +50,7 @@ def export(
         kwargs: as for `rewrite`.
         dynamic_shapes: as for `rewrite`.
         trust_pickle: as for `rewrite`.
-        progress: told (what, done, total).
+        progress: called with (what, done, total).
         options: further arguments of the target's ``export``, such as ``capabilities`` for an engine.
 
     Returns:
@@ -78,8 +78,8 @@ def export(
     ) as file:
         evidence = compared(program, file, target.name, tried, opset=opset, progress=progress)
         checked(evidence)
-    told = (str(written[0]),) if target.name == "tensorrt" else ()
-    return replace(evidence, notes=(*told, *evidence.notes))
+    engine = (str(written[0]),) if target.name == "tensorrt" else ()
+    return replace(evidence, notes=(*engine, *evidence.notes))
 
 
 def compared(
@@ -93,7 +93,7 @@ def compared(
         target: its name.
         tried: the inputs.
         opset: for the ONNX file that stands in for an engine.
-        progress: told (what, done, total).
+        progress: called with (what, done, total).
     """
     from normfuse.api.verification import opened
 
@@ -109,7 +109,7 @@ def compared(
             onnx.export(program, stand_in, opset=opset)
             evidence = compared(program, stand_in, "onnx", tried, opset=opset, progress=progress)
         return replace(evidence, notes=(f"{error}; the ONNX file that it was built from was compared", *evidence.notes))
-    stored, tried = deployed(program), list(tried)
+    stored, tried = evaluated(program), list(tried)
     if stored is not program:  # weights that its graph computes were rounded, so they are not the very same any more
         evidence = compare(program_side("the program", program), program_side("as it is stored", stored), tried)
         if not evidence.ok:

@@ -45,7 +45,7 @@ def tune(
         progress: as for `rewrite`.
 
     Returns:
-        The same object. What could not be rewritten on modules is told by a `NormfuseWarning`.
+        The same object. A `NormfuseWarning` says what could not be rewritten on modules.
 
     Raises:
         InputError: no example inputs are known, or they do not fit.
@@ -88,7 +88,7 @@ def deploy(
         progress: as for `rewrite`.
 
     Returns:
-        The same object. What could not be rewritten on modules is told by a `NormfuseWarning`.
+        The same object. A `NormfuseWarning` says what could not be rewritten on modules.
 
     Raises:
         InputError: no example inputs are known, or they do not fit.

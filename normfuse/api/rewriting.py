@@ -61,7 +61,7 @@ def rewrite(
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
         trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
         keep_unread: keep tensors that the rewritten program does not read, such as a folded norm's; in live mode all are kept.
-        progress: told (what, done, total) while the proof runs.
+        progress: called with (what, done, total) while the proof runs.
 
     Returns:
         The rewritten program with its report; with no rewrite possible, the original and the reasons.

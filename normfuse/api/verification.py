@@ -24,7 +24,7 @@ from normfuse.graph.program import Program, quiet
 from normfuse.proof import bisection
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
-from normfuse.proof.calling import Call, call_of_module, call_of_program
+from normfuse.proof.calling import ModelCall, call_of_module, call_of_program
 from normfuse.proof.cases import Case, cases_for, cases_of, further
 from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
 from normfuse.proof.evidence import Evidence, Verdict
@@ -56,7 +56,7 @@ def verify(
             drawn for the inputs that an exported file names.
         kwargs: example keyword inputs.
         trust_pickle: as for `rewrite`; an AOTInductor package, which is native code, runs only with it.
-        progress: told (what, done, total).
+        progress: called with (what, done, total).
 
     Returns:
         The evidence; its ``verdict`` is the answer: proven, disproven or not compared; its ``ok`` is whether it is the first.
@@ -111,7 +111,7 @@ def _loaded(model: Model, trust: bool) -> nn.Module | ExportedProgram | Program 
     return load(Path(model), trust_pickle=trust) if isinstance(model, (str, Path)) else model
 
 
-def _call_of(model: nn.Module | ExportedProgram | Program | Result, program: Program) -> Call | None:
+def _call_of(model: nn.Module | ExportedProgram | Program | Result, program: Program) -> ModelCall | None:
     """How its user calls a model.
 
     None for a module that draws random numbers, perhaps in another order than its trace: it was compared with that already.
@@ -139,8 +139,8 @@ def assert_equivalent(a: Model, b: Model, inputs: Given = None, **options: Any) 
         wrong = Verdict.DISPROVEN
         rows = [f"  {row.case}: {row.error:.1e}, allowed {row.allowed:.1e}" for row in evidence.algebra if row.verdict is wrong]
         rows += [f"  {row.case}: {row.after:.1e} in its own dtype" for row in evidence.rounding if row.verdict is wrong]
-        said = f"{_name(b)} is not {'' if evidence.verdict is wrong else 'proven to be '}{_name(a)}"
-        raise AssertionError("\n".join([f"{said}: {evidence.complaint()}", *rows]))
+        answer = f"{_name(b)} is not {'' if evidence.verdict is wrong else 'proven to be '}{_name(a)}"
+        raise AssertionError("\n".join([f"{answer}: {evidence.complaint()}", *rows]))
     return evidence
 
 

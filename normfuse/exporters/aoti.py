@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import ExportError, InputError, first_line
-from normfuse.exporters.lowering import deployed
+from normfuse.exporters.lowering import evaluated
 from normfuse.graph.program import Program, quiet
 from normfuse.proof.artifacts import Artifact
 from normfuse.sources.archive import NO_ZIP
@@ -60,7 +60,7 @@ def export(program: Program, path: str | Path, *, options: Mapping[str, Any] | N
     path = Path(path)
     if path.suffix != ".pt2":
         raise InputError(f"an AOTInductor package is a .pt2 file, not {path.name}", hint=f"write {path.stem}.pt2")
-    exported, settings = deployed(program).exported, dict(options or {})
+    exported, settings = evaluated(program).exported, dict(options or {})
 
     def write(file: Path) -> None:
         try:
@@ -138,5 +138,5 @@ def _target(path: Path) -> dict[str, str]:
     """What the package says of the machine that it is for, read without running it."""
     with zipfile.ZipFile(path) as archive:
         names = sorted(name for name in archive.namelist() if INSIDE in f"/{name}" and name.endswith("_metadata.json"))
-        told: dict[str, str] = json.loads(archive.read(names[0])) if names else {}
-    return {key.removeprefix("AOTI_").lower(): value for key, value in told.items() if value}
+        settings: dict[str, str] = json.loads(archive.read(names[0])) if names else {}
+    return {key.removeprefix("AOTI_").lower(): value for key, value in settings.items() if value}

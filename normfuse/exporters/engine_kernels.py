@@ -33,7 +33,7 @@ class Kernel:
 def from_log(lines: Iterable[str]) -> tuple[Kernel, ...] | None:
     """The kernels of TensorRT's verbose build log; None where it has no such list, or nodes cannot be told."""
     listed = [match for text in lines if text.startswith("Layers:") for match in _LAYER.finditer(text)]
-    return _told(Kernel(each["name"], each["kind"], tuple(_NODE.findall(each["nodes"] or ""))) for each in listed)
+    return _if_known(Kernel(each["name"], each["kind"], tuple(_NODE.findall(each["nodes"] or ""))) for each in listed)
 
 
 def from_inspector(text: str) -> tuple[Kernel, ...] | None:
@@ -43,10 +43,10 @@ def from_inspector(text: str) -> tuple[Kernel, ...] | None:
         made = [(each["Name"], each["LayerType"], each["Metadata"]) for each in layers]
     except (ValueError, KeyError, TypeError):
         return None
-    return _told(Kernel(str(name), str(kind), tuple(_NODE.findall(str(nodes)))) for name, kind, nodes in made)
+    return _if_known(Kernel(str(name), str(kind), tuple(_NODE.findall(str(nodes)))) for name, kind, nodes in made)
 
 
-def _told(kernels: Iterable[Kernel]) -> tuple[Kernel, ...] | None:
+def _if_known(kernels: Iterable[Kernel]) -> tuple[Kernel, ...] | None:
     found = tuple(kernels)
     return found if any(kernel.nodes for kernel in found) else None
 

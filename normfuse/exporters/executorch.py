@@ -18,7 +18,7 @@ from torch import Tensor
 
 from normfuse.errors import ExportError, InputError, first_line
 from normfuse.exporters.extras import package
-from normfuse.exporters.lowering import deployed
+from normfuse.exporters.lowering import evaluated
 from normfuse.graph.program import Program, quiet
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.sources.atomic import write_atomically
@@ -55,7 +55,7 @@ def export(program: Program, path: str | Path, *, partitioners: Sequence[Any] = 
         MissingExtra: executorch is not installed.
         ExportError: ExecuTorch cannot lower the program.
     """
-    exir, path, exported = package("executorch.exir", "executorch"), Path(path), deployed(program).exported
+    exir, path, exported = package("executorch.exir", "executorch"), Path(path), evaluated(program).exported
     _check(program)
     try:
         with quiet(), torch.no_grad():
@@ -99,11 +99,11 @@ def open_artifact(path: str | Path) -> Artifact:
     try:
         with quiet():
             program = package("executorch.runtime", "executorch").Runtime.get().load_program(path)
-            told = program.load_method("forward").metadata
+            method = program.load_method("forward").metadata
     except RuntimeError as error:
         hint = "normfuse export --to executorch writes one that the portable kernels run"
         raise ExportError(f"ExecuTorch cannot load {path.name}: {first_line(error)}", hint=hint) from error
-    metas = [told.input_tensor_meta(place) for place in range(told.num_inputs())]
+    metas = [method.input_tensor_meta(place) for place in range(method.num_inputs())]
     ports = tuple(Port(f"input {place}", DTYPES[meta.dtype()], None) for place, meta in enumerate(metas))
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """A program as a runtime should have it: weights that are computed are stored, and norms written by hand are operators.
 
 The graph of a tuned (live) model forms its weights from parameters in every call, and so do weight norm, weight
-standardization and the 1 + w of Gemma's norms. `deployed` evaluates what depends on stored tensors alone in float64 and rounds
+standardization and the 1 + w of Gemma's norms. `evaluated` evaluates what depends on stored tensors alone in float64 and rounds
 it once, as deploy mode does. A runtime recognises norms by their shape and misses most spellings; normfuse knows them by proof
 (`normfuse.analysis.norms`), so `with_operators` makes one operator of each.
 """
@@ -29,7 +29,7 @@ OPERATOR_DTYPES = (*HALVES, torch.float32)
 """An operator's eps is a float32 in ONNX: float64 norms stay in arithmetic."""
 
 
-def deployed(program: Program) -> Program:
+def evaluated(program: Program) -> Program:
     """The program with every formula, and every weight that its graph computes, evaluated in float64 and rounded once.
 
     Views and copies of stored tensors stay, and so does what would take more room than what it is made of.

@@ -36,8 +36,8 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 from normfuse.errors import ExportError, InputError, NormfuseWarning
 from normfuse.exporters import onnx_translations
 from normfuse.exporters.extras import package
-from normfuse.exporters.lowering import deployed, in_float32, with_operators
-from normfuse.exporters.onnxruntime import Array, as_array, first_line
+from normfuse.exporters.lowering import evaluated, in_float32, with_operators
+from normfuse.exporters.onnxruntime import Array, as_array, without_prefix
 from normfuse.graph.program import Program, Site, quiet
 from normfuse.sources.atomic import scratch, write_atomically
 
@@ -109,12 +109,12 @@ def export(
 
 
 def prepared(program: Program, opset: int) -> Program:
-    """The program that the file is made of: deployed, norms as operators, half precisions accumulated in float32.
+    """The program that the file is made of: weights evaluated, norms as operators, half precisions accumulated in float32.
 
     LayerNormalization, RMSNormalization and from opset 21 GroupNormalization do so by themselves.
     """
     single = {"instance_norm"} if opset >= WIDE_GROUP_NORM_OPSET else {"instance_norm", "group_norm"}
-    return in_float32(with_operators(deployed(program)), single)
+    return in_float32(with_operators(evaluated(program)), single)
 
 
 def onnx_inputs(exported: ExportedProgram, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> dict[str, Array]:
@@ -126,7 +126,7 @@ def onnx_inputs(exported: ExportedProgram, args: Sequence[Any], kwargs: Mapping[
     try:
         leaves = exported.call_spec.in_spec.flatten_up_to((tuple(args), dict(kwargs or {})))
     except (ValueError, KeyError) as error:
-        raise InputError(f"the inputs do not fit the program: {first_line(error)}") from error
+        raise InputError(f"the inputs do not fit the program: {without_prefix(error)}") from error
     names = [spec.arg.name for spec in exported.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     values = dict(zip(names, leaves, strict=True))
     return {spec.arg.name: as_array(values[spec.arg.name]) for spec in _inputs(exported)}
@@ -309,7 +309,7 @@ def _save(model: Any, path: Path) -> Path | None:
                 onnx.checker.check_model(str(staged), full_check=True)
             except Exception as error:  # the checker's exceptions are not public
                 hint = "another opset may have it: bfloat16 mostly wants 22 or later"
-                raise ExportError(f"torch.onnx made an invalid file: {first_line(error)}", hint=hint) from error
+                raise ExportError(f"torch.onnx made an invalid file: {without_prefix(error)}", hint=hint) from error
             if data is not None:
                 os.replace(staged.with_name(data.name), temporary.with_name(data.name))
             staged.replace(temporary)
@@ -325,9 +325,9 @@ def _in_plain_words(error: BaseException, exported: ExportedProgram) -> ExportEr
         root = root.__cause__
     node = re.search(r"translating node %(\w+) :.*?call_function\[target=(?:torch\.ops\.)?([^\]]+)\]", text)
     if node is None:
-        return ExportError(f"torch.onnx failed: {first_line(root)}")
+        return ExportError(f"torch.onnx failed: {without_prefix(root)}")
     program = Program(exported)
     site = program.site(program.nodes[node[1]]) if node[1] in program.nodes else None
     where = f"node {node[1]}" + (f" of {site} ({site.source or 'source unknown'})" if site else "")
-    reason = "has no ONNX counterpart" if "No ONNX function" in text else f"failed: {first_line(root)}"
+    reason = "has no ONNX counterpart" if "No ONNX function" in text else f"failed: {without_prefix(root)}"
     return ExportError(f"{node[2]}, {where}, {reason}", hint="another opset may have it; a .pt2 file keeps any operator")

@@ -71,7 +71,7 @@ def open_artifact(path: str | Path, *, provider: str = "CPU") -> Artifact:
     except NormfuseError:
         raise
     except Exception as error:  # what the file holds fits no schema, and onnx_ir says so with whatever it likes
-        raise ExportError(f"{Path(path).name} is no valid ONNX file: {first_line(error)}") from error
+        raise ExportError(f"{Path(path).name} is no valid ONNX file: {without_prefix(error)}") from error
 
 
 def _artifact(path: Path, provider: str) -> Artifact:
@@ -165,7 +165,7 @@ def _read(path: Path) -> Any:
     except MissingExtra:
         raise
     except Exception as error:  # protobuf's own exceptions among them
-        raise ExportError(f"{path.name} is no ONNX file: {first_line(error)}") from error
+        raise ExportError(f"{path.name} is no ONNX file: {without_prefix(error)}") from error
 
 
 def _as_wide(inputs: Sequence[torch.Tensor], wide: Any) -> list[torch.Tensor]:
@@ -196,7 +196,7 @@ def _session(path: str | Path, optimized: bool, save_as: Path | None = None, pro
     try:
         session = ort.InferenceSession(str(path), options, providers=[f"{provider}ExecutionProvider"])
     except Exception as error:  # one class per status, none of them public
-        raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {first_line(error)}") from error
+        raise ExportError(f"ONNX Runtime cannot load {Path(path).name}: {without_prefix(error)}") from error
     if session.get_providers()[0] != f"{provider}ExecutionProvider":  # it falls back to the CPU without a word
         hint = "normfuse[gpu] brings CUDA; it and normfuse[cpu] exclude each other"
         raise ExportError(f"ONNX Runtime chose {session.get_providers()[0]} instead of its {provider} provider", hint=hint)
@@ -212,7 +212,7 @@ def _call(session: Any, inputs: Sequence[Array] | Mapping[str, Array]) -> list[A
         values = session.run_with_ort_values(None, {name: _ort_value(array) for name, array in feed.items()})
     except Exception as error:  # one class per status, none of them public
         blame = InputError if "INVALID_ARGUMENT" in str(error) else ExportError
-        raise blame(f"ONNX Runtime cannot run this: {first_line(error)}") from error
+        raise blame(f"ONNX Runtime cannot run this: {without_prefix(error)}") from error
     return [_numpy(value) for value in values]
 
 
@@ -249,7 +249,7 @@ def as_tensor(array: Array) -> torch.Tensor:
     return torch.from_numpy(np.array(array))  # a copy: ONNX Runtime may reuse what it lent
 
 
-def first_line(error: BaseException) -> str:
+def without_prefix(error: BaseException) -> str:
     """The first line of a runtime's error, without its own prefix."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return re.sub(r"^\[ONNXRuntimeError\] : \d+ : ", "", line)

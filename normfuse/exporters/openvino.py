@@ -93,8 +93,8 @@ def open_artifact(path: str | Path) -> Artifact:
     preferred = ov.Core().get_property("CPU", PRECISION)
     notes = [f"OpenVINO runs {norms or 'no norm'}"]
     if preferred != ov.Type.f32:
-        told = f"left alone, it computes in {preferred.to_string()} on this CPU: set {PRECISION} to f32 to get these numbers"
-        notes.append(f"compared in float32; {told}")
+        usual = f"left alone, it computes in {preferred.to_string()} on this CPU: set {PRECISION} to f32 to get these numbers"
+        notes.append(f"compared in float32; {usual}")
     version = ov.get_version().split("-")[0]
     ports = tuple(_port(each) for each in model.inputs)
     return Artifact(path.name, f"OpenVINO {version} (CPU)", ports, {"": _run(ov, compiled, path.name)}, notes=tuple(notes))
@@ -146,5 +146,5 @@ def _from(value: Any) -> Tensor:
 def _reason(error: BaseException) -> str:
     """OpenVINO's exceptions begin with the place in its own source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
-    return (told or lines or [type(error).__name__])[0]
+    reasons = [line for line in lines if not line.startswith(("Exception from", "Check '"))]
+    return (reasons or lines or [type(error).__name__])[0]

@@ -186,17 +186,17 @@ def _log(trt: Any) -> Any:
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.said: list[tuple[Any, str]] = []
+            self.seen: list[tuple[Any, str]] = []
 
         def log(self, severity: Any, message: str) -> None:
-            self.said.append((severity, message))
+            self.seen.append((severity, message))
 
         @property
         def lines(self) -> list[str]:
-            return [message for _, message in self.said]
+            return [message for _, message in self.seen]
 
         def errors(self) -> list[str]:
-            return [message for severity, message in self.said if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)]
+            return [message for severity, message in self.seen if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)]
 
     return Log()
 
@@ -277,11 +277,11 @@ def _profiles(program: Program, info: onnx.OnnxModelInfo, sizes: Mapping[str, Se
     }
 
 
-def _range(program: Program, symbol: Any, usual: int, said: Sequence[int] | None) -> tuple[int, int, int]:
-    if said is not None:
-        low, usual, high = said
+def _range(program: Program, symbol: Any, usual: int, asked: Sequence[int] | None) -> tuple[int, int, int]:
+    if asked is not None:
+        low, usual, high = asked
         if not 0 < low <= usual <= high:
-            raise InputError(f"the sizes {tuple(said)} of a dim must be positive and rise: smallest, usual, largest")
+            raise InputError(f"the sizes {tuple(asked)} of a dim must be positive and rise: smallest, usual, largest")
         return low, usual, high
     bounds = program.exported.range_constraints.get(symbol)
     upper = int(bounds.upper) if bounds is not None and bounds.upper.is_Integer else UNBOUNDED * usual
@@ -301,8 +301,8 @@ def _inspected(trt: Any, log: Any, engine: bytes) -> tuple[Kernel, ...] | None:
     loaded = trt.Runtime(log).deserialize_cuda_engine(engine)
     if loaded is None:
         return None
-    told = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    return engine_kernels.from_inspector(told)
+    layers = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    return engine_kernels.from_inspector(layers)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -346,15 +346,15 @@ def open_artifact(path: str | Path) -> Artifact:
     if not _gpus() or not torch.cuda.is_available():
         hint = "compare where there is one, or compare the ONNX file that it is built from: normfuse export --to onnx"
         raise ExportError(f"{path.name} is a TensorRT engine: it runs on an NVIDIA GPU, and none is usable here", hint=hint)
-    said: list[str] = []
+    errors: list[str] = []
     for trt in runtimes:
         log = _log(trt)
         engine = trt.Runtime(log).deserialize_cuda_engine(path.read_bytes())
         if engine is not None:
             return _artifact(path, trt, engine)
-        said += log.errors()
+        errors += log.errors()
     hint = "build it again on this machine: normfuse export --to tensorrt"
-    raise ExportError(f"{path.name} cannot be loaded: {next(iter(said), 'TensorRT gave no reason')}", hint=hint)
+    raise ExportError(f"{path.name} cannot be loaded: {next(iter(errors), 'TensorRT gave no reason')}", hint=hint)
 
 
 def _artifact(path: Path, trt: Any, engine: Any) -> Artifact:

@@ -46,12 +46,12 @@ def attach(program: Program, changes: Adaptation, model: nn.Module, guards: Mapp
         guards: changed module → the modules whose training mode turns its change off.
     """
     records = _Records(program, model, guards)
-    formulas = {**changes.formulas, **{name: changes.neutral[name] for name in changes.settled}}
+    formulas = {**changes.formulas, **{name: changes.neutral[name] for name in changes.neutralized}}
     for name, formula in formulas.items():
         for module, attribute in records.places(name):
             like = changes.biases.get(name, name).rpartition(".")[2] if name in changes.biases else attribute
             records.of(module).tensors[attribute] = records.recipe(module, formula, like)
-    for name in changes.neutral.keys() - changes.settled:
+    for name in changes.neutral.keys() - changes.neutralized:
         for module, attribute in records.places(name):
             records.of(module).neutral[attribute] = records.recipe(module, changes.neutral[name], attribute)
     for name, home in changes.lent.items():

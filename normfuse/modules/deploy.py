@@ -12,7 +12,7 @@ from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
 from normfuse.modules.attach import attach
 from normfuse.modules.module_plan import ModulePlan, cannot_place, plan_for_modules, require_rewrites, warn_of_what_stays
-from normfuse.modules.parametrize import bake, put_back, settle, undo
+from normfuse.modules.parametrize import bake, commit, put_back, undo
 from normfuse.modules.placement import adapt
 from normfuse.modules.record import rewritten, was_changed
 from normfuse.modules.reference import Reference
@@ -36,7 +36,7 @@ def deploy_modules(
             return  # another deploy has left nothing to do
         require_rewrites(made.plan)
         _make(made, model, Reference(program, given, level, progress))
-    settle(model, keep=keep)
+    commit(model, keep=keep)
     warn_of_what_stays(made.plan)
 
 
@@ -53,7 +53,7 @@ def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> No
             )
             raise cannot_place(program, changes, hint)
         _make(ModulePlan(program, plan, changes), model, Reference(program, given, "full"))
-    settle(model, keep=keep)
+    commit(model, keep=keep)
 
 
 def _make(made: ModulePlan, model: nn.Module, reference: Reference) -> None:
@@ -76,7 +76,7 @@ def evaluate_formulas(model: nn.Module, *, keep: bool) -> None:
         raise NormfuseError("this model is not tuned, so there is nothing to evaluate", hint="name the passes to deploy")
     with put_back(model):
         bake(model)
-    settle(model, keep=keep)
+    commit(model, keep=keep)
 
 
 def restore_modules(model: nn.Module) -> None:

@@ -50,14 +50,14 @@ class Comparison:
         biases: names of biases that their modules did not have, with the weight beside each.
         layers: those names, with the old calls of the layers.
         standing: the tensors that nobody reads any more.
-        settled: old values that need no change of a module: with neutral tensors, they are what takes their place.
+        neutralized: old values that need no change of a module: with neutral tensors, they are what takes their place.
         unplaced: new values that have no place on modules.
     """
 
     def __init__(self, program: Program, rewritten: Program) -> None:
         self.old, self.new = program, rewritten
         self.standing = Standing(program, rewritten)
-        self.settled: dict[Node, Bare] = {}
+        self.neutralized: dict[Node, Bare] = {}
         self.unplaced: list[Unplaced] = []
         self.biases: dict[str, str] = {}
         self.layers: dict[str, Node] = {}
@@ -159,7 +159,7 @@ class Comparison:
         given_up = [each for key, each in was.items() if isinstance(each, Node) and now[key] is None]
         if bare.value is not old or self.standing.left_by(bare, given_up):
             return False
-        self.settled[old] = bare
+        self.neutralized[old] = bare
         return True
 
     @cached_property

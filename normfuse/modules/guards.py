@@ -49,7 +49,7 @@ def _groups(made: ModulePlan, model: nn.Module, statistics: set[nn.Module]) -> l
         held: set[Any] = set().union(*(_holders(edit.formula, model) for edit in formed))
         owners: set[Any] = {place_of(model, name)[0] for edit in formed for name in names_of(made.program, edit.name)}
         together(owners | (held or {_NO_STATISTICS}))
-    for name in made.changes.settled:
+    for name in made.changes.neutralized:
         together({place_of(model, name)[0], _NO_STATISTICS})
     for path in made.changes.changes:
         module = model.get_submodule(path)

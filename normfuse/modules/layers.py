@@ -26,7 +26,7 @@ Mask: TypeAlias = tuple[bool, bool, bool]
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-class Layer(ABC):
+class LayerOperator(ABC):
     """What a layer computes of an input, a weight and a bias, and its gradients.
 
     Attributes:
@@ -66,7 +66,7 @@ class Layer(ABC):
         return of_input, of_weight, of_bias
 
 
-class Linear(Layer):
+class Linear(LayerOperator):
     """Y = XWᵀ + b, or XW + b with the weight transposed (GPT-2's Conv1D), for rows of any number of leading axes."""
 
     def __init__(self, *, transposed: bool) -> None:
@@ -98,7 +98,7 @@ class Linear(Layer):
         return entries
 
 
-class Convolution(Layer):
+class Convolution(LayerOperator):
     """A convolution or a transposed one, in one, two or three dimensions; the settings of ``aten.convolution``."""
 
     def __init__(self, *settings: Any) -> None:
@@ -129,32 +129,32 @@ class Convolution(Layer):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class LayerCall:
     """A call of a layer: what it computes, and of what. Without ``batched`` the input is one example."""
 
-    layer: Layer
+    layer: LayerOperator
     x: Tensor
     weight: Any
     bias: Any
     batched: bool = True
 
 
-def _linear(input: Tensor, weight: Any, bias: Any = None) -> Call:  # the names that callers use as keywords
-    return Call(_ROWS, input, weight, bias)
+def _linear(input: Tensor, weight: Any, bias: Any = None) -> LayerCall:  # the names that callers use as keywords
+    return LayerCall(_ROWS, input, weight, bias)
 
 
-def _addmm(input: Any, mat1: Tensor, mat2: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> Call | None:
+def _addmm(input: Any, mat1: Tensor, mat2: Any, *, beta: Any = 1, alpha: Any = 1, out: Any = None) -> LayerCall | None:
     usual = beta == 1 and alpha == 1 and out is None and tuple(input.shape) == (mat2.shape[1],)
-    return Call(_COLUMNS, mat1, mat2, input) if usual else None
+    return LayerCall(_COLUMNS, mat1, mat2, input) if usual else None
 
 
 def _convolution(
     n: int, input: Tensor, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
-) -> Call:
+) -> LayerCall:
     if isinstance(padding, str):
         input, padding = _padded(input, padding, weight.shape[2:], _each(dilation, n))
     layer = _layer(n, _hashable(stride), _hashable(padding), _hashable(dilation), False, 0, groups)
-    return Call(layer, input, weight, bias, input.dim() == n + 2)
+    return LayerCall(layer, input, weight, bias, input.dim() == n + 2)
 
 
 def _padded(x: Tensor, padding: str, sizes: Any, dilation: tuple[int, ...]) -> tuple[Tensor, Any]:
@@ -177,9 +177,9 @@ def _transposed_convolution(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> Call:
+) -> LayerCall:
     layer = _layer(n, *map(_hashable, (stride, padding, dilation)), True, _hashable(output_padding), groups)
-    return Call(layer, input, weight, bias, input.dim() == n + 2)
+    return LayerCall(layer, input, weight, bias, input.dim() == n + 2)
 
 
 @cache
@@ -201,7 +201,7 @@ _ROWS, _COLUMNS = Linear(transposed=False), Linear(transposed=True)
 _PLAIN = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
-CALLS: dict[Any, Callable[..., Call | None]] = {
+CALLS: dict[Any, Callable[..., LayerCall | None]] = {
     F.linear: _linear,
     torch.addmm: _addmm,
     **{each: partial(_convolution, n) for n, each in enumerate(_PLAIN, 1)},

@@ -1,6 +1,6 @@
 """Live mode of a program: what a rewrite makes of a stored tensor is computed at every call, from the tensor as it was.
 
-A rewritten program owes its new tensors as formulas. Evaluated, they make the program that serves (deploy mode). Here they
+The new tensors of a rewritten program are formulas. Evaluated, they make the program that serves (deploy mode). Here they
 become calls of the graph instead: the program keeps exactly the tensors of the original, under their names, and gradients reach
 them. Whatever an optimizer does to them, weight decay included, it does to the original model.
 """

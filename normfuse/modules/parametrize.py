@@ -25,8 +25,8 @@ from normfuse.modules.recompute import Formed
 from normfuse.modules.record import (
     GIVEN_UP,
     RECORD,
+    FormerTensor,
     Forming,
-    Kept,
     Recipe,
     Rewritten,
     home_of,
@@ -202,7 +202,7 @@ def bake(model: nn.Module) -> None:
     """
     records = dict(rewritten(model))
     values = [each for module, record in records.items() for each in _values(module, record)]
-    before = [(_kept(module, name), value) for module, name, value in values]
+    before = [(_former(module, name), value) for module, name, value in values]
     tied: dict[tuple[Any, ...], Tensor] = {}
     for kept, value in before:
         records[kept.module].keep(kept)
@@ -214,7 +214,7 @@ def bake(model: nn.Module) -> None:
     for module, record in records.items():
         for holder, home, name in record.spare:
             gone.append((holder, name))
-            record.keep(Kept(holder, home, name, getattr(holder, home)[name], None))
+            record.keep(FormerTensor(holder, home, name, getattr(holder, home)[name], None))
             getattr(holder, home)[name] = None
         record.evaluated()
         install(module, record)
@@ -229,7 +229,7 @@ def _values(module: nn.Module, record: Rewritten) -> Iterator[tuple[nn.Module, s
             yield module, name, _baked(module, record, recipe)
 
 
-def settle(model: nn.Module, *, keep: bool) -> None:
+def commit(model: nn.Module, *, keep: bool) -> None:
     """Give up the originals that `bake` has kept, or not; what is loaded from now on is looked at."""
     for module, record in () if keep else list(rewritten(model)):
         record.kept = None
@@ -253,9 +253,9 @@ def undo(model: nn.Module) -> bool:
     return True
 
 
-def _kept(module: nn.Module, name: str) -> Kept:
+def _former(module: nn.Module, name: str) -> FormerTensor:
     tensor = own(module, name)
-    return Kept(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
+    return FormerTensor(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
 
 
 def _baked(module: nn.Module, record: Rewritten, recipe: Recipe) -> Tensor:

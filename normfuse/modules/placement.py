@@ -71,7 +71,7 @@ class Adaptation:
         lent: of these, those that a norm which has given way holds as its shift, so that no new key is needed.
         changes: module path → what becomes of its forward.
         neutral: names of tensors that nobody reads any more → the formulas with which their classes change nothing.
-        settled: of these, those of modules whose forward stays as it is.
+        neutralized: of these, those of modules whose forward stays as it is.
         leaving: names of tensors that nobody reads any more and that are not neutral: they leave the state dict.
         unplaced: what cannot be expressed; nothing may be applied unless it is empty.
     """
@@ -81,7 +81,7 @@ class Adaptation:
     lent: Mapping[str, str]
     changes: Mapping[str, Change]
     neutral: Mapping[str, Formula]
-    settled: frozenset[str]
+    neutralized: frozenset[str]
     leaving: frozenset[str]
     unplaced: tuple[Unplaced, ...]
 
@@ -97,10 +97,10 @@ def adapt(program: Program, rewritten: Program, model: nn.Module) -> Adaptation:
     comparison = _Placement(program, rewritten)
     comparison.keep_sizes()
     changes = dict(comparison.agreed(model))
-    neutral, settled, leaving, lent = comparison.left_behind(changes, lenient=is_lenient(model))
+    neutral, neutralized, leaving, lent = comparison.left_behind(changes, lenient=is_lenient(model))
     formulas = {name: formula for name, formula in rewritten.formulas.items() if name not in neutral.keys() | leaving}
     unplaced = tuple(comparison.unplaced)
-    return Adaptation(formulas, comparison.biases, lent, changes, neutral, settled, leaving, unplaced)
+    return Adaptation(formulas, comparison.biases, lent, changes, neutral, neutralized, leaving, unplaced)
 
 
 def is_lenient(model: nn.Module) -> bool:
@@ -121,25 +121,27 @@ class _Placement(Comparison):
     def left_behind(
         self, changes: Mapping[str, Change], *, lenient: bool
     ) -> tuple[dict[str, Formula], frozenset[str], frozenset[str], dict[str, str]]:
-        """What becomes of tensors that nobody reads any more: (neutral, settled, leaving, lent) as in `Adaptation`."""
+        """What becomes of tensors that nobody reads any more: (neutral, neutralized, leaving, lent) as in `Adaptation`."""
         bare = [self.standing.bare(value, self.same.get(new)) for value, new in self.replaced]
-        bare += self.settled.values()
+        bare += self.neutralized.values()
         numbers = self.standing.neutral(bare)
-        settled = {name: value for value, each in self.settled.items() for name in each.numbers}
+        neutralized = {name: value for value, each in self.neutralized.items() for name in each.numbers}
         found = {name: self.standing.borrowed(layer, bare, numbers) for name, layer in self.layers.items()}
         lent = {name: home for name, home in found.items() if home is not None}
         inside = tuple(f"{path}." if path else "" for path, each in changes.items() if each.place == "instead")
         leaving = self.standing.unread - numbers.keys()
         for name in sorted(leaving):
             reader = next(iter(self.standing.entering(name)), self.old.reader_of(name))
-            if name in settled or not name.startswith(inside):
-                self._refuse(settled.get(name, reader), f"nobody reads '{name}' afterwards, but the model's own class would")
+            if name in neutralized or not name.startswith(inside):
+                self._refuse(
+                    neutralized.get(name, reader), f"nobody reads '{name}' afterwards, but the model's own class would"
+                )
             elif lenient:
                 self._refuse(reader, f"'{name}' would leave the state dict, and from_pretrained would make it up")
         for name in sorted(self.biases.keys() - lent.keys()) if lenient else ():
             new = next(iter(self.new.reader_of(name).users))
             self._refuse(self.layers[name], f"'{name}' would be a new tensor, which from_pretrained leaves out", new)
-        return {name: filled(name, each) for name, each in numbers.items()}, frozenset(settled), frozenset(leaving), lent
+        return {name: filled(name, each) for name, each in numbers.items()}, frozenset(neutralized), frozenset(leaving), lent
 
     def agreed(self, model: nn.Module) -> Iterator[tuple[str, Change]]:
         """Changes of modules: one that is called several times must change alike in all of its calls."""
@@ -203,7 +205,7 @@ class _Placement(Comparison):
         by = self._expression(new, seen_as)
         way = list(self._way(value, source)) if self._readers(value) <= readers else []
         placed = len(leaves) == 1 and by is not None and way and way[-1][1] is source
-        if not placed and self._settles(value, new):
+        if not placed and self._neutralizes(value, new):
             return
         if len(leaves) != 1:
             self._refuse(value, "what takes its place reads several values", new)
@@ -217,12 +219,12 @@ class _Placement(Comparison):
             for place, (instance, _) in enumerate(way):
                 yield instance, value, Change("instead", VALUE if place else by)
 
-    def _settles(self, value: Node, new: Node) -> bool:
+    def _neutralizes(self, value: Node, new: Node) -> bool:
         """Whether a value is what takes its place where its tensors are neutral, no norm done for nothing."""
         bare = self.standing.bare(value, self.same.get(new))
         if bare.value is not self.same.get(new) or bare.norms:
             return False
-        self.settled[value] = bare
+        self.neutralized[value] = bare
         return True
 
     def _way(self, value: Node, source: Node | None) -> Iterator[tuple[Instance, Node]]:

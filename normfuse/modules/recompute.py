@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import NormfuseError
-from normfuse.modules.layers import CALLS, Call, Layer
+from normfuse.modules.layers import CALLS, LayerCall, LayerOperator
 from normfuse.modules.record import Forming, Rewritten, own
 
 
@@ -116,7 +116,7 @@ class _Value(torch.autograd.Function):
 # -- in a layer ----------------------------------------------------------------------------------------------------------
 
 
-def _run(call: Call) -> Tensor:
+def _run(call: LayerCall) -> Tensor:
     x, weight, bias = call.x, call.weight, call.bias
     forming = weight.record.forming(weight.attribute)
     if isinstance(bias, Formed):
@@ -134,18 +134,18 @@ def _run(call: Call) -> Tensor:
     return y if call.batched else y.squeeze(0)
 
 
-def _goes_outside(layer: Layer, forming: Forming, x: Tensor, leaves: Sequence[Tensor]) -> bool:
+def _goes_outside(layer: LayerOperator, forming: Forming, x: Tensor, leaves: Sequence[Tensor]) -> bool:
     """Whether a scale of output channels is better applied to the output, being smaller than the weight (late layers)."""
     if layer.out_axis is None or forming.scaled_axis != layer.out_axis or any(each.dtype != x.dtype for each in leaves):
         return False
     weight = leaves[0]
-    return weight.numel() > MARGIN * weight.shape[layer.out_axis] * layer.positions(x) and x.dtype in (
+    return weight.numel() > SCALE_OUTSIDE_FROM * weight.shape[layer.out_axis] * layer.positions(x) and x.dtype in (
         torch.float32,
         torch.float64,
     )
 
 
-MARGIN = 2
+SCALE_OUTSIDE_FROM = 2
 """How much larger than its output a weight must be for that: two calls of the layer's gradients cost more than one."""
 
 
@@ -154,7 +154,13 @@ class _WithoutWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: Layer, forming: Forming, how: tuple[bool, bool], x: Tensor, bias: Tensor | None, *leaves: Tensor
+        ctx: Any,
+        layer: LayerOperator,
+        forming: Forming,
+        how: tuple[bool, bool],
+        x: Tensor,
+        bias: Tensor | None,
+        *leaves: Tensor,
     ) -> Tensor:
         autocasts, outside = how
         wants_weight = any(map(operator.and_, ctx.needs_input_grad[5:], forming.of_first))

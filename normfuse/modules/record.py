@@ -154,7 +154,7 @@ class Rewritten:
     borrowed: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     guards: list[nn.Module] = field(default_factory=list)
     spare: list[tuple[nn.Module, str, str]] = field(default_factory=list)
-    kept: list[Kept] | None = field(default_factory=list)
+    kept: list[FormerTensor] | None = field(default_factory=list)
     path: str = ""
     deployment: Deployment | None = None
     _formings: dict[tuple[str, ...], Forming] = field(default_factory=dict, repr=False, compare=False)
@@ -166,7 +166,7 @@ class Rewritten:
             found = self._formings[attributes] = Forming(self, attributes)
         return found
 
-    def keep(self, kept: Kept) -> None:
+    def keep(self, kept: FormerTensor) -> None:
         """Remember a tensor as it was, where those before it were not given up."""
         if self.kept is not None:
             self.kept = [*self.kept, kept]
@@ -181,7 +181,7 @@ class Rewritten:
 
 
 @dataclass(frozen=True)
-class Kept:
+class FormerTensor:
     """A tensor of a module as it was: ``home`` is ``_parameters`` or ``_buffers``, ``data`` its value where that changed."""
 
     module: nn.Module

@@ -26,7 +26,7 @@ class Reference:
         program: its trace, with handles of its own, as the model's tensors are given other memory.
         given: what it is called with.
         level: as for `normfuse.rewrite`.
-        progress: told (what, done, total).
+        progress: called with (what, done, total).
         trains: as for `Program.trace`.
     """
 

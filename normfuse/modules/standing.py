@@ -62,7 +62,7 @@ class Standing:
         known = set(program.tensor_names())
         self.read = frozenset(read.union(*(program.twins(name) for name in read & known)))
         unread = {name for node, name in program.stored.items() if program.nodes[node].users} - self.read
-        self.unread = unread & set(program.exported.state_dict)  # what is not saved cannot be told to the class
+        self.unread = unread & set(program.exported.state_dict)  # the class never sees what is not saved
 
     def bare(self, value: Node, stop: Node | None = None) -> Bare:
         """Follow a value back, at most to ``stop``, through what changes nothing where its tensors are neutral."""
@@ -185,7 +185,7 @@ def is_same_without(new: Node, old: Node, is_still: Callable[[Any, Any], bool]) 
     Args:
         new: a node.
         old: a node of the program before.
-        is_still: told a new and an old argument, whether they are the same.
+        is_still: whether a new and an old argument are the same.
     """
     was, now = operator_norm(old), operator_norm(new)
     alike = was is not None and now is not None and was.kind != NormKind.BATCH_NORM and was.eps == now.eps
@@ -193,5 +193,5 @@ def is_same_without(new: Node, old: Node, is_still: Callable[[Any, Any], bool]) 
         return False
     before, after = arguments(old), arguments(new)
     gone = {key for key in ("weight", "bias") if after.get(key, 0) is None}
-    told = [key for key in before if key not in {"input", "eps", "cudnn_enable", "cudnn_enabled"} | gone]
-    return all(is_still(after[key], before[key]) for key in told)
+    compared = [key for key in before if key not in {"input", "eps", "cudnn_enable", "cudnn_enabled"} | gone]
+    return all(is_still(after[key], before[key]) for key in compared)

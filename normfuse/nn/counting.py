@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-Schedule: TypeAlias = Literal["forward", "step"]
+IterationEnd: TypeAlias = Literal["forward", "step"]
 T = TypeVar("T")
 P = ParamSpec("P")
 
@@ -53,11 +53,11 @@ class Counted(nn.Module):
         ValueError: the schedule is neither.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: IterationEnd) -> None:
         super().__init__()
         if schedule not in ("forward", "step"):
             raise ValueError(f"schedule is 'forward' or 'step', not {schedule!r}")
-        self.schedule: Schedule = schedule
+        self.schedule: IterationEnd = schedule
 
     def step(self) -> None:
         """End the iteration; call it after every step of the optimizer.

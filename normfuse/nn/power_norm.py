@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from normfuse.nn.counting import Schedule
-from normfuse.nn.second_moment import Call, Iteration, SecondMomentNorm, State
+from normfuse.nn.counting import IterationEnd
+from normfuse.nn.second_moment import ForwardCall, Iteration, SecondMomentNorm, State
 
 
 class GroupScaling(nn.Module):
@@ -100,7 +100,7 @@ class PowerNorm(SecondMomentNorm):
         num_groups: int = 1,
         affine: bool = True,
         *,
-        schedule: Schedule = "forward",
+        schedule: IterationEnd = "forward",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -131,12 +131,12 @@ class PowerNorm(SecondMomentNorm):
     def _moment(self) -> Tensor:
         return self.running_phi.flatten()
 
-    def _measured(self, iteration: Iteration, second_moment: Tensor, before: State) -> tuple[Call, State]:
+    def _measured(self, iteration: Iteration, second_moment: Tensor, before: State) -> tuple[ForwardCall, State]:
         t, phi = iteration.number, before["running_phi"].flatten()
         divisor = torch.where(t <= self.warmup_iters, second_moment, phi)
         warm = torch.where(t < self.warmup_iters, phi * (t - 1) / t + second_moment / t, phi)
         after = self.alpha_forward * warm + (1 - self.alpha_forward) * second_moment
-        call = Call(
+        call = ForwardCall(
             iteration,
             scale=(divisor + self.eps).rsqrt(),
             gradient_scale=(second_moment + self.eps).rsqrt(),
@@ -145,7 +145,7 @@ class PowerNorm(SecondMomentNorm):
         )
         return call, {"running_phi": after.reshape(1, -1, 1, 1)}
 
-    def _estimated(self, call: Call, projection: Tensor, z: Tensor) -> Tensor:
+    def _estimated(self, call: ForwardCall, projection: Tensor, z: Tensor) -> Tensor:
         iteration = call.iteration
         finite = torch.isfinite(projection).all()
         if call.counted:  # a further gradient of the same forward: the history has been subtracted already

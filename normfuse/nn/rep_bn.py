@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.nn.counting import Calls, Counted, Schedule, batch_norm, recomputing, uncompiled
+from normfuse.nn.counting import Calls, Counted, IterationEnd, batch_norm, recomputing, uncompiled
 
 
 class RepBN(nn.Module):
@@ -135,7 +135,7 @@ class PRepBN(Counted):
         warmup: int = 0,
         total: int = 300_000,
         r0: float = 1.0,
-        schedule: Schedule = "forward",
+        schedule: IterationEnd = "forward",
         *,
         alpha: float = 1.0,
         zero_init: bool = False,

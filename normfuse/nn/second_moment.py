@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from normfuse.nn.counting import Calls, Counted, Schedule, recomputing, uncompiled
+from normfuse.nn.counting import Calls, Counted, IterationEnd, recomputing, uncompiled
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -45,7 +45,7 @@ class Iteration:
 
 
 @dataclass(eq=False)
-class Call:
+class ForwardCall:
     """What one forward call used. Its backward, and its recomputation, use the same.
 
     Attributes:
@@ -84,7 +84,7 @@ class SecondMomentNorm(Counted):
         num_features: int,
         eps: float,
         affine: bool,
-        schedule: Schedule,
+        schedule: IterationEnd,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -96,18 +96,18 @@ class SecondMomentNorm(Counted):
         self.weight = nn.Parameter(torch.ones(num_features, **made)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features, **made)) if affine else None
         self.register_buffer("iters", torch.zeros(1, dtype=torch.long, device=device))
-        self._calls: Calls[Call] = Calls()
+        self._calls: Calls[ForwardCall] = Calls()
         self._open: list[Iteration] = []  # the iteration under way, in schedule="step"
 
     def _moment(self) -> Tensor:
         """The running second moment that inference divides by, (C)."""
         raise NotImplementedError
 
-    def _measured(self, iteration: Iteration, second_moment: Tensor, before: State) -> tuple[Call, State]:
+    def _measured(self, iteration: Iteration, second_moment: Tensor, before: State) -> tuple[ForwardCall, State]:
         """What a forward call uses, and the state after it, given the batch's own second moment."""
         raise NotImplementedError
 
-    def _estimated(self, call: Call, projection: Tensor, z: Tensor) -> Tensor:
+    def _estimated(self, call: ForwardCall, projection: Tensor, z: Tensor) -> Tensor:
         """K of the gradient (g - k z) · s, given mean(g z); moves the backward state."""
         raise NotImplementedError
 
@@ -145,7 +145,7 @@ class SecondMomentNorm(Counted):
         y = x / deviation if self.weight is None or self.bias is None else x * (self.weight / deviation) + self.bias
         return y if y.dtype == x.dtype else y.to(x.dtype)
 
-    def _called(self, x: Tensor, pad_mask: Tensor | None) -> Call:
+    def _called(self, x: Tensor, pad_mask: Tensor | None) -> ForwardCall:
         """Measure the batch and move the forward state."""
         iteration = self._iteration()
         before = self._before(iteration, self._forward_state)
@@ -211,7 +211,9 @@ class _Normalize(torch.autograd.Function):
     """Y = w z + b with z = x · scale; the backward asks the norm for its estimate."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: SecondMomentNorm, call: Call) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: SecondMomentNorm, call: ForwardCall
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.norm, ctx.call = norm, call
         z = x.to(call.scale.dtype) * call.scale
@@ -221,7 +223,7 @@ class _Normalize(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        call: Call = ctx.call
+        call: ForwardCall = ctx.call
         upstream = gradient.to(call.scale.dtype).reshape(-1, x.shape[-1])
         z = x.to(call.scale.dtype).reshape(-1, x.shape[-1]) * call.scale
         gain = call.ratio if weight is None else call.ratio * weight

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.nn.counting import Schedule
-from normfuse.nn.second_moment import Call, Iteration, SecondMomentNorm, State
+from normfuse.nn.counting import IterationEnd
+from normfuse.nn.second_moment import ForwardCall, Iteration, SecondMomentNorm, State
 
 
 class UnifiedNorm(SecondMomentNorm):
@@ -83,7 +83,7 @@ class UnifiedNorm(SecondMomentNorm):
         outlier_filtration: bool = False,
         affine: bool = True,
         *,
-        schedule: Schedule = "forward",
+        schedule: IterationEnd = "forward",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -114,7 +114,7 @@ class UnifiedNorm(SecondMomentNorm):
     def _moment(self) -> Tensor:
         return self.running_var
 
-    def _measured(self, iteration: Iteration, second_moment: Tensor, before: State) -> tuple[Call, State]:
+    def _measured(self, iteration: Iteration, second_moment: Tensor, before: State) -> tuple[ForwardCall, State]:
         t, size, old = iteration.number, self.window_size[0], before["running_var"]
         window = _with_row(before["buffer_x2"], t, second_moment)
         smoothed = window.log().mean(0).exp()
@@ -133,9 +133,9 @@ class UnifiedNorm(SecondMomentNorm):
             "buffer_x2": _with_row(before["buffer_x2"], t, row),
             "running_var": self.momentum * old + (1 - self.momentum) * moment,
         }
-        return Call(iteration, 1 / deviation, 1 / deviation, ratio, skip), after
+        return ForwardCall(iteration, 1 / deviation, 1 / deviation, ratio, skip), after
 
-    def _estimated(self, call: Call, projection: Tensor, z: Tensor) -> Tensor:
+    def _estimated(self, call: ForwardCall, projection: Tensor, z: Tensor) -> Tensor:
         t, size, iteration = call.iteration.number, self.window_size[1], call.iteration
         own = (t <= size) | (t < self.warmup_iters) | call.skip
         finite = torch.isfinite(projection).all()
@@ -150,7 +150,7 @@ class UnifiedNorm(SecondMomentNorm):
         self._settle({"buffer_gz": window, "ema_gz": average}, iteration.backwards, finite)
         return torch.where(call.skip, projection, average)
 
-    def _estimated_again(self, call: Call, projection: Tensor, own: Tensor, finite: Tensor) -> Tensor:
+    def _estimated_again(self, call: ForwardCall, projection: Tensor, own: Tensor, finite: Tensor) -> Tensor:
         """A further gradient of the same forward: what it adds, as all of this is linear in the gradient."""
         part = (1 - self.momentum) * torch.where(own, projection, projection / self.window_size[1])
         share = torch.where(finite, 1 / call.iteration.backwards, 0.0)

@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import InputError, first_line
 from normfuse.graph.interpreter import flat_inputs, run
 from normfuse.graph.program import Program, Trains, at_inference
-from normfuse.proof.differences import same
+from normfuse.proof.differences import identical
 from normfuse.proof.trial_run import lacks_kernel
 from normfuse.proof.undisturbed import seeded, undisturbed
 
-Call = Callable[[Sequence[Any], Mapping[str, Any]], list[Tensor]]
+ModelCall = Callable[[Sequence[Any], Mapping[str, Any]], list[Tensor]]
 """A call with arguments -> the tensors of what it returns, and behind them the state that it updates."""
 
 
@@ -52,7 +52,7 @@ def answer(call: Callable[[], Sequence[Tensor]]) -> Answer:
         return Answer(None, first_line(error), lacks_kernel(error) or isinstance(error, InputError))
 
 
-def call_of_program(module: nn.Module, program: Program) -> Call:
+def call_of_program(module: nn.Module, program: Program) -> ModelCall:
     """The call of a program's module, which is left as it was.
 
     Args:
@@ -67,7 +67,7 @@ def call_of_program(module: nn.Module, program: Program) -> Call:
     return call
 
 
-def call_of_module(module: nn.Module, program: Program, *, trains: Trains | None = None, as_traced: bool = True) -> Call:
+def call_of_module(module: nn.Module, program: Program, *, trains: Trains | None = None, as_traced: bool = True) -> ModelCall:
     """The call of a live module as it is at inference.
 
     Args:
@@ -86,7 +86,7 @@ def call_of_module(module: nn.Module, program: Program, *, trains: Trains | None
         if not as_traced:
             return usual
         traced = answer(lambda: run(program, flat_inputs(program, args, kwargs))).outputs
-        return usual if traced is None or same(usual, traced) else once(args, kwargs, True)
+        return usual if traced is None or identical(usual, traced) else once(args, kwargs, True)
 
     return call
 

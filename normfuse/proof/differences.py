@@ -14,7 +14,7 @@ from torch import Tensor
 TOP = 5
 
 
-def same(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+def identical(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
     """Whether outputs are the same, bit for bit but for the bits of NaN."""
     return len(ours) == len(theirs) and all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
 

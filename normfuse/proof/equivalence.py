@@ -26,10 +26,10 @@ from normfuse.graph.literals import numbers_cut
 from normfuse.graph.program import Program
 from normfuse.proof.apart import coarser_inputs, nudges
 from normfuse.proof.artifacts import Artifact, Port
-from normfuse.proof.calling import Answer, Call, answer
+from normfuse.proof.calling import Answer, ModelCall, answer
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage
-from normfuse.proof.differences import Difference, difference, same
+from normfuse.proof.differences import Difference, difference, identical
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Sensitivity, Verdict
 from normfuse.proof.proving import (
     DRAWS,
@@ -39,11 +39,11 @@ from normfuse.proof.proving import (
     agreement,
     distances,
     not_rounded,
+    notes_of,
     nudged,
     rounding_of,
     samples_of_rounding,
     spared,
-    told_of,
     unless_none,
 )
 from normfuse.proof.sensitivity import Judge, sensitivity
@@ -93,7 +93,7 @@ def program_side(
     program: Program,
     *,
     calls: Program | None = None,
-    call: Call | None = None,
+    call: ModelCall | None = None,
     state: bool = True,
     short: bool = False,
     other: Program | None = None,
@@ -158,8 +158,8 @@ def is_float(value: Any) -> bool:
 def _rounded_numbers(program: Program) -> tuple[str, ...]:
     """What to say of a program in float64 whose code has numbers that float32 does not hold."""
     found = [f"{number:g} of {node.name}" for node in program.graph.nodes for number in numbers_cut(node)]
-    told = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return (f"files hold the numbers of a model's code as float32, so they were compared so: {told}",) if found else ()
+    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    return (f"files hold the numbers of a model's code as float32, so they were compared so: {shown}",) if found else ()
 
 
 def live_side(name: str, call: Runner) -> Side:
@@ -167,7 +167,7 @@ def live_side(name: str, call: Runner) -> Side:
     return Side(name, f"PyTorch {torch.__version__}", {"": call})
 
 
-def on_cases(call: Call, program: Program) -> Runner:
+def on_cases(call: ModelCall, program: Program) -> Runner:
     """A call with arguments, on cases whose inputs are those of a program."""
 
     def run_case(case: Case) -> Sequence[Tensor]:
@@ -221,11 +221,11 @@ def _order(artifact: Artifact, ports: Sequence[Port | None]) -> list[int]:
     by_name = {port.name: place for place, port in enumerate(ports) if port is not None}
     names = [port.name for port in artifact.inputs]
     order = [by_name[name] for name in names] if set(names) == set(by_name) else there
-    wanted = ", ".join(map(_told, artifact.inputs))
+    wanted = ", ".join(map(_port_text, artifact.inputs))
     if len(order) != len(names) or not all(
         _fits(theirs, ports[place]) for theirs, place in zip(artifact.inputs, order, strict=True)
     ):
-        given = ", ".join(_told(port) for port in ports if port is not None)
+        given = ", ".join(_port_text(port) for port in ports if port is not None)
         raise InputError(f"{artifact.name} takes the inputs {wanted}; the other model takes {given}")
     return order
 
@@ -239,7 +239,7 @@ def _fits(port: Port, other: Port | None) -> bool:
     return len(port.shape) == len(other.shape) and all(a == b for a, b in pairs if isinstance(a, int) and isinstance(b, int))
 
 
-def _told(port: Port) -> str:
+def _port_text(port: Port) -> str:
     sizes = "…" if port.shape is None else ", ".join("?" if size is None else str(size) for size in port.shape)
     return f"{port.name}: {str(port.dtype).removeprefix('torch.')}[{sizes}]"
 
@@ -254,7 +254,7 @@ def compare(
         b: the other.
         cases: inputs to compare on.
         same_weights: ``b`` holds the very weights of ``a``, so that no rounding of weights excuses a difference.
-        progress: told (what, done, total).
+        progress: called with (what, done, total).
 
     Raises:
         NormfuseError: neither side can be the reference, or a model does not run on the user's own inputs.
@@ -292,7 +292,7 @@ def compare(
     return Evidence(
         algebra=tuple(algebra),
         rounding=tuple(rounding),
-        notes=(*notes, *told_of(algebra)),
+        notes=(*notes, *notes_of(algebra)),
         differences=tuple(figures),
         runtimes=(a.runtime, b.runtime),
         objections=tuple(objections),
@@ -318,11 +318,11 @@ def _objection(a: Side, b: Side, case: Case, one: Answer, other: Answer) -> str 
     if one.refuses and other.refuses and case.given and (a.called or b.called):
         hint = "give inputs on which the models themselves run"
         raise InputError(f"both models refuse these inputs: {one.refusal}", hint=hint)
-    told = "{} refuses the inputs '{}', which {} takes: {}"
+    refusal = "{} refuses the inputs '{}', which {} takes: {}"
     if other.refuses and one.outputs is not None and b.called:
-        return told.format(b.name, case.name, a.name, other.refusal)
+        return refusal.format(b.name, case.name, a.name, other.refusal)
     if one.refuses and other.outputs is not None and a.called and case.given:
-        return told.format(a.name, case.name, b.name, one.refusal)
+        return refusal.format(a.name, case.name, b.name, one.refusal)
     return None
 
 
@@ -366,7 +366,7 @@ def _runs(a: Side, b: Side, case: Case, same_weights: bool, one: Answer, other: 
     if same_weights:  # only arithmetic in the width of the other may differ
         assert a.own is not None, "only a program is known to have the same weights"
         noise = [a.own(case, width), *(a.nudged(case, torch.finfo(width).eps, draw) for draw in range(DRAWS))]
-    called = None if one.outputs is None or same(one.outputs, usual) else one.outputs
+    called = None if one.outputs is None or identical(one.outputs, usual) else one.outputs
     return _Runs(usual, called, truth, shaken, noise, wide, got)
 
 
@@ -405,9 +405,9 @@ def _few_roundings(truth: Sequence[Tensor], outputs: Sequence[Tensor]) -> bool:
 
 def _figures(case: Case, runs: _Runs) -> list[Difference]:
     own = distances(runs.truth, runs.usual)
-    told = [
+    found = [
         difference(case.name, how, place, truth, got, before)
         for how, outputs in runs.got.items()
         for place, (truth, got, before) in enumerate(zip(runs.truth, outputs, own, strict=False))
     ]
-    return [each for each in told if each]
+    return [each for each in found if each]

@@ -23,7 +23,7 @@ from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program, Trains
 from normfuse.proof.calling import called_once
 from normfuse.proof.cases import Case, other_sizes, other_values
-from normfuse.proof.differences import same
+from normfuse.proof.differences import identical
 from normfuse.proof.equivalence import compare, live_side, program_side
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.proving import distances
@@ -171,4 +171,4 @@ def _form(value: Tensor) -> tuple[Any, ...]:
 
 def _same(one: _Called, other: _Called) -> bool:
     """Whether two calls gave the same, bit for bit."""
-    return one.others == other.others and same(one.tensors, other.tensors)
+    return one.others == other.others and identical(one.tensors, other.tensors)

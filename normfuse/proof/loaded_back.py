@@ -21,9 +21,9 @@ from normfuse.errors import InputError, first_line
 from normfuse.graph.interpreter import run
 from normfuse.graph.program import Program, quiet
 from normfuse.graph.stored import own_state
-from normfuse.proof.calling import Answer, Call, answer, call_of_program
+from normfuse.proof.calling import Answer, ModelCall, answer, call_of_program
 from normfuse.proof.cases import Case, sizes_of_ranges
-from normfuse.proof.differences import same
+from normfuse.proof.differences import identical
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import rounded_alike
 from normfuse.proof.randomness import is_random
@@ -83,15 +83,15 @@ class _Trial:
         return self.proven.baked()
 
     @cached_property
-    def _call(self) -> Call:
+    def _call(self) -> ModelCall:
         return call_of_program(self.loaded.module(), Program(self.loaded))
 
     @cached_property
-    def _call_of_original(self) -> Call:
+    def _call_of_original(self) -> ModelCall:
         return call_of_program(own_state(self.original.baked()).exported.module(), self.original)
 
     def call(self, case: Case) -> None:
-        """Call it on a case, and judge what it gives."""
+        """ModelCall it on a case, and judge what it gives."""
         got = self._answer(lambda: self._call, case)
         if got.outputs is None:
             self._judge_refusal(case, got)
@@ -99,14 +99,14 @@ class _Trial:
         expected = answer(partial(run, self._baked, case.flat))
         if expected.outputs is None:
             self.notes.append(f"not compared on '{case.name}', where the written program runs: {expected.refusal}")
-        elif same(got.outputs, expected.outputs):
+        elif identical(got.outputs, expected.outputs):
             self.called.append(case.name)
         elif is_random(self.proven, case.flat):
             self.notes.append(f"the written program draws its random numbers in another order: not compared on '{case.name}'")
         else:
             self._judge_outputs(case, got.outputs)
 
-    def _answer(self, call: Callable[[], Call], case: Case) -> Answer:
+    def _answer(self, call: Callable[[], ModelCall], case: Case) -> Answer:
         args, kwargs = pytree.tree_unflatten(list(case.flat), self.original.exported.call_spec.in_spec)
         return answer(lambda: call()(args, kwargs))
 
@@ -126,8 +126,8 @@ class _Trial:
         if row.verdict is not Verdict.DISPROVEN:
             self.called.append(case.name)
             return
-        said = f"off by {row.after:.1e}, the original by {row.before:.1e}" if math.isfinite(row.after) else "of another form"
-        self.objections.append(f"the written program gives other outputs on '{case.name}' than were proven: {said}")
+        how = f"off by {row.after:.1e}, the original by {row.before:.1e}" if math.isfinite(row.after) else "of another form"
+        self.objections.append(f"the written program gives other outputs on '{case.name}' than were proven: {how}")
 
 
 def _can_be_saved(program: Program) -> bool:

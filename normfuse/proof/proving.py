@@ -39,7 +39,7 @@ from normfuse.proof.coverage import Coverage, Missing, counts
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
 from normfuse.proof.judging import Judged, judged
 from normfuse.proof.sensitivity import sensitivity
-from normfuse.proof.steps import Steps, jumping, told_of_own
+from normfuse.proof.steps import Steps, jumping, notes_of_own_dtype
 from normfuse.proof.trial_run import trial_run
 from normfuse.proof.written import narrower
 
@@ -94,7 +94,7 @@ def prove(
         cases: inputs to prove on.
         promised: ``plan.apply(original)`` where ``rewritten`` is something else; its norms are counted.
         level: ``full``, or ``structure`` to run nothing.
-        progress: told (what, done, total).
+        progress: called with (what, done, total).
     """
     structure = _structure(original, promised or rewritten, plan)
     if level != "full" or not structure.ok or not plan.rounds:
@@ -205,7 +205,7 @@ def _measure(
             else:
                 failed = algebra[-1].verdict is Verdict.DISPROVEN
                 rounding.append(rounded_alike(name, a, flat, truth, before, after, failed=failed))
-    notes += [*told_of(algebra), *told_of_own(own)]
+    notes += [*notes_of(algebra), *notes_of_own_dtype(own)]
     missing = coverage.missing() or not_rounded(rounding)
     return replace(so_far, algebra=tuple(algebra), rounding=tuple(rounding), notes=tuple(notes), missing=missing)
 
@@ -309,7 +309,7 @@ def agreement(
     return Agreement(case, worst.error, worst.allowed, verdict, compared, entries, worst.noise, relative)
 
 
-def told_of(rows: Sequence[Agreement]) -> list[str]:
+def notes_of(rows: Sequence[Agreement]) -> list[str]:
     """What a reader should know of how much was compared."""
     empty = [row.case for row in rows if not row.compared]
     partly = [row for row in rows if 0 < row.compared < row.entries]
@@ -318,8 +318,8 @@ def told_of(rows: Sequence[Agreement]) -> list[str]:
         notes.append(f"not a number in the original's outputs to compare on: {', '.join(empty)}")
     if partly:
         least = min(partly, key=lambda row: row.compared / row.entries)
-        said = f"{least.compared} of {least.entries} entries are finite on '{least.case}' and were compared as numbers"
-        notes.append(f"{said}; the others must be NaN or infinite in the same places")
+        share = f"{least.compared} of {least.entries} entries are finite on '{least.case}' and were compared as numbers"
+        notes.append(f"{share}; the others must be NaN or infinite in the same places")
     return notes
 
 

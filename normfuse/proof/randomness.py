@@ -11,7 +11,7 @@ from normfuse.graph.interpreter import run
 from normfuse.graph.nodes import draws, graphs_of, operator_name
 from normfuse.graph.program import Program
 from normfuse.proof.coverage import Missing
-from normfuse.proof.differences import same
+from normfuse.proof.differences import identical
 
 _HINT = "compare the models without what is random: call eval() on them, or set dropout to 0"
 
@@ -20,7 +20,7 @@ def is_random(program: Program, flat: Sequence[Any]) -> bool:
     """Whether two runs of a program differ."""
     if not _drawn(program.graph):
         return False
-    return not same(*(run(program, flat, seed=seed) for seed in (0, 1)))
+    return not identical(*(run(program, flat, seed=seed) for seed in (0, 1)))
 
 
 def uncompared(reference: Program, other: Program | None, flat: Sequence[Any]) -> Missing | None:

@@ -23,7 +23,7 @@ from normfuse.graph.program import Program
 from normfuse.graph.views import aten, dtype
 from normfuse.proof.evidence import MARGIN
 
-FLOOR = 2.0**-50
+STEP_FLOOR = 2.0**-50
 """Four roundings of a float64: a single operand of a step, where `normfuse.proof.proving` has whole sums in mind."""
 MASK = 1e6
 """What is so many times as large as the usual entry is a mask, and says nothing of the noise of the others."""
@@ -34,7 +34,7 @@ _JUMPS = {
 }  # fmt: skip
 """Operators that jump though their results are floats; all whose results are integers of floats do."""
 
-Key = tuple[str, int]
+Step = tuple[str, int]
 
 
 class Steps:
@@ -46,9 +46,9 @@ class Steps:
 
     def __init__(self) -> None:
         self.own: Counter[str] = Counter()
-        self._read: dict[Key, list[Any]] = {}
-        self._gave: dict[Key, Any] = {}
-        self._noise: dict[Key, list[float]] = {}
+        self._read: dict[Step, list[Any]] = {}
+        self._gave: dict[Step, Any] = {}
+        self._noise: dict[Step, list[float]] = {}
 
     def written(self) -> _Run:
         """For the run that is the truth."""
@@ -62,18 +62,18 @@ class Steps:
         """For another program."""
         return _Run(self, self._follow)
 
-    def _write(self, key: Key, node: Node, read: list[Any], value: Any) -> Any:
+    def _write(self, key: Step, node: Node, read: list[Any], value: Any) -> Any:
         self._read[key], self._gave[key] = read, value
         return value
 
-    def _measure(self, key: Key, node: Node, read: list[Any], value: Any) -> Any:
+    def _measure(self, key: Step, node: Node, read: list[Any], value: Any) -> Any:
         if not self._comparable(key, read, value):
             return value
         noise = [_noise(a, b) for a, b in zip(self._read[key], read, strict=True)]
         self._noise[key] = [max(pair) for pair in zip(noise, self._noise.get(key, noise), strict=True)]
         return self._gave[key]
 
-    def _follow(self, key: Key, node: Node, read: list[Any], value: Any) -> Any:
+    def _follow(self, key: Step, node: Node, read: list[Any], value: Any) -> Any:
         if key not in self._noise or not self._comparable(key, read, value):
             return value
         near = [_near(a, b, noise) for a, b, noise in zip(self._read[key], read, self._noise[key], strict=True)]
@@ -84,7 +84,7 @@ class Steps:
             return torch.where(torch.stack([each.expand(value.shape) for each in near]).all(0), gave, value)
         return value
 
-    def _comparable(self, key: Key, read: list[Any], value: Any) -> bool:
+    def _comparable(self, key: Step, read: list[Any], value: Any) -> bool:
         """Whether the truth made the same call, of values of the same form."""
         return key in self._read and _form(self._read[key]) == _form(read) and _form(self._gave[key]) == _form(value)
 
@@ -105,7 +105,7 @@ class _Run:
         return self.take((node.name, self.times[node.name]), node, [x for x in operands if isinstance(x, Tensor)], value)
 
 
-def told_of_own(operators: Iterable[str]) -> list[str]:
+def notes_of_own_dtype(operators: Iterable[str]) -> list[str]:
     """What the reader of the evidence should know of operators that ran in their own dtype."""
     names = ", ".join(sorted(operators))
     return [f"without a float64 kernel, run in their own dtype, so compared to its rounding: {names}"] if names else []
@@ -113,7 +113,7 @@ def told_of_own(operators: Iterable[str]) -> list[str]:
 
 def jumps(node: Node) -> bool:
     """Whether the result of a call is no continuous function of the floats that it reads."""
-    reads_floats = any(is_float(each) for each in node.all_input_nodes)
+    reads_floats = any(gives_floats(each) for each in node.all_input_nodes)
     if not reads_floats or not isinstance(node.target, torch._ops.OpOverload):
         return False
     kept = dtype(node)
@@ -129,7 +129,7 @@ def jumping(program: Program) -> bool:
     return any(jumps(node) for node in program.graph.nodes)
 
 
-def is_float(node: Node) -> bool:
+def gives_floats(node: Node) -> bool:
     """Whether a node yields a tensor of floats."""
     kind = dtype(node)
     return kind is not None and kind.is_floating_point
@@ -147,11 +147,11 @@ def _noise(a: Tensor, b: Tensor) -> float:
         return 0.0
     usual = a.abs().nanmedian().item()
     plain = torch.isfinite(a) & torch.isfinite(b) & (a.abs() <= MASK * usual)
-    return max(((a - b)[plain].abs().max().item() if plain.any() else 0.0), FLOOR * usual if math.isfinite(usual) else 0.0)
+    return max(((a - b)[plain].abs().max().item() if plain.any() else 0.0), STEP_FLOOR * usual if math.isfinite(usual) else 0.0)
 
 
 def _near(a: Tensor, b: Tensor, noise: float) -> Tensor:
     """Where two tensors of one form are one, up to noise."""
     if not a.is_floating_point():
         return a == b
-    return (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= MARGIN * (noise + FLOOR * a.abs()))
+    return (a == b) | (a.isnan() & b.isnan()) | ((a - b).abs() <= MARGIN * (noise + STEP_FLOOR * a.abs()))

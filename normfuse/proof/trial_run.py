@@ -15,7 +15,7 @@ GIVE_FITTING = "give inputs on which the model itself runs"
 """What to do where a model refuses inputs."""
 
 
-def described(value: Any) -> str:
+def as_spec(value: Any) -> str:
     """An input as `--input` writes it, such as ``float32[2,3]``; of anything but a tensor, what it is."""
     if not isinstance(value, Tensor):
         return repr(value)
@@ -43,14 +43,14 @@ def trial_run(program: Program, flat: Sequence[Any]) -> list[Tensor] | None:
 
 
 def _what_to_write(program: Program, flat: Sequence[Any]) -> str:
-    given = [described(value) for value in flat]
+    given = [as_spec(value) for value in flat]
     stored = {program.tensor(name).dtype for name in program.stored.values()}
     held = sorted((each for each in stored if each.is_floating_point), key=str)
-    said = f"they are {', '.join(given)}"
+    theirs = f"they are {', '.join(given)}"
     if len(held) != 1:
-        return f"{said}; {GIVE_FITTING}"
-    fitting = [described(value.to(held[0])) if isinstance(value, Tensor) else described(value) for value in flat]
+        return f"{theirs}; {GIVE_FITTING}"
+    fitting = [as_spec(value.to(held[0])) if isinstance(value, Tensor) else as_spec(value) for value in flat]
     if fitting == given:
-        return f"{said}; {GIVE_FITTING}"
+        return f"{theirs}; {GIVE_FITTING}"
     dtype = str(held[0]).removeprefix("torch.")
-    return f"{said}, and the model's tensors are {dtype}: give {', '.join(fitting)} (--input '{fitting[0]}')"
+    return f"{theirs}, and the model's tensors are {dtype}: give {', '.join(fitting)} (--input '{fitting[0]}')"

@@ -10,20 +10,20 @@ from typing import TypeAlias, TypeVar
 from normfuse.graph.program import Site
 
 T = TypeVar("T")
-Name: TypeAlias = tuple[tuple[str, ...], ...]
+Parts: TypeAlias = tuple[tuple[str, ...], ...]
 
 
 def sites_text(sites: Iterable[Site]) -> str:
     """Names of sites, those that differ only in one number as one: ``blocks.0-11.norm1-2, norm``."""
     # Text, numbers, text, … for every name; the numbers of names that are otherwise alike are merged, the last ones first.
-    names: list[Name] = [tuple((part,) for part in re.split(r"(\d+)", site)) for site in dict.fromkeys(map(str, sites))]
+    names: list[Parts] = [tuple((part,) for part in re.split(r"(\d+)", site)) for site in dict.fromkeys(map(str, sites))]
     for place in reversed(range(1, max(map(len, names), default=0), 2)):
         alike = grouped(names, key=lambda name: (len(name), name[:place], name[place + 1 :]))
         names = [_merged(same, place) for same in alike]
     return ", ".join("".join(_ranges(part) for part in name) for name in names)
 
 
-def _merged(names: Sequence[Name], place: int) -> Name:
+def _merged(names: Sequence[Parts], place: int) -> Parts:
     first = names[0]
     if place >= len(first):  # names without a number there are alike only if they are the same
         return first

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfuse.errors import InputError
-from normfuse.sources.inputs import INTEGERS, Inputs, Key
+from normfuse.sources.inputs import INTEGERS, InputKey, Inputs
 
 # ---- limits of integer inputs
 
 
-def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inputs) -> dict[Key, int]:
+def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inputs) -> dict[InputKey, int]:
     """For each integer input that indexes a table, the size of the smallest one, found by one run of the model.
 
     An input is followed through views, casts and copies, not through arithmetic. Inputs that index nothing are left out.
@@ -25,7 +25,7 @@ def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inpu
     """
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     modes = [(part, part.training) for part in module.modules()]
-    given: dict[Key, Any] = dict(enumerate(inputs.args)) | dict(inputs.kwargs.items())
+    given: dict[InputKey, Any] = dict(enumerate(inputs.args)) | dict(inputs.kwargs.items())
     lookups = _Lookups(given)
     try:
         for part, _ in modes:
@@ -44,16 +44,16 @@ def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inpu
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches which inputs reach a table as indices; ``limits`` has the smallest table of each."""
 
-    def __init__(self, inputs: Mapping[Key, Any]) -> None:
+    def __init__(self, inputs: Mapping[InputKey, Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.limits: dict[Key, int] = {}
-        self._source: dict[int, Key] = {}
+        self.limits: dict[InputKey, int] = {}
+        self._source: dict[int, InputKey] = {}
         self._kept: list[Tensor] = []  # or the address of a freed tensor would be taken for it
         for key, value in inputs.items():
             if isinstance(value, Tensor):
                 self._follow(value, key)
 
-    def _follow(self, tensor: Tensor, key: Key | None) -> None:
+    def _follow(self, tensor: Tensor, key: InputKey | None) -> None:
         if key is not None and tensor.dtype in INTEGERS and tensor.numel():
             self._source[_address(tensor)] = key
             self._kept.append(tensor)

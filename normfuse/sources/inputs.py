@@ -16,7 +16,7 @@ from normfuse.errors import InputError
 
 EXAMPLES = 16  # of a loader: a proof on a whole data set would take days
 
-Key = int | str  # which input: its position, or its keyword
+InputKey = int | str  # which input: its position, or its keyword
 
 
 @dataclass(frozen=True)

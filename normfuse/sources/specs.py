@@ -23,7 +23,7 @@ from torch import Tensor
 from normfuse import limits
 from normfuse.errors import InputError
 from normfuse.limits import OverLimit
-from normfuse.sources.inputs import INTEGERS, Inputs, Key
+from normfuse.sources.inputs import INTEGERS, InputKey, Inputs
 
 DEFAULT_SIZE = 2
 DRAWN_BYTES = 8  # of an entry while it is drawn, whatever it becomes
@@ -84,7 +84,7 @@ def parse_spec(text: str) -> Spec:
     return Spec(head["name"], _dtype(text, head), tuple(dims))
 
 
-def from_specs(specs: Iterable[str | Spec], *, seed: int = 0, index_limits: Mapping[Key, int] | None = None) -> Inputs:
+def from_specs(specs: Iterable[str | Spec], *, seed: int = 0, index_limits: Mapping[InputKey, int] | None = None) -> Inputs:
     """Draw one input per spec.
 
     Args:
@@ -94,7 +94,7 @@ def from_specs(specs: Iterable[str | Spec], *, seed: int = 0, index_limits: Mapp
     """
     parsed = [spec if isinstance(spec, Spec) else parse_spec(spec) for spec in specs]
     args = [spec for spec in parsed if spec.name is None]
-    keyed: dict[Key, Spec] = dict(enumerate(args))
+    keyed: dict[InputKey, Spec] = dict(enumerate(args))
     keyed |= {spec.name: spec for spec in parsed if spec.name is not None}
     if len(keyed) != len(parsed):
         raise InputError("two input specs have the same name", hint="each keyword input takes one spec")
@@ -176,7 +176,7 @@ def _draw(spec: Spec, dims: Mapping[str, DynamicDim], limit: int, generator: tor
     return torch.randn(sizes, generator=generator, dtype=drawn).to(spec.dtype)
 
 
-def _dynamic_shapes(keyed: Mapping[Key, Spec], drawn: Mapping[Key, Tensor], dims: Mapping[str, DynamicDim]) -> Any:
+def _dynamic_shapes(keyed: Mapping[InputKey, Spec], drawn: Mapping[InputKey, Tensor], dims: Mapping[str, DynamicDim]) -> Any:
     if not dims:
         return None
     made = {name: torch.export.Dim(name, min=dim.min, max=dim.max) for name, dim in dims.items()}

@@ -22,7 +22,7 @@ _DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def described(reference: Any) -> tuple[torch.dtype, str, int]:
+def storage_of(reference: Any) -> tuple[torch.dtype, str, int]:
     """A reference of a pickle to a storage: its dtype, its key, and how many entries it has.
 
     Raises:
@@ -51,7 +51,7 @@ class ArchiveStorages:
 
     def __call__(self, reference: Any) -> Stored:
         """The storage that the pickle refers to."""
-        dtype, key, count = described(reference)
+        dtype, key, count = storage_of(reference)
         if key not in self.done:
             bytes_ = self._read(f"data/{key}", count * dtype.itemsize, dtype)
             if self.swapped:
@@ -94,7 +94,7 @@ class LegacyStorages:
 
     def __call__(self, reference: Any) -> Stored:
         """A storage of the right size, which `fill` fills."""
-        dtype, key, count = described(reference)
+        dtype, key, count = storage_of(reference)
         if key not in self.wanted:
             if count * dtype.itemsize > len(self.behind):
                 raise Unreadable("a tensor in it is larger than what is stored of it")

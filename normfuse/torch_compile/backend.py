@@ -50,7 +50,7 @@ from normfuse.proof.cases import Case
 from normfuse.proof.evidence import checked
 from normfuse.proof.proving import checked_level, prove
 from normfuse.torch_compile.capture import Captured, Regraphed
-from normfuse.torch_compile.weight_cache import Weights
+from normfuse.torch_compile.weight_cache import WeightCache
 
 Compiled: TypeAlias = Any
 """What a backend returns, and a backend: any callable."""
@@ -158,7 +158,7 @@ def _rewritten(graph_module: GraphModule, inputs: Sequence[Any], chosen: Options
 
 
 def _compiled(regraphed: Regraphed, inner: Compiled, inputs: Sequence[Any]) -> Compiled:
-    weights = Weights(regraphed.formulas, regraphed.stored)
+    weights = WeightCache(regraphed.formulas, regraphed.stored)
     feeds, constants = regraphed.feeds, regraphed.constants
 
     def arranged(inputs: Sequence[Any]) -> list[Any]:

@@ -13,7 +13,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from normfuse.graph.expressions import Formula, reads, rounded
 
 
-class Weights:
+class WeightCache:
     """The values of formulas, for every model that a graph is called with: dynamo lets layers of one class share a graph.
 
     Tensors are known by identity, address and version counter, which counts every write in place but those through ``.data``.
@@ -32,9 +32,9 @@ class Weights:
         if not self._read:
             return {}
         tensors = [inputs[position] for position in self._read]
-        kept: _Kept | None = self._kept.get(tensors[0])  # type: ignore[no-untyped-call]
+        kept: _Entry | None = self._kept.get(tensors[0])  # type: ignore[no-untyped-call]
         if kept is None or not kept.fits(tensors):
-            kept = self._kept[tensors[0]] = _Kept(tensors, self._computed(inputs))
+            kept = self._kept[tensors[0]] = _Entry(tensors, self._computed(inputs))
         return kept.values
 
     def _computed(self, inputs: Sequence[Any]) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ class Weights:
             }
 
 
-class _Kept:
+class _Entry:
     """Values, and what the tensors were when they were computed."""
 
     def __init__(self, tensors: Sequence[Tensor], values: dict[str, Tensor]) -> None:

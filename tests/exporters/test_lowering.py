@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import normfuse
 from normfuse.errors import ExportError
-from normfuse.exporters.lowering import deployed, in_float32, with_operators
+from normfuse.exporters.lowering import evaluated, in_float32, with_operators
 from normfuse.graph.interpreter import run
 from normfuse.graph.program import Program
 from normfuse.planning.planner import plan
@@ -87,7 +87,7 @@ def test_a_gain_of_one_plus_w_goes_into_the_operator(dtype: torch.dtype) -> None
     model = Block(Gemma()).to(dtype)
     x = torch.randn(2, 3, 16).to(dtype)
     program = Program.trace(model, (x,))
-    found = with_operators(deployed(program))
+    found = with_operators(evaluated(program))
     assert ops(found)["rms_norm"] == 1
     assert not {"pow", "mean", "rsqrt", "mul", "add"} & set(ops(found))
     (norm,) = (node for node in found.graph.nodes if "rms_norm" in str(node.target))
@@ -99,7 +99,7 @@ def test_a_gain_of_one_plus_w_goes_into_the_operator(dtype: torch.dtype) -> None
 def test_layer_norm_by_hand_is_one_operator(shifted: bool) -> None:
     x = torch.randn(2, 3, 16)
     program = Program.trace(Block(ByHand(shifted)), (x,))
-    found = with_operators(deployed(program))
+    found = with_operators(evaluated(program))
     assert {key: count for key, count in ops(found).items() if key != "view"} == {"linear": 2, "layer_norm": 1}
     for each in (x, 1e-3 * x, x + 100):
         assert excess(program, (each,), run(found, (each,))) < 1
@@ -109,7 +109,7 @@ def test_layer_norm_by_hand_is_one_operator(shifted: bool) -> None:
 def test_what_is_no_such_norm_stays(module: nn.Module, kept: str) -> None:
     x = torch.randn(2, 16, 16)
     program = Program.trace(Block(module), (x,))
-    found = with_operators(deployed(program))
+    found = with_operators(evaluated(program))
     assert ops(found)[kept] == 1
     assert excess(program, (x,), run(found, (x,))) < 1
 
@@ -117,7 +117,7 @@ def test_what_is_no_such_norm_stays(module: nn.Module, kept: str) -> None:
 def test_float64_stays_in_arithmetic() -> None:
     x = torch.randn(2, 3, 16).double()
     program = Program.trace(Block(ByHand(True)).double(), (x,))
-    assert "layer_norm" not in ops(with_operators(deployed(program)))
+    assert "layer_norm" not in ops(with_operators(evaluated(program)))
 
 
 @pytest.mark.parametrize("kind", [nn.GroupNorm(4, 16), nn.InstanceNorm1d(16, affine=True)])
@@ -145,7 +145,7 @@ class Scaled(nn.Module):
 @pytest.mark.parametrize("model", [Scaled(), weight_norm(nn.Linear(16, 8, bias=False))])
 def test_computed_weights_are_evaluated_in_float64_and_rounded_once(model: nn.Module) -> None:
     x = torch.randn(2, 16).half()
-    found = deployed(Program.trace(model.half(), (x,)))
+    found = evaluated(Program.trace(model.half(), (x,)))
     assert ops(found) == {"linear": 1}
     stored = found.tensor(next(name for name in found.stored.values() if name.startswith("computed.")))
     (exact,) = model.double()(torch.eye(16).double()).T[None]
@@ -160,7 +160,7 @@ def test_a_live_model_is_deployed_first() -> None:
     before = Program.trace(trap.module(), trap.inputs)
     normfuse.tune(model, "pre_rmsnorm", inputs=trap.inputs)
     program = Program.trace(model, trap.inputs)
-    found = deployed(program)
+    found = evaluated(program)
     assert ops(found)["linear"] == ops(before)["linear"]
     assert ops(found)["rms_norm"] == 3
     assert set(ops(found)) == {"embedding", "add", "rms_norm", "linear", "gelu"}
@@ -172,7 +172,7 @@ def test_formulas_are_evaluated() -> None:
     program = Program.trace(trap.module(), trap.inputs)
     promised = plan(program, ["pre_rmsnorm"]).apply(program)
     assert promised.formulas
-    assert not deployed(promised).formulas
+    assert not evaluated(promised).formulas
 
 
 def test_views_and_large_results_are_not_stored() -> None:
@@ -185,7 +185,7 @@ def test_views_and_large_results_are_not_stored() -> None:
             return (x @ self.table.T.reshape(2, 2)).repeat(2, 2) + (self.table + self.bias)
 
     program = Program.trace(Views(), (torch.randn(2, 2),))
-    assert ops(deployed(program)) == ops(program)  # table + bias would be twice what it is made of
+    assert ops(evaluated(program)) == ops(program)  # table + bias would be twice what it is made of
 
 
 class Dropping(nn.Module):
@@ -203,13 +203,13 @@ def test_a_program_that_trains_is_refused(module: nn.Module) -> None:
     x = torch.randn(4, 3)
     training = Program.trace(module, (x,), trains=lambda module: True)
     with pytest.raises(ExportError, match="training mode") as raised:
-        deployed(training)
+        evaluated(training)
     assert raised.value.hint
-    deployed(Program.trace(module, (x,)))
+    evaluated(Program.trace(module, (x,)))
 
 
 def test_statistics_of_the_batch_are_no_training_where_none_are_stored() -> None:
-    deployed(Program.trace(nn.BatchNorm1d(3, track_running_stats=False), (torch.randn(4, 3),)))
+    evaluated(Program.trace(nn.BatchNorm1d(3, track_running_stats=False), (torch.randn(4, 3),)))
 
 
 def test_which_pass_made_a_norm_is_kept(tmp_path: Path) -> None:

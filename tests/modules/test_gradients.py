@@ -127,13 +127,13 @@ def test_a_scale_outside_is_the_same_function(frozen: tuple[str, ...], monkeypat
     original, x = copy.deepcopy(model), (torch.randn(1, 6, 2, 2, dtype=torch.float64),)
     normfuse.tune(model, "conv_bn", inputs=x, verify="none")
     calls: list[Any] = []
-    scaled = layers.Layer.forward_scaled
+    scaled = layers.LayerOperator.forward_scaled
 
     def counted(layer: Any, *args: Any) -> Tensor:
         calls.append(layer)
         return scaled(layer, *args)
 
-    monkeypatch.setattr(layers.Layer, "forward_scaled", counted)
+    monkeypatch.setattr(layers.LayerOperator, "forward_scaled", counted)
     assert distance(gradients(model, x), gradients(original, x)) <= 1e-12
     assert len(calls) == 4
     assert distance({"y": model(*x)}, {"y": original(*x)}) <= 1e-12
