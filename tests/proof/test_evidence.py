@@ -98,7 +98,6 @@ def test_a_wrong_rewrite_is_refused_and_nothing_is_written(monkeypatch: pytest.M
     """A pass that forgets the biases: the proof stops it."""
     from dataclasses import replace
 
-    from normfuse import api
     from normfuse.planning.planner import Plan, plan
 
     def forgetful(program: normfuse.Program, names: list[str], **options: object) -> Plan:
@@ -108,7 +107,7 @@ def test_a_wrong_rewrite_is_refused_and_nothing_is_written(monkeypatch: pytest.M
             chosen = chosen.without(edit)
         return replace(chosen)
 
-    monkeypatch.setattr(api, "plan", forgetful)
+    monkeypatch.setattr("normfuse.api.rewriting.plan", forgetful)
     with pytest.raises(VerificationFailed) as caught:
         normfuse.rewrite(TRAPS["plain"].module(), "pre_rmsnorm", inputs=IDS)
     assert caught.value.exit_code == 1
