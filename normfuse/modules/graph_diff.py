@@ -19,7 +19,7 @@ from torch.fx.node import map_aggregate
 from normfuse.graph.ops.carrying import METADATA
 from normfuse.graph.program import Program, module_path
 from normfuse.graph.views import arguments, aten, shape, tensors_in
-from normfuse.modules.standing import Bare, Standing, is_same_without
+from normfuse.modules.unread_tensors import Bare, UnreadTensors, is_same_without
 
 Instance: TypeAlias = str
 """One call of a module in a trace, such as ``L__self__conv@1`` for the second call of ``conv``."""
@@ -49,14 +49,14 @@ class Comparison:
         bodies: module call → the nodes of the old graph that were traced in it.
         biases: names of biases that their modules did not have, with the weight beside each.
         layers: those names, with the old calls of the layers.
-        standing: the tensors that nobody reads any more.
+        unread: the tensors that nobody reads any more.
         neutralized: old values that need no change of a module: with neutral tensors, they are what takes their place.
         unplaced: new values that have no place on modules.
     """
 
     def __init__(self, program: Program, rewritten: Program) -> None:
         self.old, self.new = program, rewritten
-        self.standing = Standing(program, rewritten)
+        self.unread = UnreadTensors(program, rewritten)
         self.neutralized: dict[Node, Bare] = {}
         self.unplaced: list[Unplaced] = []
         self.biases: dict[str, str] = {}
@@ -155,9 +155,9 @@ class Comparison:
         operators = isinstance(old.target, torch._ops.OpOverload) and old.name not in self.new.nodes
         if not operators or not is_same_without(new, old, is_still):
             return False
-        bare, was, now = self.standing.bare(old), arguments(old), arguments(new)
+        bare, was, now = self.unread.bare(old), arguments(old), arguments(new)
         given_up = [each for key, each in was.items() if isinstance(each, Node) and now[key] is None]
-        if bare.value is not old or self.standing.left_by(bare, given_up):
+        if bare.value is not old or self.unread.left_by(bare, given_up):
             return False
         self.neutralized[old] = bare
         return True

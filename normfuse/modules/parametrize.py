@@ -20,7 +20,6 @@ from normfuse.errors import NormfuseError
 from normfuse.graph.expressions import Call, Ref, rounded
 from normfuse.graph.program import identity
 from normfuse.modules.placement import VALUE
-from normfuse.modules.receiving import load_of, note, unwatched, watched
 from normfuse.modules.recompute import Formed
 from normfuse.modules.record import (
     GIVEN_UP,
@@ -37,6 +36,7 @@ from normfuse.modules.record import (
     plain,
     rewritten,
 )
+from normfuse.modules.state_dicts import load_of, note, unwatched, watched
 
 
 def install(module: nn.Module, record: Rewritten) -> None:

@@ -13,8 +13,8 @@ Everything else has no place on modules and is refused before anything is change
            method, or it replaces code that is in no module of its own; or what is saved of the model would be another
            function in its own class. Rewrite the traced program instead (normfuse.rewrite).
 
-Tensors that nobody reads afterwards take the numbers with which their classes change nothing (`normfuse.modules.standing`), and
-where a class only has to be given such numbers, no forward changes at all.
+Tensors that nobody reads afterwards take the numbers with which their classes change nothing (`unread_tensors`), and where a
+class only has to be given such numbers, no forward changes at all.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from normfuse.graph.ops.carrying import METADATA
 from normfuse.graph.program import Program
 from normfuse.graph.views import shape
 from normfuse.modules.graph_diff import Comparison, Instance, Unplaced, stack_of
-from normfuse.modules.standing import filled
+from normfuse.modules.unread_tensors import filled
 
 VALUE = Ref("·")
 """In an expression on a module: the module's input (``instead``, ``before``) or what its forward gave (``after``)."""
@@ -122,16 +122,16 @@ class _Placement(Comparison):
         self, changes: Mapping[str, Change], *, lenient: bool
     ) -> tuple[dict[str, Formula], frozenset[str], frozenset[str], dict[str, str]]:
         """What becomes of tensors that nobody reads any more: (neutral, neutralized, leaving, lent) as in `Adaptation`."""
-        bare = [self.standing.bare(value, self.same.get(new)) for value, new in self.replaced]
+        bare = [self.unread.bare(value, self.same.get(new)) for value, new in self.replaced]
         bare += self.neutralized.values()
-        numbers = self.standing.neutral(bare)
+        numbers = self.unread.neutral(bare)
         neutralized = {name: value for value, each in self.neutralized.items() for name in each.numbers}
-        found = {name: self.standing.borrowed(layer, bare, numbers) for name, layer in self.layers.items()}
+        found = {name: self.unread.borrowed(layer, bare, numbers) for name, layer in self.layers.items()}
         lent = {name: home for name, home in found.items() if home is not None}
         inside = tuple(f"{path}." if path else "" for path, each in changes.items() if each.place == "instead")
-        leaving = self.standing.unread - numbers.keys()
+        leaving = self.unread.names - numbers.keys()
         for name in sorted(leaving):
-            reader = next(iter(self.standing.entering(name)), self.old.reader_of(name))
+            reader = next(iter(self.unread.entering(name)), self.old.reader_of(name))
             if name in neutralized or not name.startswith(inside):
                 self._refuse(
                     neutralized.get(name, reader), f"nobody reads '{name}' afterwards, but the model's own class would"
@@ -221,7 +221,7 @@ class _Placement(Comparison):
 
     def _neutralizes(self, value: Node, new: Node) -> bool:
         """Whether a value is what takes its place where its tensors are neutral, no norm done for nothing."""
-        bare = self.standing.bare(value, self.same.get(new))
+        bare = self.unread.bare(value, self.same.get(new))
         if bare.value is not self.same.get(new) or bare.norms:
             return False
         self.neutralized[value] = bare

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import normfuse
 from tests.models import D, noise
 from tests.modules.models import IMAGES
-from tests.modules.test_standing import Blocks, distance
+from tests.modules.test_unread_tensors import Blocks, distance
 from tests.zoo.spread import spread
 
 pytestmark = pytest.mark.filterwarnings("ignore::normfuse.errors.NormfuseWarning")

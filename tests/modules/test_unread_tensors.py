@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import normfuse
 from normfuse.errors import CannotApply
 from normfuse.graph.expressions import rounded
-from normfuse.modules.standing import filled
+from normfuse.modules.unread_tensors import filled
 from tests.models import TRAPS, D, noise
 from tests.modules.models import IMAGES, Net
 from tests.zoo.spread import spread

@@ -53,7 +53,7 @@ class Bare:
     norms: bool
 
 
-class Standing:
+class UnreadTensors:
     """The tensors that a rewritten program does not read any more, and their neutral numbers."""
 
     def __init__(self, program: Program, rewritten: Program) -> None:
@@ -62,7 +62,7 @@ class Standing:
         known = set(program.tensor_names())
         self.read = frozenset(read.union(*(program.twins(name) for name in read & known)))
         unread = {name for node, name in program.stored.items() if program.nodes[node].users} - self.read
-        self.unread = unread & set(program.exported.state_dict)  # the class never sees what is not saved
+        self.names = unread & set(program.exported.state_dict)  # the class never sees what is not saved
 
     def bare(self, value: Node, stop: Node | None = None) -> Bare:
         """Follow a value back, at most to ``stop``, through what changes nothing where its tensors are neutral."""
@@ -110,7 +110,7 @@ class Standing:
         """Numbers for the tensors that a constant is computed from, with which all its entries are one number."""
         formula = constant_formula(self._facts, entering)
         names = list(dict.fromkeys(reads(formula))) if formula is not None else []
-        if formula is None or not names or not self.unread.issuperset(names):
+        if formula is None or not names or not self.names.issuperset(names):
             return None
         tried: list[tuple[float, ...]] = [(number,), *product((1.0, 0.0), repeat=len(names))] if len(names) < 5 else []
         if len(names) == 1:

@@ -16,7 +16,7 @@ from normfuse.errors import NormfuseError
 from tests.models import noise
 from tests.modules.models import IMAGES, net
 from tests.modules.test_deploy import Doubled, close
-from tests.modules.test_standing import MODELS
+from tests.modules.test_unread_tensors import MODELS
 from tests.zoo.spread import spread
 
 pytestmark = pytest.mark.filterwarnings("ignore::normfuse.errors.NormfuseWarning")
