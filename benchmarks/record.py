@@ -16,8 +16,11 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
+
+import normfuse
 
 RESULTS = Path(__file__).parent / "results"
 NOISE = 0.05  # no smaller difference of two times is said to be one
@@ -35,8 +38,9 @@ def recorded(main: Callable[[], int | None], results: Path = RESULTS) -> None:
         file, arguments = results / f"{Path(sys.argv[0]).stem}.json", " ".join(sys.argv[1:])
         runs: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
         if before := runs.get(arguments):
-            print(f"\nSince {before['date']}:", *changes(before["tables"], tables) or ["no change"], sep="\n- ")
-        runs[arguments] = {"date": str(datetime.date.today()), "tables": tables}
+            print(f"\nSince {before['date']}, {before['on']}:", *changes(before["tables"], tables) or ["no change"], sep="\n- ")
+        on = f"normfuse {normfuse.__version__}, torch {version('torch')}"
+        runs[arguments] = {"date": str(datetime.date.today()), "on": on, "tables": tables}
         results.mkdir(exist_ok=True)
         file.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     sys.exit(code)

@@ -49,7 +49,7 @@ def test_the_next_run_says_what_has_changed(
         with pytest.raises(SystemExit) as left:
             recorded(lambda: print(PRINTED.format(plan, "x")) or code, tmp_path / "results")  # noqa: B023
         assert left.value.code == code
-    first, second, third = capsys.readouterr().out.split("torch 2.13.0")[1:]
+    first, second, third = capsys.readouterr().out.split("torch 2.13.0+cpu, one thread")[1:]
     assert "Since" not in first
     assert "- no change" in second
     assert "- torch …, one thread; seconds: 12, plan: 0.1 → 0.2" in third
