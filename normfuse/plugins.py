@@ -7,9 +7,11 @@ broken package stands in nobody's way (`docs/plugins.md`).
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, distributions
+from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
@@ -30,8 +32,7 @@ def parts_of(group: str, own: Iterable[str], read: Callable[[str, ModuleType, st
         NormfuseError: two packages have the same name there, or one has a name of normfuse's own.
     """
     owners = dict.fromkeys(own, "normfuse")
-    for entry in sorted(entry_points(group=group), key=lambda each: each.name):
-        package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.module
+    for entry, package in sorted(_entries(group), key=lambda pair: pair[0].name):
         if other := owners.get(entry.name):
             what = f"two packages have '{entry.name}' in {group}: {other} and {package}"
             raise NormfuseError(what, hint="uninstall one of them; pip show -f NAME tells what a package holds")
@@ -42,3 +43,17 @@ def parts_of(group: str, own: Iterable[str], read: Callable[[str, ModuleType, st
             warnings.warn(f"'{entry.name}' of {package} is left out: {first_line(error)}", NormfuseWarning, stacklevel=2)
         else:
             yield entry.name, part
+
+
+def _entries(group: str) -> Iterator[tuple[EntryPoint, str]]:
+    """The entry points of a group, each with its package.
+
+    Not those that lie in the working directory: people come to where they keep models, and these bring no code.
+    """
+    here = Path.cwd()
+    found = distributions(path=[each for each in sys.path if each and Path(each).resolve() != here])
+    packages = {
+        each.name.lower().replace("_", "-"): each for each in reversed(list(found)) if each.name
+    }  # the first one counts
+    for package in packages.values():
+        yield from ((entry, f"{package.name} {package.version}") for entry in package.entry_points if entry.group == group)

@@ -194,3 +194,12 @@ def test_an_error_of_another_package_is_not_taken_for_ours(site: Path) -> None:
     forget()
     with pytest.raises(NormfuseError, match=r"the pass 'bad' of broken 1\.0 failed: KeyError: 'no such thing'"):
         normfuse.rewrite(model(), "bad", INPUTS)
+
+
+def test_a_folder_of_models_brings_no_code(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(site, "hostile", {"normfuse.passes": {"bad": "bad"}}, {"bad.py": "raise SystemExit('was run')\n"})
+    monkeypatch.chdir(site)
+    monkeypatch.syspath_prepend("")
+    forget()
+    assert "bad" not in passes()
+    assert "bad" not in sys.modules
