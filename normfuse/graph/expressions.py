@@ -7,7 +7,7 @@ tensor still round once; on the nodes of a graph it is calls.
     Read("fc.weight")                                    fc.weight
     Read("fc.weight").centered(0)                        center(fc.weight, dim=0)
     Read("fc.weight").scaled(Read("ls"), 0)              scale(fc.weight, ls, dim=0)
-    Call("mul.Tensor", (Ref("x"), Ref("gain")))          mul.Tensor(x, gain)
+    Ref("x") * Ref("gain")                               mul.Tensor(x, gain)
 """
 
 from __future__ import annotations
@@ -28,7 +28,22 @@ T = TypeVar("T")
 
 
 class Expression:
-    """A stored tensor, a value, a number, or a call of an operator on such."""
+    """A stored tensor, a value, a number, or a call of an operator on such; ``+ - * /`` call aten's."""
+
+    def __add__(self, other: Expression | float) -> Call:
+        return Call("add.Tensor", (self, other))
+
+    def __sub__(self, other: Expression | float) -> Call:
+        return Call("sub.Tensor", (self, other))
+
+    def __mul__(self, other: Expression | float) -> Call:
+        return Call("mul.Tensor", (self, other))
+
+    def __truediv__(self, other: Expression | float) -> Call:
+        return Call("div.Tensor", (self, other))
+
+    def __neg__(self) -> Call:
+        return Call("neg.default", (self,))
 
     def centered(self, dim: int) -> Call:
         """Less its mean along ``dim``: C₀ applied to one axis (Pre-RMSNorm paper, eq. for recentring)."""

@@ -196,10 +196,9 @@ def linear(norm: Norm, sigma: float) -> Expression:
     x: Expression = Ref(norm.x.name)
     half = dtype(norm.x) in (torch.float16, torch.bfloat16)
     wide = Call("_to_copy.default", (x,), FLOAT32) if half else x
-    value: Expression = Call("sub.Tensor", (wide, Call("mean.dim", (wide, (rank(norm.x) - 1,), True))))
-    value = Call("div.Tensor", (value, sigma))
+    value = (wide - Call("mean.dim", (wide, (rank(norm.x) - 1,), True))) / sigma
     if norm.gain is not None:
-        value = Call("mul.Tensor", (value, Ref(norm.gain.name)))
+        value = value * Ref(norm.gain.name)
     if norm.shift is not None:
-        value = Call("add.Tensor", (value, Ref(norm.shift.name)))
+        value = value + Ref(norm.shift.name)
     return Call("type_as.default", (value, x)) if half else value

@@ -55,26 +55,23 @@ class Compressed:
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.read`: column i less the last one, as the last entry is minus the sum of the others."""
-        return Call("sub.Tensor", (_first(of, dim, d), _last(of, dim, d)))
+        return _first(of, dim, d) - _last(of, dim, d)
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.narrowed`."""
         mean = Call("mean.dim", (x, (axis,), True), FLOAT32 if half else ())
-        return _like(Call("sub.Tensor", (_first(x, axis, d), mean)), x, half)
+        return _like(_first(x, axis, d) - mean, x, half)
 
     def widened(self, y: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.widened`."""
-        last = Call("neg.default", (_sum(y, axis, half),))
-        return Call("cat.default", ((y, _like(last, y, half)), axis))
+        return Call("cat.default", ((y, _like(-_sum(y, axis, half), y, half)), axis))
 
     def normalized(self, y: Expression, axis: int, rank: int, d: int, eps: float, half: bool) -> Expression:
         """See `Basis.normalized`: y / √((Σy² + (Σy)²)/d + ε)."""
         wide = Call("_to_copy.default", (y,), FLOAT32) if half else y
-        total = Call("sum.dim_IntList", (wide, (axis,), True))
-        squares = Call("sum.dim_IntList", (Call("mul.Tensor", (wide, wide)), (axis,), True))
-        both = Call("add.Tensor", (squares, Call("mul.Tensor", (total, total))))
-        root = Call("rsqrt.default", (Call("add.Tensor", (_times(both, 1.0 / d), eps)),))
-        return _like(Call("mul.Tensor", (wide, root)), y, half)
+        total, squares = _sum(wide, axis), _sum(wide * wide, axis)
+        root = Call("rsqrt.default", ((squares + total * total) * (1.0 / d) + eps,))
+        return _like(wide * root, y, half)
 
 
 @dataclass(frozen=True)
@@ -88,25 +85,23 @@ class Rotated:
         """See `ChangeOfBasis.written`: Qᵀ along ``dim``."""
         of = _uncentered(of, dim)
         by_sum, by_last = _shares(d)
-        total = Call("sum.dim_IntList", (of, (dim,), True))
-        less = Call("sub.Tensor", (_first(of, dim, d), total), (("alpha", by_sum),))
+        less = Call("sub.Tensor", (_first(of, dim, d), _sum(of, dim)), (("alpha", by_sum),))
         return Call("sub.Tensor", (less, _last(of, dim, d)), (("alpha", by_last),))
 
     def read(self, of: Formula, dim: int, d: int) -> Formula:
         """See `ChangeOfBasis.read`: Q on the other side, times √(d/(d-1)), as the root is over d - 1 entries."""
-        return _times(self.written(of, dim, d), sqrt(d / (d - 1.0)))
+        return self.written(of, dim, d) * sqrt(d / (d - 1.0))
 
     def narrowed(self, x: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.narrowed`."""
         by_sum, by_last = _shares(d)
-        less = Call("add.Tensor", (_times(_sum(x, axis, half), by_sum), _times(_last(x, axis, d), by_last)))
-        return _like(Call("sub.Tensor", (_first(x, axis, d), less)), x, half)
+        return _like(_first(x, axis, d) - (_sum(x, axis, half) * by_sum + _last(x, axis, d) * by_last), x, half)
 
     def widened(self, y: Expression, axis: int, d: int, half: bool) -> Expression:
         """See `Basis.widened`."""
         total = _sum(y, axis, half)
-        first = Call("sub.Tensor", (y, _times(total, _shares(d)[0])))
-        return _like(Call("cat.default", ((first, _times(total, -1.0 / sqrt(d))), axis)), y, half)
+        by_sum, _ = _shares(d)
+        return _like(Call("cat.default", ((y - total * by_sum, total * (-1.0 / sqrt(d))), axis)), y, half)
 
     def normalized(self, y: Expression, axis: int, rank: int, d: int, eps: float, half: bool) -> Expression:
         """See `Basis.normalized`: rms_norm with ε' = ε·d/(d-1); torch's is over the last axis and accumulates in float32."""
@@ -138,11 +133,7 @@ def _shares(d: int) -> tuple[float, float]:
     return 1.0 / (sqrt(d) * (sqrt(d) + 1.0)), 1.0 / (sqrt(d) + 1.0)
 
 
-def _times(of: Expression, by: float) -> Call:
-    return Call("mul.Tensor", (of, by))
-
-
-def _sum(x: Expression, axis: int, half: bool) -> Call:
+def _sum(x: Expression, axis: int, half: bool = False) -> Call:
     return Call("sum.dim_IntList", (x, (axis,), True), FLOAT32 if half else ())
 
 
