@@ -17,7 +17,10 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.graph.arithmetic import only_computes
 from normfuse.graph.expressions import Call, Expression, Formula, Number, Read, Ref, literal
-from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, times_read, varies_along
+from normfuse.graph.ops.carrying import carries, keeps, rank, same, same_sizes, times_read, varies_along
+from normfuse.graph.ops.rounding import rounds
+from normfuse.graph.ops.row import MOVES, Keeps
+from normfuse.graph.ops.sizes import says_size
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor, shape
 
 Move: TypeAlias = tuple[str, tuple[Any, ...], str]
@@ -106,7 +109,7 @@ def _form(facts: Facts, node: Node, found: dict[Node, Affine]) -> Affine | None:
     match node.target:
         case aten.mul.Tensor | aten.div.Tensor | aten.add.Tensor | aten.sub.Tensor | aten.neg.default:
             return _arithmetic(facts, node, found)
-        case _ if node.target in MOVES:
+        case _ if keeps(node) in MOVES:
             return _moved(node, found)
     return None
 
@@ -210,15 +213,6 @@ def _past_views(form: Affine, found: dict[Node, Affine]) -> Affine:
     return replace(form, base=view.base, moves=(*view.moves, *form.moves), inner=view.inner | form.inner)
 
 
-MOVES = {
-    aten.permute.default, aten.transpose.int, aten.view.default, aten._unsafe_view.default, aten.reshape.default,
-    aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.clone.default, aten.alias.default, aten.t.default,
-}  # fmt: skip
-
-
-_VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
-
-
 def _moved(node: Node, found: dict[Node, Affine]) -> Affine | None:
     x = node.args[0]
     if not isinstance(x, Node):
@@ -235,10 +229,10 @@ def _moved(node: Node, found: dict[Node, Affine]) -> Affine | None:
 
 def _reduced(form: Affine, node: Node) -> tuple[Move, ...]:
     """The moves with ``node``'s added; permutations and views that undo each other are left out."""
-    if node.target in (aten.clone.default, aten.alias.default):
+    if keeps(node) is Keeps.COPY:
         return form.moves
     given = str(shape(node.args[0]))  # type: ignore[arg-type]
-    if node.target in (aten.permute.default, aten.transpose.int, aten.t.default):
+    if keeps(node) is Keeps.PERMUTE:
         order, rest = _permutation(node), form.moves
         if rest and rest[-1][0] == "permute.default":
             order, given = tuple(rest[-1][1][0][own] for own in order), rest[-1][2]
@@ -250,7 +244,7 @@ def _reduced(form: Affine, node: Node) -> tuple[Move, ...]:
         began, rest = rest[-1][2], rest[:-1]
     if began == str(shape(node)):
         return rest
-    if node.target in _VIEWS:
+    if says_size(node):
         direct = not rest and _in_rows(form.base)  # otherwise a copy that was left out may be needed
         name = "view.default" if direct else "reshape.default"
         return (*rest, (name, (literal(node.args[1]),), began))
@@ -299,7 +293,7 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
         return replace(source, output=node.args[1]) if isinstance(source, Call) else None
     if not only_computes(node.target) or not _stays_float(node) or rounds(node):
         return None
-    if node.target in (aten._to_copy.default, aten.detach.default, aten.clone.default):
+    if keeps(node) in (Keeps.COPY, Keeps.CAST):
         return constant_formula(facts, node.args[0])
     named = arguments(node)
     args, kwargs = [], []
@@ -311,7 +305,7 @@ def constant_formula(facts: Facts, node: Any) -> Formula | None:
             args.append(value)
         elif value is not None:
             kwargs.append((each.name, value))
-    if node.target in _VIEWS:  # the same entries, however the operand lies in memory
+    if keeps(node) is Keeps.RESHAPE and says_size(node):  # the same entries, however the operand lies in memory
         return Call("reshape.default", tuple(args))
     return Call(str(node.target).removeprefix("aten."), tuple(args), tuple(kwargs))
 
@@ -350,12 +344,6 @@ def _stays_float(node: Node) -> bool:
     values = (each.meta.get("val") for each in (node, *node.all_input_nodes))
     tensors = (each for value in values for each in (value if isinstance(value, (tuple, list)) else (value,)))
     return all(isinstance(each, torch.Tensor) and each.is_floating_point() for each in tensors)
-
-
-def rounds(node: Node) -> bool:
-    """Whether a call puts values on a grid: a weight that is quantized so keeps its quantizer, and is never stored as it is."""
-    name = str(node.target).removeprefix("aten.").partition(".")[0]
-    return name in ("round", "floor", "ceil", "trunc", "sign") or "quantize" in name
 
 
 def maximal(found: dict[Node, Affine]) -> Iterator[tuple[Node, Affine]]:

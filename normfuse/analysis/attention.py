@@ -15,35 +15,25 @@ from torch._subclasses import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from normfuse.analysis.affine import MOVES
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Why
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops.carrying import carries, rank
+from normfuse.graph.ops.carrying import carries, computes, keeps, rank, weighed
+from normfuse.graph.ops.row import SAME, Computes, Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, shape
-
-VALUES: dict[Any, str] = {
-    aten.scaled_dot_product_attention.default: "value",
-    aten.matmul.default: "other",
-    aten.mm.default: "mat2",
-    aten.bmm.default: "mat2",
-}
-"""Products of weights and values, which are summed along the axis before the values' last: the name of the values."""
-
-_SOFTMAX = {aten.softmax.int, aten._softmax.default}
-_KEEPING = MOVES | {aten._to_copy.default, aten.type_as.default, aten.expand.default, aten.detach.default}
 
 
 def is_mean(facts: Facts, node: Node) -> bool:
     """Whether a node is a product of weights and values that depend on the input, and not one with a stored weight."""
-    return node.target in VALUES and arguments(node)[VALUES[node.target]] not in facts.constant
+    values = weighed(node)
+    return values is not None and arguments(node)[values] not in facts.constant
 
 
 def why_no_mean(facts: Facts, node: Node) -> Why | None:
-    """Why the weights of one of `VALUES` may not sum to one, or None where they are proven to."""
+    """Why the weights of what is `weighed` may not sum to one, or None where they are proven to."""
     a = arguments(node)
-    if not statically_known_true(shape(a[VALUES[node.target]])[-2] > 0):
+    if not statically_known_true(shape(a[weighed(node) or ""])[-2] > 0):
         return Why.NO_KEYS
     if node.target is not aten.scaled_dot_product_attention.default:
         weights = a["self"]
@@ -56,12 +46,12 @@ def why_no_mean(facts: Facts, node: Node) -> Why | None:
 def _sums_to_one(weights: Node) -> bool:
     """Whether rows along the last axis are those of a softmax, cast, moved or repeated as they are."""
     node, axis = weights, rank(weights) - 1
-    while node.target in _KEEPING:
+    while keeps(node) in (*SAME, Keeps.EXPAND):
         carried = carries(node, axis)
         if not carried:
             return False
         ((node, axis),) = carried
-    return node.target in _SOFTMAX and bool(arguments(node)["dim"] % rank(node) == axis)
+    return computes(node) is Computes.SOFTMAX and bool(arguments(node)["dim"] % rank(node) == axis)
 
 
 def _leaves_a_key(facts: Facts, mask: Node | None) -> bool:

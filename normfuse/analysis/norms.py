@@ -20,19 +20,12 @@ from torch.fx import Node
 
 from normfuse.graph.bodies import Body
 from normfuse.graph.interpreter import call, default_dtype
-from normfuse.graph.ops.carrying import METADATA, rank, same, same_sizes, varies_along
+from normfuse.graph.ops.carrying import computes, keeps, rank, reads_entries, same, same_sizes, varies_along
+from normfuse.graph.ops.row import ALGEBRAIC, ROOTS, STATISTICS, Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, operator_norm, shape, tensors_in
 
-ROOTS = {aten.rsqrt.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.std.correction, aten.std.dim}
-MEANS = {aten.mean.dim, aten.sum.dim_IntList, aten.var.correction, aten.var.dim, aten.std.correction, aten.std.dim,
-          aten.linalg_vector_norm.default, aten.var_mean.correction, aten.var_mean.dim}  # fmt: skip
-_ARITHMETIC = {
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.pow.Tensor_Scalar, aten.square.default,
-    aten.neg.default, aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten._to_copy.default,
-    aten.clone.default, aten.type_as.default, aten.add.Scalar, aten.mul.Scalar, aten.div.Scalar, aten.expand.default,
-    operator.getitem,
-}  # fmt: skip
+_IN_PLACE = (Keeps.COPY, Keeps.CAST, Keeps.EXPAND)
 _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9
 
 
@@ -48,7 +41,7 @@ def norms_of(program: Code) -> tuple[Norm, ...]:
     order = {node: place for place, node in enumerate(program.graph.nodes)}
     by_hand: list[Norm] = []
     for node in program.graph.nodes:
-        if node.target in ROOTS and node not in taken:
+        if computes(node) in ROOTS and node not in taken:
             norm = _around(program, node, order)
             if norm is not None and not norm.inner & taken:
                 by_hand.append(norm)
@@ -104,12 +97,17 @@ def _around(program: Code, root: Node, order: Mapping[Node, int]) -> Norm | None
     return None
 
 
+def _is_arithmetic(node: Node) -> bool:
+    """Whether a call is a rational function or a root of entries at one place, or one of a statistic's results."""
+    return computes(node) in ALGEBRAIC or keeps(node) in _IN_PLACE or node.target is operator.getitem
+
+
 def _results(root: Node) -> Iterator[Node]:
     """Full-size values behind a root, the nearest first: where the statistic has met the value."""
     frontier = [root]
     for node in frontier:
         for user in node.users:
-            if user.target in _ARITHMETIC and user not in frontier and len(frontier) < _LIMIT:
+            if _is_arithmetic(user) and user not in frontier and len(frontier) < _LIMIT:
                 frontier.append(user)
                 if not same_sizes(user, root):
                     yield user
@@ -125,7 +123,7 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
         if node in seen:
             continue
         seen.add(node)
-        if node.target in MEANS:
+        if computes(node) in STATISTICS:
             reduced = node.args[0]
             dims = arguments(node).get("dim")
             if isinstance(reduced, Node) and isinstance(dims, (list, tuple)) and len(dims) == 1:
@@ -133,7 +131,7 @@ def _operands(out: Node) -> Iterator[tuple[Node, int]]:
                 sources = [reduced, *reduced.all_input_nodes]
                 sources += [_uncast(source) for source in sources]
                 candidates += [(s, axis) for s in sources if same_sizes(s, out) and dtype(s) == dtype(out)]
-        if node.target in _ARITHMETIC | MEANS:
+        if _is_arithmetic(node) or computes(node) in STATISTICS:
             frontier.extend(node.all_input_nodes)
     yield from dict.fromkeys(candidates)
 
@@ -160,7 +158,7 @@ def _between(program: Code, x: Node, out: Node, axis: int) -> Span | None:
         if node in program.constant:
             stored.add(node)
             continue
-        if node.target not in _ARITHMETIC | MEANS or len(inner) >= _LIMIT:
+        if not (_is_arithmetic(node) or computes(node) in STATISTICS) or len(inner) >= _LIMIT:
             return None
         inner.add(node)
         frontier.extend(tensors_in((node.args, node.kwargs)))
@@ -182,7 +180,7 @@ def _varies_along(node: Node, x: Node, axis: int) -> bool:
 def _closed(inner: frozenset[Node], out: Node) -> bool:
     """Whether nobody outside reads a value from inside, the result apart."""
     readers = (user for node in inner if node is not out for user in node.users)
-    return all(user in inner or user.target in METADATA for user in readers)
+    return all(user in inner or not reads_entries(user) for user in readers)
 
 
 def _prove(

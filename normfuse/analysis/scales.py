@@ -10,12 +10,13 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.analysis.affine import rounds
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import NewTensor, Reroute
 from normfuse.graph.expressions import Call, Formula, Read, Ref
-from normfuse.graph.ops.carrying import carries, rank, same, times_read
+from normfuse.graph.ops.carrying import carries, computes, keeps, rank, same, times_read
+from normfuse.graph.ops.rounding import rounds
+from normfuse.graph.ops.row import Computes, Keeps
 from normfuse.graph.views import arguments, aten, dtype, is_tensor, shape
 
 
@@ -37,16 +38,13 @@ def scalable(facts: Facts, weight: Node, axis: int) -> tuple[Node, int] | None:
 
 def _masked(weight: Node) -> Node | None:
     """What a mask keeps of a weight whose other entries are zeros, of any scale."""
-    a = arguments(weight) if weight.op == "call_function" and weight.target in _CHOICES else {}
+    a = arguments(weight) if computes(weight) is Computes.CHOICE else {}
     pair = [a.get(name) for name in ("self", "value" if "value" in a else "other")]
     for kept, other in (pair, pair[::-1]):
         filled = other.target in (aten.zeros.default, aten.zeros_like.default) if isinstance(other, Node) else other == 0
         if filled and isinstance(kept, Node) and (kept is a["self"] or "value" not in a):
             return kept
     return None
-
-
-_CHOICES = {aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.masked_fill.Scalar}
 
 
 def _factors(product: Node, axis: int) -> Iterator[tuple[Node, int]]:
@@ -90,7 +88,7 @@ def why_fixed(facts: Facts, weight: Node) -> Obstacle | None:
         tensor = next((node for node in computed_from(grid) if facts.editable(node)), None)
         name = str(grid.target).removeprefix("aten.").partition(".")[0]
         return Obstacle(Why.QUANTIZED, tensor or grid, (name,))
-    picked = next((node for node in behind if node.target in _LOOKUPS), None)
+    picked = next((node for node in behind if keeps(node) is Keeps.LOOKUP), None)
     if picked is not None:
         return Obstacle(Why.CODEBOOK, next((node for node in computed_from(picked) if facts.editable(node)), picked))
     for node in behind:
@@ -98,9 +96,6 @@ def why_fixed(facts: Facts, weight: Node) -> Obstacle | None:
         if node.op == "placeholder" and kind is not None and not kind.is_floating_point:
             return Obstacle(Why.NO_FLOAT, node, (str(kind).removeprefix("torch."),))
     return None
-
-
-_LOOKUPS = {aten.index.Tensor, aten._unsafe_index.Tensor, aten.embedding.default, aten.gather.default, aten.take.default}
 
 
 def computed_from(weight: Node) -> list[Node]:

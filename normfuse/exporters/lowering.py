@@ -20,10 +20,11 @@ from normfuse.errors import ExportError
 from normfuse.graph.edits import Edit, Reroute, apply
 from normfuse.graph.expressions import FLOAT32, Call, Ref, literal
 from normfuse.graph.interpreter import call, default_dtype, widened
+from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape
 
-COPIES = {aten._to_copy.default, aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
 HALVES = (torch.float16, torch.bfloat16)
 OPERATOR_DTYPES = (*HALVES, torch.float32)
 """An operator's eps is a float32 in ONNX: float64 norms stay in arithmetic."""
@@ -80,7 +81,8 @@ def _computed(program: Program) -> list[Node]:
             continue
         operands = node.all_input_nodes
         sources[node] = frozenset({node}) if node.op == "placeholder" else frozenset().union(*(sources[o] for o in operands))
-        if node.op == "call_function" and not (node.target in COPIES or getattr(node.target, "is_view", False)):
+        copies = keeps(node) in (Keeps.COPY, Keeps.CAST) or getattr(node.target, "is_view", False)
+        if node.op == "call_function" and not copies:
             arithmetic.add(node)
         arithmetic |= {node} if any(operand in arithmetic for operand in operands) else set()
 

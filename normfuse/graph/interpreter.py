@@ -27,6 +27,7 @@ from normfuse.errors import InputError
 from normfuse.graph.expressions import evaluate
 from normfuse.graph.literals import counts_short, short_arguments
 from normfuse.graph.nodes import attribute_of, draws, operator_name
+from normfuse.graph.ops.rounding import reads_bits
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, default_rms_eps, dtype
 
@@ -150,8 +151,6 @@ def _values(graph: Graph, fetch: Callable[[Node], Any], how: _How) -> Any:
 
 _NUMBERS = re.compile(r"(rand|normal|bernoulli|multinomial|poisson|uniform|exponential|cauchy|geometric|log_normal|binomial)")
 """Operators whose random numbers depend on the dtype; a dropout's mask does not."""
-_BITS = {aten.view.dtype, aten.nextafter.default, aten.frexp.Tensor}
-"""Operators that read the bits of a number, which are others in float64."""
 _LACKS = re.compile(r"not implemented for '(Half|BFloat16)'")
 
 
@@ -159,8 +158,8 @@ def _called(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, boo
     """The result of a call, and whether it ran in another dtype than the run, for want of a kernel."""
     if not how.wide:
         return _with_kernel(node, values, how)
-    if node.target in _BITS or (draws(node) and _NUMBERS.match(operator_name(node))):
-        return _in_own_dtype(node, values, how), node.target in _BITS
+    if reads_bits(node) or (draws(node) and _NUMBERS.match(operator_name(node))):
+        return _in_own_dtype(node, values, how), reads_bits(node)
     try:
         value = call(node, values, wide=True, width=how.width, short=how.short)
     except (torch.OutOfMemoryError, MemoryError):

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from normfuse.graph.ops.carrying import METADATA
+from normfuse.graph.ops.carrying import reads_entries
 from normfuse.graph.program import Program, module_path
 from normfuse.graph.views import arguments, aten, shape, tensors_in
 from normfuse.modules.unread_tensors import Bare, UnreadTensors, is_same_without
@@ -169,7 +169,7 @@ class Comparison:
 
     def _readers(self, value: Node) -> set[Node]:
         """Readers of an old value that are still there and would notice a change."""
-        return {reader for reader in value.users if reader in self._still_there and reader.target not in METADATA}
+        return {reader for reader in value.users if reader in self._still_there and reads_entries(reader)}
 
     # -- modules and values ---------------------------------------------------------------------------------------------
 
@@ -188,7 +188,7 @@ class Comparison:
 
     def _outputs(self, instance: Instance) -> set[Node]:
         body = self.bodies[instance]
-        return {node for node in body if any(user not in body and user.target not in METADATA for user in node.users)}
+        return {node for node in body if any(user not in body and reads_entries(user) for user in node.users)}
 
     def _inputs(self, instance: Instance) -> set[Node]:
         body = self.bodies[instance]

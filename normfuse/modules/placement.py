@@ -28,7 +28,7 @@ from torch import nn
 from torch.fx import Node
 
 from normfuse.graph.expressions import Call, Expression, Formula, Ref, literal, reads, substitute
-from normfuse.graph.ops.carrying import METADATA
+from normfuse.graph.ops.carrying import reads_entries
 from normfuse.graph.program import Program
 from normfuse.graph.views import shape
 from normfuse.modules.graph_diff import Comparison, Instance, Unplaced, stack_of
@@ -185,7 +185,7 @@ class _Placement(Comparison):
         if leaves - {value} or by is None:
             self._refuse(value, "a new operation would read two values that no single module is given", new)
             return None
-        raw = {user for user in self._now(value).users if user not in made and user.target not in METADATA}
+        raw = {user for user in self._now(value).users if user not in made and reads_entries(user)}
         for instance in self._owners(value):
             if self._outputs(instance) == {value} and all(self.same.get(user) in self.bodies[instance] for user in raw):
                 return instance, Change("after", by)
@@ -246,7 +246,7 @@ class _Placement(Comparison):
     def _given(self, instance: Instance, value: Node) -> Node | None:
         """The one value that a module call is given, if it computes this value and nothing that is still there."""
         body = self.bodies[instance]
-        computes = any(node in self._still_there and node.target not in METADATA for node in body)
+        computes = any(node in self._still_there and reads_entries(node) for node in body)
         inputs = self._inputs(instance)
         return next(iter(inputs)) if not computes and self._outputs(instance) == {value} and len(inputs) == 1 else None
 

@@ -21,17 +21,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES, constant_formula
+from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.graph.expressions import Call, Formula, Read, evaluate, reads
-from normfuse.graph.ops.carrying import METADATA
+from normfuse.graph.ops.carrying import computes, keeps, neutral, reads_entries
+from normfuse.graph.ops.carrying import layer as layer_of
+from normfuse.graph.ops.row import SAME, Computes
 from normfuse.graph.program import Program
-from normfuse.graph.views import NormKind, arguments, aten, dtype, operator_norm, shape
-from normfuse.transforms.draft import LAYERS
-
-_VIEWS = MOVES | {aten._to_copy.default, aten.type_as.default}
-_PASSING = {aten.mul.Tensor: 1.0, aten.add.Tensor: 0.0, aten.sub.Tensor: 0.0, aten.div.Tensor: 1.0}
-"""Arithmetic, and the other operand with which it gives its first one."""
+from normfuse.graph.views import NormKind, arguments, dtype, operator_norm, shape
 
 _CLOSE = 1e-12
 
@@ -93,18 +90,19 @@ class UnreadTensors:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             return None, []
         a, constant = arguments(node), self.program.constant
-        if node.target in LAYERS:
+        if layer_of(node):
             return None, [(a["bias"], 0.0)] if isinstance(a["bias"], Node) else []
-        if node.target in _VIEWS:
+        if keeps(node) in SAME:
             return a["self"], []
         x, other = a.get("self"), a.get("other")
-        if x in constant and node.target in (aten.mul.Tensor, aten.add.Tensor):
+        if x in constant and computes(node) in (Computes.PRODUCT, Computes.SUM):
             x, other = other, x
-        if node.target not in _PASSING or not isinstance(x, Node) or x in constant or other not in constant:
+        number = neutral(node)
+        if number is None or not isinstance(x, Node) or x in constant or other not in constant:
             return None, []
         if str(shape(x)) != str(shape(node)):
             return None, []
-        return x, [(other, _PASSING[node.target])]
+        return x, [(other, number)]
 
     def _solved(self, entering: Node, number: float) -> dict[str, float] | None:
         """Numbers for the tensors that a constant is computed from, with which all its entries are one number."""
@@ -137,7 +135,7 @@ class UnreadTensors:
             for reader in waiting.pop().users:
                 if reader in self.program.constant:
                     waiting.append(reader)
-                elif reader.target not in METADATA:
+                elif reads_entries(reader):
                     yield reader
 
     def left_by(self, bare: Bare, given_up: list[Node]) -> bool:
@@ -158,7 +156,7 @@ class UnreadTensors:
 
     def borrowed(self, layer: Node, bare: list[Bare], neutral: dict[str, float]) -> str | None:
         """The shift of the norm behind a layer, where that norm does nothing any more: it may hold the layer's new bias."""
-        readers = [reader for reader in layer.users if reader.target not in METADATA]
+        readers = [reader for reader in layer.users if reads_entries(reader)]
         a = arguments(readers[0]) if len(readers) == 1 and isinstance(readers[0].target, torch._ops.OpOverload) else {}
         shift = a.get("bias")
         name = self.program.stored.get(shift.name) if isinstance(shift, Node) and a.get("input") is layer else None
@@ -189,7 +187,7 @@ def is_same_without(new: Node, old: Node, is_still: Callable[[Any, Any], bool]) 
     """
     was, now = operator_norm(old), operator_norm(new)
     alike = was is not None and now is not None and was.kind != NormKind.BATCH_NORM and was.eps == now.eps
-    if new.target is not old.target or not (alike or new.target in LAYERS):
+    if new.target is not old.target or not (alike or layer_of(new)):
         return False
     before, after = arguments(old), arguments(new)
     gone = {key for key in ("weight", "bias") if after.get(key, 0) is None}

@@ -49,14 +49,13 @@ from normfuse.analysis.obstacles import Obstacle, Why, told
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import rank, times_read
+from normfuse.graph.ops.carrying import keeps, rank, times_read
+from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor
 from normfuse.transforms.draft import Absorbed, column, new_tensor
 from normfuse.transforms.fold import makes_tensors
 from normfuse.transforms.into_readers import into_readers, well_conditioned
-
-_PLAIN = {aten.layer_norm.default, aten.rms_norm.default, aten.group_norm.default}
 
 NORMS = ("layer_norm", "rms_norm", "group_norm")
 
@@ -86,7 +85,8 @@ def _functions(facts: Facts) -> Iterable[list[Norm]]:
 
 def _affines(facts: Facts, norm: Norm, everything: dict[Node, Affine]) -> Iterator[tuple[Node, Affine | None, Expression]]:
     """The affine that a norm ends with: the value, its form, and what computes the norm alone."""
-    if norm.out.target in _PLAIN and (norm.gain is not None or norm.shift is not None):
+    in_one_call = norm.kind in NORMS and not norm.by_hand and norm.inner == {norm.out}
+    if in_one_call and (norm.gain is not None or norm.shift is not None):
         yield norm.out, _of_operator(facts, norm), _without(norm)
         return
     for value, form in everything.items():
@@ -96,7 +96,7 @@ def _affines(facts: Facts, norm: Norm, everything: dict[Node, Affine]) -> Iterat
 
 def _uncast(node: Node) -> Node:
     """What a value was before it was cast: norms that compute in float32 multiply their gain to what they have cast back."""
-    while node.target in (aten._to_copy.default, aten.type_as.default):
+    while keeps(node) is Keeps.CAST:
         node = arguments(node)["self"]
     return node
 

@@ -31,13 +31,14 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.analysis.affine import Affine, forms, why_adaptive
 from normfuse.analysis.facts import Facts
-from normfuse.analysis.norms import MEANS, ROOTS
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.graph.ops.carrying import computes, keeps, layer
+from normfuse.graph.ops.row import ROOTS, SAME, STATISTICS, Computes
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten
-from normfuse.transforms.draft import LAYERS, Draft
+from normfuse.transforms.draft import Draft
 from normfuse.transforms.fold import dissolve
 
 
@@ -82,20 +83,20 @@ def _computed_weights(program: Program, facts: Facts) -> Iterator[Rewrite]:
 
 
 def _is_weight(node: Node) -> bool:
-    return any(reader.target in LAYERS and arguments(reader)["weight"] is node for reader in node.users)
+    return any(layer(reader) and arguments(reader)["weight"] is node for reader in node.users)
 
 
 def _arithmetic(node: Node) -> bool:
     """Whether more than a view or a cast makes a value, of tensors that nobody else reads: otherwise storing it is a copy."""
     seen, computes = [node], False
     for each in seen:
-        computes |= each.op == "call_function" and each.target not in MOVES and each.target is not aten._to_copy.default
+        computes |= each.op == "call_function" and keeps(each) not in SAME
         seen.extend(inner for inner in each.all_input_nodes if inner not in seen)
     return computes and all(set(each.users) <= set(seen) for each in seen if each is not node)
 
 
 def _is_root(node: Node) -> bool:
-    return node.target in ROOTS and (node.target is not aten.pow.Tensor_Scalar or node.args[1] in (0.5, -0.5))
+    return computes(node) in ROOTS and (node.target is not aten.pow.Tensor_Scalar or node.args[1] in (0.5, -0.5))
 
 
 def _scales(facts: Facts, root: Node) -> bool:
@@ -104,9 +105,9 @@ def _scales(facts: Facts, root: Node) -> bool:
     for node in seen:
         for reader in node.users if len(seen) < _NEAR else ():
             others = [each for each in reader.all_input_nodes if each is not node and each not in facts.constant]
-            if reader.target in (aten.mul.Tensor, aten.div.Tensor) and others:
+            if computes(reader) in (Computes.PRODUCT, Computes.QUOTIENT) and others:
                 return True
-            if reader.target not in LAYERS and reader not in seen:
+            if not layer(reader) and reader not in seen:
                 seen.append(reader)
     return False
 
@@ -117,9 +118,9 @@ def _is_adaptive(facts: Facts, root: Node) -> bool:
     for node in seen:
         if node in facts.constant or node in facts.norm_at:
             continue
-        if node.target in MEANS:
+        if computes(node) in STATISTICS:
             return True
-        near = node.all_input_nodes if node.target not in LAYERS and len(seen) < _NEAR else ()
+        near = node.all_input_nodes if not layer(node) and len(seen) < _NEAR else ()
         seen.extend(each for each in near if each not in seen)
     return False
 

@@ -57,9 +57,10 @@ from normfuse.analysis.scales import why_fixed
 from normfuse.graph.edits import Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.carrying import keeps, rank
+from normfuse.graph.ops.row import SAME
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape
+from normfuse.graph.views import Norm, NormKind, arguments, dtype, shape
 from normfuse.transforms.zero_mean import Region, center
 
 NORMS = ("layer_norm",)
@@ -177,15 +178,9 @@ def _reads(reader: Node, value: Node) -> bool:
 
 def _source(node: Node) -> Node:
     """The node behind casts, dropouts and other views of the same value."""
-    while node.target in _SAME_VALUE and isinstance(node.args[0], Node):
+    while keeps(node) in SAME and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
-
-
-_SAME_VALUE = {
-    aten.clone.default, aten._to_copy.default, aten.view.default, aten.alias.default, aten.transpose.int,
-    aten.permute.default,
-}  # fmt: skip
 
 
 def _named(program: Program, node: Any) -> str:

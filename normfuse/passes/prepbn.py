@@ -32,9 +32,11 @@ from collections.abc import Iterator
 
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES, Affine, forms, why_adaptive
+from normfuse.analysis.affine import Affine, forms, why_adaptive
 from normfuse.analysis.facts import Facts
 from normfuse.graph.findings import Finding, Refusal
+from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.row import MOVES
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, aten
 from normfuse.transforms.fold import dissolve
@@ -66,13 +68,13 @@ def _is_rep(norm: Norm) -> bool:
 
 
 def _past_views(node: Node) -> Node:
-    while len(node.users) == 1 and (reader := next(iter(node.users))).target in MOVES:
+    while len(node.users) == 1 and keeps(reader := next(iter(node.users))) in MOVES:
         node = reader
     return node
 
 
 def _source(node: Node) -> Node:
     """What a value is a view or a multiple of."""
-    while node.target in MOVES or node.target is aten.mul.Tensor:
+    while keeps(node) in MOVES or node.target is aten.mul.Tensor:
         node = next((each for each in node.all_input_nodes if each.op == "call_function"), node.all_input_nodes[0])
     return node

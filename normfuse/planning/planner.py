@@ -33,7 +33,7 @@ from normfuse.graph.bodies import Body
 from normfuse.graph.edits import Edit, NewTensor, Reroute, Resize, SetTensor, apply
 from normfuse.graph.expressions import Formula, Read, reads, uncentered
 from normfuse.graph.findings import NO_NORM, Claim, Refusal, Rewrite
-from normfuse.graph.ops.carrying import METADATA
+from normfuse.graph.ops.carrying import reads_entries
 from normfuse.graph.program import Program, Site
 from normfuse.limits import OverLimit
 from normfuse.planning.registry import Pass, find
@@ -265,7 +265,7 @@ def _stray_reader(name: str, formula: Formula, rewrite: Rewrite, facts: Facts) -
     if dims is not None and name not in facts.program.written and dims <= facts.unseen[tensor]:
         return None  # only means that nobody can see are taken out
     for reader in tensor.users:
-        if reader.name not in rewrite.region and reader.target not in METADATA:
+        if reader.name not in rewrite.region and reads_entries(reader):
             return reader.name
     return "the program, which updates it" if name in facts.program.written else None
 
@@ -276,7 +276,7 @@ def _reads_old_size(name: str, rewrite: Rewrite, program: Program) -> str | None
     if name not in program.nodes or any(edit.readers is None for edit in led_away):
         return None
     known = rewrite.region.union(*(edit.readers or () for edit in led_away))
-    users = (user for user in program.nodes[name].users if user.target not in METADATA)
+    users = (user for user in program.nodes[name].users if reads_entries(user))
     return next((user.name for user in users if user.name not in known), None)
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.graph.interpreter import flat_inputs, user_inputs
+from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.row import SAME
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, is_tensor, shape
 from normfuse.sources.inputs import Inputs
@@ -83,9 +85,6 @@ def cases_of(flat: Sequence[Any], limits: Sequence[int | None]) -> Iterator[Case
         yield Case("drawn indices", tuple(drawn))
 
 
-_FOLLOWED = {aten._to_copy.default, aten.clone.default, aten.view.default, aten.alias.default, aten.unsqueeze.default}
-
-
 def _rows_indexed(node: Node | None) -> int | None:
     """The rows of the smallest embedding table that an input indexes, through casts and views."""
     sizes = []
@@ -93,7 +92,7 @@ def _rows_indexed(node: Node | None) -> int | None:
         if reader.target is aten.embedding.default and reader.args[1] is node:
             rows = shape(arguments(reader)["weight"])[0]
             sizes += [rows] if isinstance(rows, int) else []
-        elif reader.target in _FOLLOWED:
+        elif keeps(reader) in SAME:
             below = _rows_indexed(reader)
             sizes += [below] if below else []
     return min(sizes, default=None)

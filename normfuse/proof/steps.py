@@ -19,20 +19,15 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.graph.nodes import operator_name
+from normfuse.graph.ops.rounding import has_steps
 from normfuse.graph.program import Program
-from normfuse.graph.views import aten, dtype
+from normfuse.graph.views import dtype
 from normfuse.proof.evidence import MARGIN
 
 STEP_FLOOR = 2.0**-50
 """Four roundings of a float64: a single operand of a step, where `normfuse.proof.proving` has whole sums in mind."""
 MASK = 1e6
 """What is so many times as large as the usual entry is a mask, and says nothing of the noise of the others."""
-
-_JUMPS = {
-    "round", "floor", "ceil", "trunc", "frac", "sign", "sgn", "heaviside", "remainder", "fmod", "floor_divide", "sort", "topk",
-    "max", "min", "median", "mode", "kthvalue",
-}  # fmt: skip
-"""Operators that jump though their results are floats; all whose results are integers of floats do."""
 
 Step = tuple[str, int]
 
@@ -119,9 +114,7 @@ def jumps(node: Node) -> bool:
     kept = dtype(node)
     if kept is not None and not kept.is_floating_point and not kept.is_complex:
         return True
-    name = operator_name(node).partition(".")[0]
-    rounds = node.target is aten.div.Tensor_mode and node.kwargs.get("rounding_mode") is not None
-    return name in _JUMPS or "quantize" in name or rounds
+    return has_steps(node)
 
 
 def jumping(program: Program) -> bool:

@@ -9,7 +9,6 @@ its output channels, tells which channels are values, however they are split and
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -19,16 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES
 from normfuse.analysis.facts import Facts, analyze
 from normfuse.errors import NormfuseError
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.carrying import keeps, layer, product, rank
+from normfuse.graph.ops.row import MOVES, SAME, Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, shape
 from normfuse.nn.convert import forget_layer_norms
 from normfuse.nn.fake_layer_norm import FakeLayerNorm
-from normfuse.transforms.draft import LAYERS
 
 
 @dataclass(frozen=True)
@@ -179,20 +177,13 @@ def _computes_the_same(module: nn.Module, place: Place) -> bool:
 
 # -- the values of an attention ----------------------------------------------------------------------------------------
 
-_ON_THE_WAY = MOVES | {
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, aten.select.int, aten.slice.Tensor, operator.getitem,
-    aten.expand.default, aten._to_copy.default, aten.repeat_interleave.self_int, aten.index_select.default,
-}  # fmt: skip
-_BEHIND_SOFTMAX = {aten._to_copy.default, aten.clone.default, aten.expand.default, aten.view.default, aten.reshape.default}
-_MAKERS = LAYERS | {aten.addmm.default, aten.mm.default}
-
 
 def _values(facts: Facts) -> dict[str, list[tuple[Reader | None, Node]]]:
     """By path of a norm's module: the layers that make an attention's values of it; None for one that is no module."""
     program = facts.program
     found: dict[str, list[tuple[Reader | None, Node]]] = {}
     for value in _attended(program):
-        maker, way = _back(value, _MAKERS)
+        maker, way = _back(facts, value)
         if maker is None:
             continue
         given = arguments(maker)
@@ -215,22 +206,23 @@ def _attended(program: Program) -> Iterator[Node]:
 def _source(node: Any) -> Node:
     """What a value is a view of."""
     assert isinstance(node, Node)
-    return _source(node.args[0]) if node.target in _ON_THE_WAY and isinstance(node.args[0], Node) else node
+    return _source(node.args[0]) if keeps(node) and isinstance(node.args[0], Node) else node
 
 
 def _is_softmax(node: Any) -> bool:
-    while isinstance(node, Node) and node.target in _BEHIND_SOFTMAX:
+    while isinstance(node, Node) and keeps(node) in SAME | {Keeps.EXPAND}:
         node = node.args[0]
     return isinstance(node, Node) and "softmax" in str(node.target)
 
 
-def _back(node: Any, ends: Any) -> tuple[Node | None, list[Node]]:
-    """The first node of some kind behind a value, and the moves between."""
+def _back(facts: Facts, node: Any) -> tuple[Node | None, list[Node]]:
+    """The first product with a stored weight behind a value, and the moves between."""
     way: list[Node] = []
     while isinstance(node, Node):
-        if node.target in ends or node in ends:
+        factors = product(node)
+        if layer(node) or (factors is not None and arguments(node)[factors.weight] in facts.constant):
             return node, way[::-1]
-        if node.target not in _ON_THE_WAY:
+        if not keeps(node):
             break
         way.append(node)
         node = node.args[0]
@@ -241,7 +233,7 @@ def _reader(program: Program, maker: Node, way: list[Node]) -> Reader | None:
     """The module that is this layer and nothing else, and its channels that are values."""
     path = program.site(maker).module
     inside = [node for node in program.graph.nodes if node.op == "call_function" and program.site(node).module == path]
-    if not path or any(node is not maker and node.target not in MOVES for node in inside):
+    if not path or any(node is not maker and keeps(node) not in MOVES for node in inside):
         return None
     size = shape(maker)[-1]
     numbered = torch.arange(size, dtype=torch.float64).expand([int(each) for each in shape(maker)])

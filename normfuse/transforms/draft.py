@@ -6,19 +6,18 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES, Affine, constant_formula, moved
+from normfuse.analysis.affine import Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import computed_from, why_fixed
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Formula, Read, Ref, reads
+from normfuse.graph.ops.carrying import layer as layer_of
 from normfuse.graph.ops.carrying import rank, times_read
 from normfuse.graph.views import arguments, aten, dtype, shape
 
@@ -38,45 +37,6 @@ class Absorbed:
     values: frozenset[Node] = frozenset()
 
 
-LAYERS = {
-    aten.linear.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
-    aten.conv2d.padding, aten.conv3d.padding, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
-    aten.conv_transpose3d.input, aten.convolution.default,
-}  # fmt: skip
-"""Products with a weight and a bias."""
-
-_PASSING = MOVES | {
-    aten._to_copy.default, aten.expand.default, aten.repeat.default, aten.select.int, aten.slice.Tensor,
-    aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, operator.getitem, aten.index_select.default,
-    aten.index.Tensor, aten._unsafe_index.Tensor, aten.gather.default, aten.roll.default, aten.flip.default,
-    aten.rot90.default, aten.unfold.default, aten.diagonal.default, aten.narrow_copy.default,
-    aten.mean.dim, aten.embedding.default, aten.cat.default, aten.stack.default,
-    aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
-    aten.adaptive_avg_pool3d.default, aten.upsample_nearest1d.vec, aten._upsample_nearest_exact1d.vec,
-    aten.upsample_linear1d.vec, aten.upsample_nearest2d.vec, aten._upsample_nearest_exact2d.vec,
-    aten.upsample_bilinear2d.vec, aten.upsample_bicubic2d.vec, aten._upsample_bilinear2d_aa.vec,
-    aten._upsample_bicubic2d_aa.vec, aten.upsample_nearest3d.vec, aten._upsample_nearest_exact3d.vec,
-    aten.upsample_trilinear3d.vec,
-}  # fmt: skip
-_AVERAGES = {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
-
-
-def passes_shift(node: Node) -> bool:
-    """Whether an op picks, moves or averages entries: a constant added to all its operands is added to its result."""
-    if node.target is aten.pad.default:
-        return bool(arguments(node)["mode"] != "constant")
-    if node.target not in _AVERAGES:
-        return node.target in _PASSING
-    a = arguments(node)
-    return a.get("divisor_override") is None and (not a["count_include_pad"] or unpadded(a["padding"]))
-
-
-def unpadded(padding: Any) -> bool:
-    """Whether a convolution's or a pool's padding adds nothing."""
-    sizes = padding if isinstance(padding, (list, tuple)) else [padding]
-    return padding == "valid" or all(size == 0 for size in sizes)
-
-
 def channel(layer: Node, value: Node) -> int:
     """The channel axis of a layer's input or output."""
     return rank(value) - (1 if layer.target is aten.linear.default else rank(arguments(layer)["weight"]) - 1)
@@ -84,7 +44,9 @@ def channel(layer: Node, value: Node) -> int:
 
 def is_transposed(layer: Node) -> bool:
     """Whether a layer is a transposed convolution, whose weight has its input channels first."""
-    return bool(arguments(layer).get("transposed", "conv_transpose" in str(layer.target)))
+    known = layer_of(layer)
+    by = known is not None and known.transposed
+    return bool(arguments(layer)[by]) if isinstance(by, str) else by
 
 
 class Draft:

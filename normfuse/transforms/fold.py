@@ -7,12 +7,14 @@ from dataclasses import replace
 
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES, Affine, maximal, moved
+from normfuse.analysis.affine import Affine, maximal, moved
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import told
 from normfuse.graph.edits import Edit, NewTensor, Reroute
 from normfuse.graph.expressions import Call
 from normfuse.graph.findings import NO_NORM, Claim, Rewrite
+from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.row import MOVES
 from normfuse.graph.views import Norm
 from normfuse.transforms.draft import Absorbed, scale_shift
 from normfuse.transforms.into_readers import into_readers, well_conditioned
@@ -83,7 +85,7 @@ def _steps(facts: Facts, form: Affine) -> int:
     """Operations that compute the value at run time; a norm counts for more than it could be replaced by."""
     if any(norm.out in form.inner for norm in facts.norms):
         return 3
-    return sum(node.target not in MOVES for node in form.inner)
+    return sum(keeps(node) not in MOVES for node in form.inner)
 
 
 def _rewrite(

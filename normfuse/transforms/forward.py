@@ -23,23 +23,28 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.analysis.attention import VALUES, why_no_mean
+from normfuse.analysis.attention import why_no_mean
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula
-from normfuse.graph.ops.carrying import METADATA, carries, rank, same, same_sizes
+from normfuse.graph.ops.carrying import (
+    carries,
+    computes,
+    keeps,
+    layer,
+    passes_shift,
+    product,
+    rank,
+    reads_entries,
+    same,
+    same_sizes,
+    weighed,
+)
+from normfuse.graph.ops.row import Computes, Keeps
 from normfuse.graph.ops.sizes import follows
 from normfuse.graph.views import arguments, aten, is_tensor, shape, tensors_in
-from normfuse.transforms.draft import LAYERS, full, passes_shift
+from normfuse.transforms.draft import full
 from normfuse.transforms.maps import Map
-
-PRODUCTS: dict[Any, tuple[str, str]] = {
-    aten.mm.default: ("self", "mat2"),
-    aten.matmul.default: ("self", "other"),
-    aten.bmm.default: ("self", "mat2"),
-    aten.addmm.default: ("mat1", "mat2"),
-}
-"""Products of two factors: the names of the value's argument and of the weight's."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Forward:
         """A map is pending on a value: its readers are to be met."""
         self.pending[value] = pending
         for reader in value.users:
-            if not (is_size_blind(reader, value, pending.axis) if pending.map.resizes else reader.target in METADATA):
+            if not (is_size_blind(reader, value, pending.axis) if pending.map.resizes else not reads_entries(reader)):
                 heappush(self._waiting, reader)
         self.carried(value, pending)
 
@@ -103,21 +108,22 @@ class Forward:
         if node.op != "call_function":
             return Obstacle(self.RETURNED, node)
         a = arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
-        if pending.map.basis is None and node.target in VALUES and values == [a[VALUES[node.target]]]:
+        averaged = weighed(node)
+        if pending.map.basis is None and averaged is not None and values == [a[averaged]]:
             return self._mean(node, value)
         if any(len(self.pending[each].axes) > 1 for each in values):
             return self._moved(node, values)
         if len(values) == given[value] == 1:
-            if node.target in LAYERS and a["input"] is value:
+            if layer(node) and a["input"] is value:
                 return self.layer(node, a, pending)
-            if node.target in PRODUCTS and a[PRODUCTS[node.target][0]] is value:
-                return self.product(node, a, value, pending)
+            if (factors := product(node)) and a[factors.value] is value:
+                return self.product(node, a, value, a[factors.weight], pending)
             composed = self.composed(node, a, value, pending)
             if isinstance(composed, Pending):
                 self.carry(node, composed)
             if composed is not None:
                 return composed if isinstance(composed, Obstacle) else None
-        if self.COMPENSATES and node.target in (aten.add.Tensor, aten.sub.Tensor) and a["alpha"] == 1:
+        if self.COMPENSATES and computes(node) in (Computes.SUM, Computes.DIFFERENCE) and a["alpha"] == 1:
             return self._sum(node, a, values)
         if pending.map.basis is None and node.target is aten.cat.default and pending.axis == a["dim"] % rank(node):
             return self._joined(node, a)
@@ -191,7 +197,7 @@ class Forward:
             if own is not None:
                 if own.map.linear != summed.linear or not _is_axis(node, onward[0], operand, own.axis):
                     return Obstacle(self.JOINS, node)
-                less = operand is a["other"] and node.target is aten.sub.Tensor and own.map.shift is not None
+                less = operand is a["other"] and computes(node) is Computes.DIFFERENCE and own.map.shift is not None
                 summed = summed.plus(Call("neg.default", (own.map.shift,)) if less else own.map.shift)
             elif summed.linear != Map():
                 stopped = self._term(node, operand, onward[0], summed.linear)
@@ -246,8 +252,8 @@ class Forward:
         """A linear layer or a convolution reads the value: it takes the map up, or says why it cannot."""
         raise NotImplementedError
 
-    def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
-        """The value is the first factor of one of `PRODUCTS`, whose other factor is to take the map up."""
+    def product(self, node: Node, a: dict[str, Any], value: Node, weight: Node, pending: Pending) -> Obstacle | None:
+        """The value is the first factor of a matrix product, whose other factor is to take the map up."""
         raise NotImplementedError
 
     def composed(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Pending | Obstacle | None:
@@ -283,7 +289,7 @@ def _onward(node: Node, operand: Node, axes: tuple[int, ...]) -> tuple[int, ...]
     if len(found) == len(axes):
         return found
     neighbours = axes == tuple(range(axes[0], axes[-1] + 1))
-    return _reshaped(node, operand, axes) if node.target in _RESHAPES and neighbours else None
+    return _reshaped(node, operand, axes) if keeps(node) is Keeps.RESHAPE and neighbours else None
 
 
 def _reshaped(node: Node, operand: Node, axes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -296,9 +302,6 @@ def _reshaped(node: Node, operand: Node, axes: tuple[int, ...]) -> tuple[int, ..
     runs = ((first, last) for last in reversed(range(rank(node))) for first in reversed(range(last + 1)))
     found = next((run for run in runs if all(map(same, entries(node, *run), wanted))), None)
     return None if found is None else tuple(range(found[0], found[1] + 1))
-
-
-_RESHAPES = {aten.view.default, aten._unsafe_view.default, aten.reshape.default}
 
 
 def _is_axis(node: Node, own: int, operand: Any, axis: int) -> bool:

@@ -16,12 +16,13 @@ from normfuse.analysis.affine import constant
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula, Number
-from normfuse.graph.ops.carrying import rank, same, same_sizes, varies_along
+from normfuse.graph.ops.carrying import computes, layer, neutral, rank, same, same_sizes, unpadded, varies_along
+from normfuse.graph.ops.row import Computes
 from normfuse.graph.views import Norm, aten, dtype, is_tensor, shape
 from normfuse.transforms.backward import Key, way_back
 from normfuse.transforms.basis import Basis
-from normfuse.transforms.draft import LAYERS, channel, is_transposed, unpadded
-from normfuse.transforms.forward import PRODUCTS, Forward, Pending
+from normfuse.transforms.draft import channel, is_transposed
+from normfuse.transforms.forward import Forward, Pending
 from normfuse.transforms.maps import Map
 
 
@@ -90,7 +91,7 @@ class _Find(Forward):
 
     def composed(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Pending | Obstacle | None:
         """Multiplied by, or added to, what varies along the axis alone."""
-        if node.target not in _ARITHMETIC or a.get("alpha", 1) != 1:
+        if neutral(node) is None or a.get("alpha", 1) != 1:
             return None
         is_first = a["self"] is value
         other = a["other"] if is_first else a["self"]
@@ -99,13 +100,13 @@ class _Find(Forward):
             return None
         entries: Formula | None = Number(float(other)) if not isinstance(other, Node) else constant(self.facts, other)
         axes = varies_along(other, node) if isinstance(other, Node) else []
-        if entries is None or axes not in ([], [pending.axis]) or not (is_first or node.target in _COMMUTING):
+        commutes = computes(node) in (Computes.SUM, Computes.PRODUCT)
+        if entries is None or axes not in ([], [pending.axis]) or not (is_first or commutes):
             return Obstacle(Why.DIFFERS, node)
-        if node.target in (aten.div.Tensor, aten.sub.Tensor):
-            entries = Call("reciprocal.default" if node.target is aten.div.Tensor else "neg.default", (entries,))
+        if not commutes:
+            entries = Call("reciprocal.default" if computes(node) is Computes.QUOTIENT else "neg.default", (entries,))
         self.found.dropped.append((node, value))
-        adds = node.target in (aten.add.Tensor, aten.sub.Tensor)
-        return replace(pending, map=pending.map.then(None, entries) if adds else pending.map.then(entries, None))
+        return replace(pending, map=pending.map.then(None, entries) if neutral(node) == 0 else pending.map.then(entries, None))
 
     # -- taking it up --------------------------------------------------------------------------------------------------
 
@@ -118,8 +119,7 @@ class _Find(Forward):
             return Obstacle(Why.PADS, node)
         return self._take(node, weight, 0 if transposed else 1, pending.map, bias, bias is None)
 
-    def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
-        weight = a[PRODUCTS[node.target][1]]
+    def product(self, node: Node, a: dict[str, Any], value: Node, weight: Node, pending: Pending) -> Obstacle | None:
         if rank(value) < 2 or rank(weight) < 2 or pending.axis != rank(value) - 1:
             return Obstacle(Why.MIXES_OTHERS, node)
         if pending.map.shift is not None and a.get("alpha", 1) != 1:
@@ -133,14 +133,10 @@ class _Find(Forward):
         if tensor is node or not alone or (way and rank(tensor) != 2):
             return Obstacle(Why.NO_STORED_FACTOR, node)
         stored = self.facts.program.stored
-        out = shape(node)[channel(node, node) if node.target in LAYERS else -1]
+        out = shape(node)[channel(node, node) if layer(node) else -1]
         owned = is_tensor(bias) and self.facts.editable(bias) and rank(bias) == 1 and same(shape(bias)[0], out)
         if pending.shift is not None and bias is not None and not owned and rank(tensor) > 2:
             return Obstacle(Why.NO_BIAS_OF_ITS_OWN, bias)
         name = stored[bias.name] if owned else None
         self.found.layers.append(Layer(node, stored[tensor.name], along, tuple(way), pending, name, takes_bias))
         return None
-
-
-_COMMUTING = (aten.mul.Tensor, aten.add.Tensor)
-_ARITHMETIC = (*_COMMUTING, aten.div.Tensor, aten.sub.Tensor)

@@ -18,11 +18,10 @@ from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import why_fixed
 from normfuse.graph.edits import Reroute
 from normfuse.graph.expressions import Call, Formula, evaluate, substitute
-from normfuse.graph.ops.carrying import METADATA, rank, same, times_read
+from normfuse.graph.ops.carrying import layer, rank, reads_entries, same, times_read, unpadded
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten, shape
 from normfuse.transforms.draft import (
-    LAYERS,
     Absorbed,
     Draft,
     channel,
@@ -30,9 +29,8 @@ from normfuse.transforms.draft import (
     is_transposed,
     per_group,
     sizes_of,
-    unpadded,
 )
-from normfuse.transforms.forward import PRODUCTS, Forward, Pending
+from normfuse.transforms.forward import Forward, Pending
 from normfuse.transforms.into_writers import axis_of_base, fold
 from normfuse.transforms.maps import Map
 
@@ -51,7 +49,7 @@ def into_readers(facts: Facts, form: Affine, value: Node, others: dict[Node, Aff
     """
     if form.axis is None:
         return Obstacle(Why.SCALED_WHOLE, value)
-    if not any(reader.target not in METADATA for reader in value.users):
+    if not any(reads_entries(reader) for reader in value.users):
         return Obstacle(Why.READ_BY_NOBODY, value)
     walk = _Absorb(facts, {out: other for out, other in others.items() if out is not value})
     obstacle = walk.run(value, Pending((form.axis,), Map(form.scale, form.shift)))
@@ -131,17 +129,17 @@ class _Absorb(Forward):
         self.draft.add(node, Call.of(node.target, [*given.values()]))
         return None
 
-    def _added(self, layer: Node, bias: Node, entries: Formula) -> Obstacle | None:
-        axis = channel(layer, layer) if layer.target in LAYERS else rank(layer) - 1
-        if not same(shape(bias)[-1], shape(layer)[axis]):
-            return Obstacle(Why.OTHER_BIAS, layer)
+    def _added(self, node: Node, bias: Node, entries: Formula) -> Obstacle | None:
+        axis = channel(node, node) if layer(node) else rank(node) - 1
+        if not same(shape(bias)[-1], shape(node)[axis]):
+            return Obstacle(Why.OTHER_BIAS, node)
         if times_read(bias) != 1:
             return Obstacle(Why.READ_AGAIN, bias)
         return fold(self.draft, bias, rank(bias) - 1, Map(shift=entries))
 
-    def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
+    def product(self, node: Node, a: dict[str, Any], value: Node, weight: Node, pending: Pending) -> Obstacle | None:
         """``x @ W``, with or without a bias: GPT-2's Conv1D; a stack of them where experts are stored as one tensor."""
-        weight, scale, shift = a[PRODUCTS[node.target][1]], pending.map.scale, pending.map.shift
+        scale, shift = pending.map.scale, pending.map.shift
         plain = constant_formula(self.facts, weight)
         if plain is None or rank(weight) < 2 or pending.axis != rank(value) - 1 or times_read(weight) != 1:
             return Obstacle(Why.NO_WEIGHT_OF_ITS_OWN, node)

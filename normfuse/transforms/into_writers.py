@@ -7,22 +7,21 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.analysis.affine import MOVES, Affine, constant_formula
+from normfuse.analysis.affine import Affine, constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import computed_from, of_each, own_scale, scalable
 from normfuse.graph.expressions import Call, Formula
-from normfuse.graph.ops.carrying import METADATA, carries, rank, same, times_read
+from normfuse.graph.ops.carrying import carries, computes, keeps, layer, passes_shift, rank, reads_entries, same, times_read
+from normfuse.graph.ops.row import MOVES, Computes
 from normfuse.graph.views import arguments, aten, shape
 from normfuse.transforms.backward import Backward, Key, Step, way_back
 from normfuse.transforms.draft import (
-    LAYERS,
     Absorbed,
     Draft,
     channel,
     full,
     is_transposed,
-    passes_shift,
     per_group,
     sizes_of,
 )
@@ -31,7 +30,7 @@ from normfuse.transforms.maps import Map
 
 def into_writers(facts: Facts, form: Affine, value: Node) -> Absorbed | Obstacle:
     """Scale and shift of a value folded into the stored tensors that write its base."""
-    stray = next((reader for reader in form.base.users if reader not in form.inner and reader.target not in METADATA), None)
+    stray = next((reader for reader in form.base.users if reader not in form.inner and reads_entries(reader)), None)
     if stray is not None:
         return Obstacle(Why.READ_BEFORE, stray)
     axis = axis_of_base(facts, form, value)
@@ -46,7 +45,7 @@ def axis_of_base(facts: Facts, form: Affine, value: Node) -> int | None:
     """The axis of the base that the form's axis is; None where the views in between do not tell."""
     node, axis = value, form.axis
     while axis is not None and node is not form.base:
-        if node.target in MOVES:
+        if keeps(node) in MOVES:
             carried = carries(node, axis)
             node, axis = carried[0] if carried else (node, None)
         else:  # a norm, or arithmetic with constants: it keeps its operand's shape
@@ -75,7 +74,7 @@ class _Fold(Backward):
             return _stopped(Why.HAS_MAP, node)
         if node in self.facts.constant:
             return self._constant(node, axis, pending)
-        if node.target in LAYERS:
+        if layer(node):
             return self._layer(node, axis, pending)
         if pending.basis is None and node.target is aten.cat.default and axis == arguments(node)["dim"] % rank(node):
             return _joined(node, axis, pending)
@@ -163,7 +162,7 @@ def _stopped(code: Why, node: Node) -> Step:
 def _is_sum(node: Node) -> bool:
     if node.target is aten.addmm.default:
         return bool(arguments(node)["beta"] == 1)  # otherwise the bias is scaled on its way
-    return node.target in (aten.add.Tensor, aten.sub.Tensor)
+    return computes(node) in (Computes.SUM, Computes.DIFFERENCE)
 
 
 def _joined(node: Node, axis: int, pending: Map) -> Step:

@@ -16,10 +16,10 @@ from torch.fx import Node
 from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.graph.ops.carrying import METADATA, is_mean_of, rank, times_read
+from normfuse.graph.ops.carrying import is_mean_of, rank, reads_entries, times_read
 from normfuse.graph.views import Norm, NormKind, arguments, aten, shape
 from normfuse.transforms.draft import Absorbed, Draft, channel, is_transposed
-from normfuse.transforms.forward import PRODUCTS, Forward, Pending
+from normfuse.transforms.forward import Forward, Pending
 from normfuse.transforms.maps import Map
 from normfuse.transforms.zero_mean import ZERO_MEAN
 
@@ -78,7 +78,7 @@ def into_weights(facts: Facts, each: Centring) -> Absorbed | Obstacle:
         facts: of the program.
         each: the mean-subtraction; afterwards its readers are to read x.
     """
-    if not any(reader.target not in METADATA for reader in each.out.users):
+    if not any(reads_entries(reader) for reader in each.out.users):
         return Obstacle(Why.READ_BY_NOBODY, each.out)
     walk = _Take(facts)
     stopped = walk.run(each.out, Pending((each.axis,), ZERO_MEAN))
@@ -99,8 +99,7 @@ class _Take(Forward):
             return Obstacle(Why.MIXES_OTHER_MEANS, node)
         return self._take(a["weight"], 0 if is_transposed(node) else 1, pending.map)
 
-    def product(self, node: Node, a: dict[str, Any], value: Node, pending: Pending) -> Obstacle | None:
-        weight = a[PRODUCTS[node.target][1]]
+    def product(self, node: Node, a: dict[str, Any], value: Node, weight: Node, pending: Pending) -> Obstacle | None:
         if rank(weight) != 2 or pending.axis != rank(value) - 1:
             return Obstacle(Why.NO_WEIGHT_OF_ITS_OWN, node)
         return self._take(weight, 0, pending.map)

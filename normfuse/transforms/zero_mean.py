@@ -22,7 +22,9 @@ from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, Reroute, SetTensor
 from normfuse.graph.expressions import FLOAT32, Call, Formula, Read, Ref
-from normfuse.graph.ops.carrying import carries, rank, same, same_sizes, spans
+from normfuse.graph.ops.carrying import carries, keeps, rank, same, same_sizes, spans
+from normfuse.graph.ops.row import SAME, Keeps
+from normfuse.graph.ops.sizes import says_size
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
 from normfuse.transforms.backward import Backward, Key, Step, way_back
 from normfuse.transforms.maps import Centring, Map
@@ -120,7 +122,7 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
 
 def _vector_behind(facts: Facts, node: Node, axis: int) -> str | None:
     """The stored tensor that a value is, up to its shape, if it varies along ``axis`` alone."""
-    while node.target in _RESHAPING:
+    while keeps(node) in (*SAME, Keeps.EXPAND):
         carried = carries(node, axis)
         if carried is None:
             return None
@@ -131,15 +133,8 @@ def _vector_behind(facts: Facts, node: Node, axis: int) -> str | None:
     return facts.program.stored[node.name] if all(same(size, 1) for size in others) else None
 
 
-_RESHAPING = {
-    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims,
-    aten.expand.default, aten.clone.default, aten.alias.default, aten._to_copy.default, aten.transpose.int,
-    aten.permute.default,
-}  # fmt: skip
-
-
 def _in_the_way(facts: Facts, node: Node) -> Why:
-    if node.target is aten.cat.default or (node.target in (aten.view.default, aten._unsafe_view.default)):
+    if node.target is aten.cat.default or (keeps(node) is Keeps.RESHAPE and says_size(node)):
         return Why.JOINED
     if node in facts.norm_at:
         return Why.NORM

@@ -20,8 +20,10 @@ from normfuse.analysis.facts import Facts, analyze
 from normfuse.graph.interpreter import call
 from normfuse.graph.ops import carrying as rules
 from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.row import TABLE
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten, shape
+from tests.graph.ops.properties import answered
 
 D = 4
 
@@ -504,18 +506,18 @@ def _once(facts: Facts, reader: Node, value: Node, unseen: frozenset[int]) -> fr
 @pytest.mark.parametrize(
     ("place", "name", "wrong", "steps"),
     [
-        (rules._HIDES, aten.layer_norm.default, _sees_nothing, [("norm", 0, 0)]),
-        (rules._ROWS, aten.view.default, _of_equal_size, [("split", 1, 0), ("norm", 0, 0)]),
-        (rules._ROWS, aten.gelu.default, lambda node, a, axis: ((a["self"], axis),), [("gelu", 0, 0), ("norm", 0, 0)]),
-        (rules._ROWS, aten.gelu.default, lambda node, a, axis: ((a["self"], axis),), [("norm", 0, 0), ("gelu", 0, 0)]),
+        ("hides", aten.layer_norm.default, _sees_nothing, [("norm", 0, 0)]),
+        ("carries", aten.view.default, _of_equal_size, [("split", 1, 0), ("norm", 0, 0)]),
+        ("carries", aten.gelu.default, lambda node, a, axis: ((a["self"], axis),), [("gelu", 0, 0), ("norm", 0, 0)]),
+        ("carries", aten.gelu.default, lambda node, a, axis: ((a["self"], axis),), [("norm", 0, 0), ("gelu", 0, 0)]),
         (Facts, "_passed_on", _once, [("square", 0, 0), ("norm", 0, 0)]),
     ],
 )
 def test_wrong_facts_are_found(place: Any, name: Any, wrong: Any, steps: list[Step], monkeypatch: pytest.MonkeyPatch) -> None:
     program = traced([steps])
     check(program, Counter())
-    if isinstance(place, dict):
-        monkeypatch.setitem(place, name, wrong)
+    if isinstance(place, str):
+        monkeypatch.setitem(TABLE, name, answered(name, **{place: wrong}))
     else:
         monkeypatch.setattr(place, name, wrong)
     with pytest.raises(AssertionError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.fx import Node
 
 from normfuse.graph.interpreter import call
 from normfuse.graph.ops.carrying import carries, hides, rank
+from normfuse.graph.ops.row import TABLE, No, Operator
 from tests.graph.ops.calls import Built, Case, drawn
 
 EXAMPLES = 40
@@ -31,9 +33,10 @@ unshrunk = settings(quick, max_examples=100, phases=[Phase.generate])
 def applied(matrix: Tensor, value: Any, axis: int) -> Any:
     """A matrix along an axis; where there are several tensors, of all those of its size."""
     if isinstance(value, (list, tuple)):
-        return [applied(matrix, each, axis) if each.shape[axis] == len(matrix) else each for each in value]
+        floats = (each.is_floating_point() and each.shape[axis] == matrix.shape[1] for each in value)
+        return [applied(matrix, each, axis) if is_float else each for each, is_float in zip(value, floats, strict=True)]
     assert 0 <= axis < value.dim(), f"axis {axis} of a value of rank {value.dim()}"
-    assert value.shape[axis] == len(matrix), f"a map of size {len(matrix)} along an axis of size {value.shape[axis]}"
+    assert value.shape[axis] == matrix.shape[1], f"a map of size {matrix.shape[1]} along an axis of size {value.shape[axis]}"
     return torch.tensordot(matrix, value.double(), dims=([1], [axis])).movedim(0, axis)
 
 
@@ -130,6 +133,12 @@ def check(op: Any, table: dict[Any, Case], how: Callable[[Built], int], effort: 
 
     examples()
     return said
+
+
+def answered(op: Any, **columns: Any) -> Operator:
+    """The row of an operator with other answers in some columns; of an operator without one, with "no" in all others."""
+    none: dict[str, Any] = dict.fromkeys((each.name for each in fields(Operator)), No("unknown"))
+    return replace(TABLE.get(op, Operator(**none)), **columns)
 
 
 def by_name(ops: Any) -> list[Any]:

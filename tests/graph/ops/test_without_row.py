@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.graph.ops.carrying import WITHOUT_ROW, knows
+from normfuse.graph.ops.carrying import knows
+from normfuse.graph.ops.row import WITHOUT_ROW
 
 BY_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {
     "nan_to_num": lambda x: torch.nan_to_num(torch.where(x > 1, torch.inf, x)),

@@ -9,10 +9,12 @@ import pytest
 from torch.fx import Node
 
 from normfuse.graph.ops import carrying as rules
+from normfuse.graph.ops import products
 from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.row import TABLE
 from normfuse.graph.views import aten, shape
 from tests.graph.ops.cases import CASES, HIDING
-from tests.graph.ops.properties import by_name, check, check_carries, check_hides, unshrunk
+from tests.graph.ops.properties import answered, by_name, check, check_carries, check_hides, unshrunk
 
 Wrong = Callable[[Node, dict[str, Any], int], Any]
 
@@ -24,7 +26,7 @@ def _named(name: str, move: Callable[[Node, dict[str, Any], int], int] = lambda 
 
 def _also(op: Any, more: Wrong) -> Wrong:
     """The row as it is, and more where it says nothing."""
-    right = rules._ROWS[op]
+    right: Any = TABLE[op].carries
     return lambda node, a, axis: more(node, a, axis) if (said := right(node, a, axis)) is None else said
 
 
@@ -49,7 +51,7 @@ def _of_equal_size(node: Node, a: dict[str, Any], axis: int) -> Any:
 
 def _weight_and_bias(dim: int, channel: Callable[[Node, dict[str, Any]], int]) -> Wrong:
     def row(node: Node, a: dict[str, Any], axis: int) -> Any:
-        return rules._with_bias((a["weight"], dim), a["bias"]) if axis == channel(node, a) else None
+        return products._with_bias((a["weight"], dim), a["bias"]) if axis == channel(node, a) else None
 
     return row
 
@@ -136,7 +138,7 @@ WRONG: dict[str, tuple[Any, Wrong]] = {
     "conv: channels that come in": (aten.conv1d.default, _weight_and_bias(1, _channel)),
     "conv_transpose: with groups": (aten.conv_transpose2d.input, _weight_and_bias(1, _channel)),
     "conv_transpose: like conv": (aten.conv_transpose2d.input, _weight_and_bias(0, _channel)),
-    "convolution: never transposed": (aten.convolution.default, rules._conv),
+    "convolution: never transposed": (aten.convolution.default, products._conv),
     "embedding: its rows": (aten.embedding.default, _named("weight", lambda node, a, axis: 0)),
     "copy: into what is overwritten": (aten.copy.default, _named("self")),
     "copy: a source that is constant along the axis": (
@@ -206,30 +208,31 @@ WRONG: dict[str, tuple[Any, Wrong]] = {
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_row_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op, wrong = WRONG[name]
-    monkeypatch.setitem(rules._ROWS, op, wrong)
+    monkeypatch.setitem(TABLE, op, answered(op, carries=wrong))
     with pytest.raises(AssertionError):
         check(op, CASES, check_carries, unshrunk)
 
 
+CARRYING = {op for op, row in TABLE.items() if row.carries}
 ZEROS = {aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default}
 WITHOUT_OPERANDS = ZEROS | {aten.full.default, aten.full_like.default, aten.new_full.default, aten.layer_norm.default}
 
 
-@pytest.mark.parametrize("op", by_name(set(CASES) - ZEROS), ids=str)
+@pytest.mark.parametrize("op", by_name(CARRYING - ZEROS), ids=str)
 def test_zero_mean_for_no_reason_is_found(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(rules._ROWS, op, _always)
+    monkeypatch.setitem(TABLE, op, answered(op, carries=_always))
     with pytest.raises(AssertionError):
         check(op, CASES, check_carries, unshrunk)
 
 
-@pytest.mark.parametrize("op", by_name(set(CASES) - WITHOUT_OPERANDS), ids=str)
+@pytest.mark.parametrize("op", by_name(CARRYING - WITHOUT_OPERANDS), ids=str)
 def test_an_axis_off_by_one_is_found(op: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = rules._ROWS[op]
+    right: Any = TABLE[op].carries
 
     def off(node: Node, a: dict[str, Any], axis: int) -> Any:
         return tuple((x, (own + 1) % rank(x)) for x, own in carried) if (carried := right(node, a, axis)) else None
 
-    monkeypatch.setitem(rules._ROWS, op, off)
+    monkeypatch.setitem(TABLE, op, answered(op, carries=off))
     with pytest.raises(AssertionError):
         check(op, CASES, check_carries, unshrunk)
 
@@ -242,7 +245,7 @@ HIDDEN_WRONG: dict[str, tuple[Any, Any]] = {
         aten.layer_norm.default,
         lambda node, a, x: frozenset({rank(x) - 1}) if a["input"] is x and len(a["normalized_shape"]) == 1 else frozenset(),
     ),
-    "norm that tells the mean": (aten.native_layer_norm.default, rules._HIDES[aten.layer_norm.default]),
+    "norm that tells the mean": (aten.native_layer_norm.default, TABLE[aten.layer_norm.default].hides),
     "softmax along another axis": (aten.softmax.int, lambda node, a, x: frozenset({0} if rank(x) else ())),
     "spread over several axes": (aten.var.correction, lambda node, a, x: frozenset(d % rank(x) for d in a["dim"] or ())),
 }
@@ -254,7 +257,7 @@ def test_a_reader_that_sees_is_found(name: str, monkeypatch: pytest.MonkeyPatch)
     if name == "norm that tells the mean":
         right = wrong
         wrong = lambda node, a, x: right(_unread(node), a, x)  # noqa: E731
-    monkeypatch.setitem(rules._HIDES, op, wrong)
+    monkeypatch.setitem(TABLE, op, answered(op, hides=wrong))
     with pytest.raises(AssertionError):
         check(op, HIDING, check_hides, unshrunk)
 

@@ -10,7 +10,7 @@ from normfuse.graph.views import aten
 from tests.graph.ops.calls import HIDING, Call, Draw, case
 
 
-@case(aten.clone.default, aten.alias.default, aten.detach.default, aten.neg.default)
+@case(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.neg.default)
 def _unary(d: Draw, op: Any) -> Any:
     return {"self": d.partner(d.shape(0, 4))}
 
@@ -75,7 +75,7 @@ def _mul_scalar(d: Draw, op: Any) -> Any:
     return {"self": d.partner(d.shape()), "other": d.of((2, 0.5))}
 
 
-@case(aten.rsub.Scalar)
+@case(aten.rsub.Scalar, aten.add.Scalar, aten.sub.Scalar)
 def _rsub_scalar(d: Draw, op: Any) -> Any:
     return {"self": d.partner(d.shape()), "other": d.of((0, 0.0, 1.5)), "alpha": d.of((1, -0.5))}
 
@@ -116,7 +116,7 @@ def _lerp(d: Draw, op: Any) -> Any:
     return {"self": x, "end": end, "weight": 0.3 if op is aten.lerp.Scalar else d.partner(shape)}
 
 
-@case(aten.zeros.default, aten.full.default)
+@case(aten.zeros.default, aten.ones.default, aten.full.default)
 def _zeros(d: Draw, op: Any) -> Any:
     value = {"fill_value": d.of((0, 0.0, 1, 1.5))} if op is aten.full.default else {}
     return {"size": list(d.shape(0, 3)), **value}
@@ -133,3 +133,14 @@ def zeros_like(d: Draw, op: Any) -> Any:
 def _addcdiv(d: Draw, op: Any) -> Any:
     shape = d.shape()
     return {"self": d.partner(shape), "tensor1": d.partner(shape), "tensor2": d.partner(shape), "value": d.of((1, -0.5))}
+
+
+@case(aten.sqrt.default, aten.rsqrt.default, aten.square.default, aten.reciprocal.default, aten.pow.Tensor_Scalar)
+def _power(d: Draw, op: Any) -> Any:
+    exponent = {"exponent": d.of((0.5, -0.5))} if op is aten.pow.Tensor_Scalar else {}
+    return {"self": d.normal(*d.shape(0)).abs() + 0.1, **exponent}
+
+
+@case(aten.native_dropout.default)
+def _dropout(d: Draw, op: Any) -> Any:
+    return {"input": d.normal(*d.shape()), "p": d.of((0.0, 0.5)), "train": d.of((False, False, True, None))}

@@ -233,3 +233,9 @@ def _diagonal(d: Draw, op: Any) -> Any:
     if op is aten.rot90.default:
         return {"self": d.normal(*shape), "k": d.of(range(-1, 5)), "dims": [first, second]}
     return {"self": d.normal(*shape), "offset": d.of((0, 0, 1, -1)), "dim1": first, "dim2": second}
+
+
+@case(aten.take.default)
+def _take(d: Draw, op: Any) -> Any:
+    x = d.normal(*d.shape())
+    return {"self": x, "index": d.below(x.numel(), *d.shape(0, 2))}

@@ -65,7 +65,9 @@ def _attention(d: Draw, op: Any) -> Any:
     heads = d.of(((), (1,), (2, 2), (3, 3)))
     grouped = len(heads) == 2 and d.flag()
     batch = (*heads[:-1], 1) if grouped else heads
-    mask = {"attn_mask": d.normal(queries, keys)} if d.flag() else {"is_causal": d.flag()}
+    mask: dict[str, Any] = {"attn_mask": d.normal(queries, keys)} if d.flag() else {"is_causal": d.flag()}
+    if d.of(range(4)) == 0:
+        mask = {"attn_mask": d.mask(queries, 1).expand(queries, keys)}  # some queries may be kept from every key
     key, value = d.normal(*batch, keys, inner), d.normal(*batch, keys, outer)
     return {"query": d.normal(*heads, queries, inner), "key": key, "value": value, "enable_gqa": grouped, **mask}
 
@@ -150,3 +152,19 @@ def _addr(d: Draw, op: Any) -> Any:
 def _mv(d: Draw, op: Any) -> Any:
     rows, columns = (3, 3) if d.flag() else (d.of((2, 3)), d.of((1, 4)))
     return {"self": d.normal(rows, columns), "vec": d.normal(columns)}
+
+
+@case(aten.conv_tbc.default)
+def _conv_tbc(d: Draw, op: Any) -> Any:
+    time, batch, inner, outer = (3, 3, 3, 3) if d.flag() else (d.of((2, 3)), d.of((1, 2)), d.of((1, 2)), d.of((1, 2, 4)))
+    kernel = d.of((1, 2))
+    named = {"self": d.normal(time, batch, inner), "weight": d.normal(kernel, inner, outer), "bias": d.normal(outer)}
+    return {**named, "pad": d.of((0, 1))}
+
+
+@case(aten.bilinear.default)
+def _bilinear(d: Draw, op: Any) -> Any:
+    one, other, outer = (3, 3, 3) if d.flag() else (d.of((1, 2)), d.of((2, 3)), d.of((1, 4)))
+    batch = [3] * d.of((1, 2))
+    bias = {"bias": d.normal(outer)} if d.flag() else {}
+    return {"input1": d.normal(*batch, one), "input2": d.normal(*batch, other), "weight": d.normal(outer, one, other), **bias}

@@ -35,17 +35,22 @@ def _picture(d: Draw, dims: int) -> Tensor:
 @case(aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 def _avg_pool(d: Draw, op: Any) -> Any:
     dims = int(str(op)[len("aten.avg_pool")])
+    kernel = [d.of((1, 2)) for _ in range(dims)]
+    padding = [size // 2 * d.of((0, 0, 1)) for size in kernel]
+    divisor = {"divisor_override": d.of((None, None, 3))} if dims > 1 else {}
     return {
         "self": _picture(d, dims),
-        "kernel_size": [d.of((1, 2)) for _ in range(dims)],
+        "kernel_size": kernel,
         "stride": [d.of((1, 2))] * dims if d.flag() else [],
-        "padding": [0] * dims,
-        "ceil_mode": d.flag(),
+        "padding": padding,
+        "ceil_mode": d.flag() and not any(padding),
+        "count_include_pad": d.flag(),
+        **divisor,
     }
 
 
 @case(aten.adaptive_avg_pool1d.default, aten.adaptive_avg_pool2d.default, aten._adaptive_avg_pool2d.default,
-      aten.adaptive_avg_pool3d.default)  # fmt: skip
+      aten.adaptive_avg_pool3d.default, aten._adaptive_avg_pool3d.default)  # fmt: skip
 def _adaptive(d: Draw, op: Any) -> Any:
     dims = int(str(op).split("pool")[1][0])
     return {"self": _picture(d, dims), "output_size": [d.of((1, 2, 3, 4)) for _ in range(dims)]}
@@ -96,3 +101,22 @@ def _sampled(d: Draw, op: Any) -> Any:
     grid = d.normal(batch, *[d.of((2, size)) for _ in range(dims)], dims)
     more = {"interpolation_mode": d.of((0, 1)), "padding_mode": d.of((0, 1, 2)), "align_corners": d.flag()}
     return {"input": d.normal(batch, channels, *[size] * dims), "grid": grid, **more}
+
+
+@case(aten.col2im.default)
+def _col2im(d: Draw, op: Any) -> Any:
+    batch, channels = (2, 2) if d.flag() else (d.of((1, 3)), d.of((1, 2)))
+    kernel, padding = d.of((1, 2)), d.of((0, 1))
+    places = (2 + 2 * padding - kernel + 1) ** 2
+    columns = d.normal(*d.of(((), (batch,), (batch,))), channels * kernel**2, places)
+    more = {"dilation": [1, 1], "padding": [padding] * 2, "stride": [1, 1]}
+    return {"self": columns, "output_size": [2, 2], "kernel_size": [kernel] * 2, **more}
+
+
+@case(aten.linalg_vector_norm.default, aten.var_mean.correction, aten.var_mean.dim)
+def _statistic(d: Draw, op: Any) -> Any:
+    shape = d.shape()
+    more: dict[str, Any] = {"unbiased": d.flag()} if op is aten.var_mean.dim else {}
+    more = {"correction": d.of((0, 1))} if op is aten.var_mean.correction else more
+    more = {"ord": d.of((1, 2, 3.0))} if op is aten.linalg_vector_norm.default else more
+    return {"self": d.normal(*shape), "dim": d.dims(shape), "keepdim": d.flag(), **more}

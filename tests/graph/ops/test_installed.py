@@ -1,0 +1,90 @@
+"""Rows of other packages: a tiny one, installed, and packages that are broken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import normfuse
+from normfuse.errors import NormfuseWarning
+from normfuse.graph.ops.installed import GROUP, installed
+from normfuse.graph.ops.row import COMPUTED, NO_WEIGHT, PLAIN, SCALES, SEEN, Operator
+
+
+@torch.library.custom_op("tiny_rows::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2.0 * x
+
+
+@twice.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+ROW = Operator(
+    carries=lambda node, a, axis: ((a["x"], axis),),
+    hides=SEEN, shift=SCALES, keeps=COMPUTED, computes=PLAIN, role=NO_WEIGHT, width=True,
+)  # fmt: skip
+TWICE, SIGMOID = "torch.ops.tiny_rows.twice.default", "torch.ops.aten.sigmoid.default"
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.norm(twice(self.first(x))))
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of packages on the path."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    installed.cache_clear()
+    yield tmp_path
+    installed.cache_clear()
+
+
+def bring(site: Path, name: str, rows: str) -> None:
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{name} = {name}\n")
+    (site / f"{name}.py").write_text(f"import torch\nfrom tests.graph.ops.test_installed import ROW\nOPERATORS = {rows}\n")
+
+
+def test_a_row_of_another_package_is_one_of_ours(site: Path) -> None:
+    model, x = Doubled().eval(), torch.randn(5, 4)
+    assert [each.code for each in normfuse.rewrite(model, "pre_rmsnorm", inputs=(x,)).report.plan.refusals] == ["NF202"]
+    bring(site, "tiny_rows_a", f"{{{TWICE}: ROW}}")
+    installed.cache_clear()
+    result = normfuse.rewrite(model, "pre_rmsnorm", inputs=(x,))
+    assert [str(each.sites[0]) for each in result.report.plan.rewrites] == ["norm"]
+    torch.testing.assert_close(result.module()(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        ("{torch.ops.aten.add.Tensor: ROW}", "there is a row of aten.add.Tensor already"),
+        (f"{{{SIGMOID}: None}}", "is no normfuse.graph.ops.row.Operator"),
+        ("1 / 0", "division by zero"),
+    ],
+)
+def test_what_is_no_row_is_left_out_with_a_warning(site: Path, rows: str, why: str) -> None:
+    name = f"tiny_rows_{len(rows)}"
+    bring(site, name, rows)
+    with pytest.warns(NormfuseWarning, match=f"(?s)'{name}'.*left out: .*{why}"):
+        assert not installed()
+
+
+def test_two_packages_with_a_row_of_one_operator(site: Path) -> None:
+    for name in ("tiny_rows_x", "tiny_rows_y"):
+        bring(site, name, f"{{{SIGMOID}: ROW}}")
+    with pytest.warns(NormfuseWarning, match="'tiny_rows_y'.*already"):
+        assert list(installed()) == [torch.ops.aten.sigmoid.default]
