@@ -47,7 +47,7 @@ class Loaded:
     result: normfuse.Result
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=["mobilenet_v2", pytest.param("resnet50", marks=pytest.mark.slow)])
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     """A network, and its rewritten form proven on the first photograph."""
     try:
