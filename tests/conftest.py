@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.once import keep_what_is_gathered
 from tests.zoo import torchvision_shim, trained
 
 torchvision_shim.install()
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seeds() -> None:
     """The same random numbers in every test, alone or among others."""
+    keep_what_is_gathered()
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
