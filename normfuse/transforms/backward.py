@@ -88,7 +88,7 @@ class Backward:
 
     def stored(self, node: Node, axis: int, pending: Map) -> Step:
         """What becomes of a stored tensor, or of an input."""
-        raise NotImplementedError
+        return self.stuck(node, axis, pending)
 
     def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         """What becomes of a value whose operands carry the map."""

@@ -82,9 +82,6 @@ class _Fold(Backward):
             return _parted(node, axis, pending)
         return None
 
-    def stored(self, node: Node, axis: int, pending: Map) -> Step:
-        return self.stuck(node, axis, pending)  # an input: tensors of the program are constants
-
     def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         if pending.shift is not None and not passes_shift(node) and not _is_sum(node):
             return _stopped(Why.NO_SHIFT, node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -16,27 +15,13 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, SetTensor, apply
-from normfuse.graph.expressions import Call, Formula, Read
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten
 from normfuse.transforms.draft import Draft, channel, is_transposed
 from normfuse.transforms.forward import Forward, Pending
 from normfuse.transforms.into_writers import fold
 from normfuse.transforms.maps import Map
-
-
-@dataclass(frozen=True)
-class Orthogonal:
-    """t = Rᵀv is stored of v = Rt: what writes v becomes RᵀW, what reads it WR, which is one formula along the axis of v."""
-
-    name: str
-    resizes: bool = False
-
-    def written(self, of: Formula, dim: int, d: int) -> Formula:
-        turned = Call("matmul.default", (Call("transpose.int", (of, dim, -1)), Read(self.name)))
-        return Call("transpose.int", (turned, dim, -1))
-
-    read = written
+from tests.transforms.orthogonal import Orthogonal
 
 
 class Rotate(Forward):
