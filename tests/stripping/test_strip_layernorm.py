@@ -181,6 +181,25 @@ def test_convolutions_take_the_mean_unless_they_are_grouped(groups: int, means: 
     torch.testing.assert_close(result.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
+class Squared(nn.Module):
+    """As many tokens as features, so that v @ v reads v along both axes, and a residual stream that is returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write, self.read = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.write(x)
+        v = x - x.mean(-1, keepdim=True)
+        return self.read(v @ v), x
+
+
+def test_a_value_that_is_read_in_two_ways_keeps_its_mean_subtraction() -> None:
+    x = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1))
+    program = Program.trace(Squared().eval(), (x,))
+    assert not list(plan(program, ["strip_layernorm"]).rewrites)
+
+
 def test_one_norm_for_several_readers_and_tokens_that_are_picked() -> None:
     class Several(nn.Module):
         def __init__(self) -> None:
