@@ -69,14 +69,12 @@ lint: $(VENV)/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Hours; each keeps its tables in benchmarks/results and says what has changed since the last run.
 bench: $(VENV)/dev
-	PYTHONPATH=. $(BIN)/python benchmarks/planning_scale.py
-	PYTHONPATH=. $(BIN)/python benchmarks/memory.py
-	PYTHONPATH=. $(BIN)/python benchmarks/fold_patterns.py
-	PYTHONPATH=. $(BIN)/python benchmarks/fold_speed.py
-	PYTHONPATH=. $(BIN)/python benchmarks/rms_norm.py
-	PYTHONPATH=. $(BIN)/python benchmarks/pre_norms.py
+	for name in planning_scale memory fold_patterns fold_speed rms_norm pre_norms crms_norm tune; do \
+		PYTHONPATH=. $(BIN)/python benchmarks/$$name.py || exit 1; done
 	PYTHONPATH=. $(BIN)/python benchmarks/strip.py --models "1 × 128"
+	PYTHONPATH=. $(BIN)/python benchmarks/strip_whisper.py
 
 clean:
 	rm -rf $(VENV) .venv-latest out
