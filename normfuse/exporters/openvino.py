@@ -24,7 +24,7 @@ from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.sources.atomic import scratch, write_atomically
 
 PRECISION = "INFERENCE_PRECISION_HINT"
-NORMS = ("RMS", "MVN", "BatchNormInference", "GroupNormalization", "NormalizeL2")
+NORM_LAYERS = ("RMS", "MVN", "BatchNormInference", "GroupNormalization", "NormalizeL2")
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "boolean": torch.bool,
           "i64": torch.int64, "i32": torch.int32, "i16": torch.int16, "i8": torch.int8, "u8": torch.uint8}  # fmt: skip
 
@@ -107,7 +107,7 @@ def _compiled(ov: Any, model: Any) -> Any:
 def _norms(compiled: Any) -> dict[str, int]:
     """What became of the norms, read off the graph that really runs."""
     kinds = Counter(str(node.get_rt_info()["layerType"].value) for node in compiled.get_runtime_model().get_ops())
-    return {kind: kinds[kind] for kind in NORMS if kinds[kind]}
+    return {kind: kinds[kind] for kind in NORM_LAYERS if kinds[kind]}
 
 
 def _port(value: Any) -> Port:

@@ -10,7 +10,7 @@ from torch import nn
 from normfuse.errors import CannotApply, NormfuseError
 from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
-from normfuse.modules.attach import attach
+from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import ModulePlan, cannot_place, plan_for_modules, require_rewrites, warn_of_what_stays
 from normfuse.modules.parametrize import bake, commit, put_back, undo
 from normfuse.modules.placement import adapt
@@ -59,7 +59,7 @@ def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> No
 def _make(made: ModulePlan, model: nn.Module, reference: Reference) -> None:
     """Make a plan on modules, prove it, and evaluate it."""
     saved_is_the_model = not was_changed(model) or reference.is_what_is_saved(model)
-    attach(made.program, made.changes, model, {})
+    make_live(made.program, made.changes, model, {})
     reference.prove(model, made.plan)
     bake(model)
     if saved_is_the_model:

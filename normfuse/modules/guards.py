@@ -11,7 +11,7 @@ from torch import nn
 from normfuse.graph.edits import NewTensor, SetTensor
 from normfuse.graph.expressions import Formula, reads
 from normfuse.graph.program import Program
-from normfuse.modules.attach import names_of, place_of
+from normfuse.modules.make_live import names_of, place_of
 from normfuse.modules.module_plan import ModulePlan
 from normfuse.modules.placement import input_of
 from normfuse.proof.undisturbed import seeded

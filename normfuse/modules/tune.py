@@ -9,9 +9,9 @@ from torch import nn
 from normfuse.errors import TraceError
 from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
-from normfuse.modules.attach import attach
 from normfuse.modules.deploy import require_plain, restore_modules
 from normfuse.modules.guards import guards_of
+from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import plan_for_modules, require_rewrites, warn_of_what_stays
 from normfuse.modules.parametrize import bake, put_back
 from normfuse.modules.reference import Reference
@@ -42,7 +42,7 @@ def tune_modules(
         made = plan_for_modules(_traced_in_training(model, given, held), passes, allow, model)
         require_rewrites(made.plan)
         # make: the modules read formulas, or are what they were while a guard trains
-        attach(made.program, made.changes, model, guards_of(made, model))
+        make_live(made.program, made.changes, model, guards_of(made, model))
         # prove: as it is called from now on, and as its own classes would load what it becomes when it is deployed
         reference = Reference(program, given, level, progress, _nowhere)
         reference.prove(model, made.plan)

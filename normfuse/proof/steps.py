@@ -29,7 +29,7 @@ STEP_FLOOR = 2.0**-50
 MASK = 1e6
 """What is so many times as large as the usual entry is a mask, and says nothing of the noise of the others."""
 
-Step = tuple[str, int]
+NthCall = tuple[str, int]
 
 
 class Steps:
@@ -41,9 +41,9 @@ class Steps:
 
     def __init__(self) -> None:
         self.own: Counter[str] = Counter()
-        self._read: dict[Step, list[Any]] = {}
-        self._gave: dict[Step, Any] = {}
-        self._noise: dict[Step, list[float]] = {}
+        self._read: dict[NthCall, list[Any]] = {}
+        self._gave: dict[NthCall, Any] = {}
+        self._noise: dict[NthCall, list[float]] = {}
 
     def written(self) -> _Run:
         """For the run that is the truth."""
@@ -57,18 +57,18 @@ class Steps:
         """For another program."""
         return _Run(self, self._follow)
 
-    def _write(self, key: Step, node: Node, read: list[Any], value: Any) -> Any:
+    def _write(self, key: NthCall, node: Node, read: list[Any], value: Any) -> Any:
         self._read[key], self._gave[key] = read, value
         return value
 
-    def _measure(self, key: Step, node: Node, read: list[Any], value: Any) -> Any:
+    def _measure(self, key: NthCall, node: Node, read: list[Any], value: Any) -> Any:
         if not self._comparable(key, read, value):
             return value
         noise = [_noise(a, b) for a, b in zip(self._read[key], read, strict=True)]
         self._noise[key] = [max(pair) for pair in zip(noise, self._noise.get(key, noise), strict=True)]
         return self._gave[key]
 
-    def _follow(self, key: Step, node: Node, read: list[Any], value: Any) -> Any:
+    def _follow(self, key: NthCall, node: Node, read: list[Any], value: Any) -> Any:
         if key not in self._noise or not self._comparable(key, read, value):
             return value
         near = [_near(a, b, noise) for a, b, noise in zip(self._read[key], read, self._noise[key], strict=True)]
@@ -79,7 +79,7 @@ class Steps:
             return torch.where(torch.stack([each.expand(value.shape) for each in near]).all(0), gave, value)
         return value
 
-    def _comparable(self, key: Step, read: list[Any], value: Any) -> bool:
+    def _comparable(self, key: NthCall, read: list[Any], value: Any) -> bool:
         """Whether the truth made the same call, of values of the same form."""
         return key in self._read and _form(self._read[key]) == _form(read) and _form(self._gave[key]) == _form(value)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import CannotApply
-from normfuse.modules.attach import attach
+from normfuse.modules.make_live import make_live
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS, Stream
 from tests.modules.models import IMAGES, Net, net
@@ -215,12 +215,12 @@ def test_a_wrong_result_is_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model, original = net(), net()
 
     def lossy(program: Any, changes: Any, model: Any, guards: Any) -> None:
-        attach(program, changes, model, guards)
+        make_live(program, changes, model, guards)
         del model.norm._normfuse.change
         model.norm._normfuse.change = None  # folded into the convolution, and applied again
 
     for recipe in ("tune", "deploy"):
-        monkeypatch.setattr(f"normfuse.modules.{recipe}.attach", lossy)
+        monkeypatch.setattr(f"normfuse.modules.{recipe}.make_live", lossy)
     for call in (normfuse.tune, normfuse.deploy):
         with pytest.raises(normfuse.VerificationFailed):
             call(model, "conv_bn", inputs=IMAGES)

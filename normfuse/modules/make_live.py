@@ -36,7 +36,7 @@ def place_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return module, attribute
 
 
-def attach(program: Program, changes: Adaptation, model: nn.Module, guards: Mapping[nn.Module, list[nn.Module]]) -> None:
+def make_live(program: Program, changes: Adaptation, model: nn.Module, guards: Mapping[nn.Module, list[nn.Module]]) -> None:
     """Make the changes, in live mode; nothing is changed unless everything can be.
 
     Args:
