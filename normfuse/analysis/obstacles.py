@@ -1,7 +1,7 @@
 """What stands in the way of a rewrite, and what people are told of it: the one place of its words.
 
-Analyses and walks answer with an `Obstacle` where they must stop. Passes choose by its code and tell its words, which follow
-the name of the node: "'head.weight' is read more than once".
+Analyses, walks and the placement on modules answer with an `Obstacle` where they must stop. Passes choose by its code and tell
+its words, which follow the name of the node: "'head.weight' is read more than once".
 """
 
 from __future__ import annotations
@@ -93,6 +93,19 @@ class Why(Enum):
 
     # what it would cost
     COSTS = "needs one of {} explicit changes of basis, which would serve {} of the norms"
+
+    # a change at the node that has no place on modules, as a sentence
+    NEW_TENSOR = "it computes with a new tensor that no module has a place for"
+    OTHER_SIZE = "the tensor '{}' would get another size"
+    UNREAD = "nobody reads '{}' afterwards, but the model's own class would"
+    LEAVES = "'{}' would leave the state dict, and from_pretrained would make it up"
+    LEFT_OUT = "'{}' would be a new tensor, which from_pretrained leaves out"
+    CALLED_AGAIN = "its module is called several times, and the calls do not change alike"
+    READS_TWO = "a new operation would read two values that no single module is given"
+    IN_A_FORWARD = "a new operation would stand between two functions of one forward method"
+    READS_SEVERAL = "what takes its place reads several values"
+    HAS_SIZES = "what takes its place depends on the sizes of the traced inputs"
+    NO_MODULE = "it is in no module of its own that could be replaced"
 
 
 @dataclass(frozen=True)

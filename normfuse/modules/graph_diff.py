@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
+from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.ops.carrying import reads_entries
 from normfuse.graph.program import Program, module_path
 from normfuse.graph.views import arguments, aten, shape, tensors_in
@@ -30,13 +31,11 @@ class Unplaced:
     """A new value that has no place on modules.
 
     Attributes:
-        node: the value that it would have replaced.
-        reason: why it has no place, for `Refusal`.
+        obstacle: why it has no place, at the value that it would have replaced.
         origin: (pass, site) of the rewrite that wanted it, where the graph tells.
     """
 
-    node: Node
-    reason: str
+    obstacle: Obstacle
     origin: tuple[str, str] | None
 
 
@@ -84,7 +83,7 @@ class Comparison:
         weight = self.old.stored[arguments(layer)["weight"].name] if layer is not None else ""
         if reader is None or layer is None or own_name != "bias" or {_path(layer), weight.rpartition(".")[0]} != {home}:
             by = next(iter(tensor.users), tensor)
-            self._refuse(by, "it computes with a new tensor that no module has a place for", by)
+            self._refuse(Why.NEW_TENSOR, by, new=by)
             return
         self.same[reader] = layer
         self.biases[name], self.layers[name] = weight, layer
@@ -173,8 +172,9 @@ class Comparison:
 
     # -- modules and values ---------------------------------------------------------------------------------------------
 
-    def _refuse(self, value: Node, reason: str, new: Node | None = None) -> None:
-        self.unplaced.append(Unplaced(value, reason, new.meta.get("normfuse") if new is not None else None))
+    def _refuse(self, code: Why, value: Node, *detail: str, new: Node | None = None) -> None:
+        origin = new.meta.get("normfuse") if new is not None else None
+        self.unplaced.append(Unplaced(Obstacle(code, value, detail), origin))
 
     def _owners(self, value: Node) -> Iterator[Instance]:
         """The module calls that a value is computed in, the innermost first."""

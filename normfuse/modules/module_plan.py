@@ -45,7 +45,7 @@ def plan_for_modules(program: Program, passes: Sequence[str], allow: Claim, mode
         blamed: dict[tuple[str, str], str] = {}
         for each in changes.unplaced:
             for wanted in _blamed(chosen, each):
-                blamed.setdefault(wanted, each.reason)
+                blamed.setdefault(wanted, str(each.obstacle))
         if not changes.unplaced:
             return ModulePlan(program, chosen, changes)
         if not blamed.keys() - excluded.keys():
@@ -55,7 +55,7 @@ def plan_for_modules(program: Program, passes: Sequence[str], allow: Claim, mode
 
 def cannot_place(program: Program, changes: Adaptation, hint: str) -> CannotApply:
     """The error for changes that have no place on modules, which says why."""
-    return CannotApply([f"{program.site(each.node)}: {each.reason}" for each in changes.unplaced], hint=hint)
+    return CannotApply([f"{program.site(each.obstacle.at)}: {each.obstacle}" for each in changes.unplaced], hint=hint)
 
 
 def _without(each: Pass, excluded: Mapping[tuple[str, str], str]) -> Pass:
@@ -76,7 +76,7 @@ def _without(each: Pass, excluded: Mapping[tuple[str, str], str]) -> Pass:
 
 def _blamed(chosen: Plan, unplaced: Unplaced) -> Iterator[tuple[str, str]]:
     """(Pass, norm) of the rewrites that want what has no place."""
-    name = unplaced.node.name
+    name = unplaced.obstacle.at.name
     rewrites = [each for each in chosen.rewrites if (each.pass_name, str(each.sites[0])) == unplaced.origin]
     rewrites = rewrites or [r for r in chosen.rewrites if any(isinstance(e, Reroute) and e.node == name for e in r.edits)]
     rewrites = rewrites or [r for r in chosen.rewrites if name in r.region]

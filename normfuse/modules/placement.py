@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
+from normfuse.analysis.obstacles import Why
 from normfuse.graph.expressions import Call, Expression, Formula, Ref, literal, reads, substitute
 from normfuse.graph.ops.carrying import reads_entries
 from normfuse.graph.program import Program
@@ -116,7 +117,7 @@ class _Placement(Comparison):
         for old in self.old.graph.find_nodes(op="placeholder"):
             new = self.new.nodes.get(old.name)
             if old.name in self.old.stored and new is not None and shape(new) != shape(old):
-                self._refuse(old, f"the tensor '{self.old.stored[old.name]}' would get another size")
+                self._refuse(Why.OTHER_SIZE, old, self.old.stored[old.name])
 
     def left_behind(
         self, changes: Mapping[str, Change], *, lenient: bool
@@ -133,14 +134,12 @@ class _Placement(Comparison):
         for name in sorted(leaving):
             reader = next(iter(self.unread.entering(name)), self.old.reader_of(name))
             if name in neutralized or not name.startswith(inside):
-                self._refuse(
-                    neutralized.get(name, reader), f"nobody reads '{name}' afterwards, but the model's own class would"
-                )
+                self._refuse(Why.UNREAD, neutralized.get(name, reader), name)
             elif lenient:
-                self._refuse(reader, f"'{name}' would leave the state dict, and from_pretrained would make it up")
+                self._refuse(Why.LEAVES, reader, name)
         for name in sorted(self.biases.keys() - lent.keys()) if lenient else ():
             new = next(iter(self.new.reader_of(name).users))
-            self._refuse(self.layers[name], f"'{name}' would be a new tensor, which from_pretrained leaves out", new)
+            self._refuse(Why.LEFT_OUT, self.layers[name], name, new=new)
         return {name: filled(name, each) for name, each in numbers.items()}, frozenset(neutralized), frozenset(leaving), lent
 
     def agreed(self, model: nn.Module) -> Iterator[tuple[str, Change]]:
@@ -154,7 +153,7 @@ class _Placement(Comparison):
         for module, places in found.items():
             instance, value, change = places[0]
             if {each for each, _, _ in places} != calls[module] or any(other != change for _, _, other in places):
-                self._refuse(value, "its module is called several times, and the calls do not change alike")
+                self._refuse(Why.CALLED_AGAIN, value)
             else:
                 yield self.paths[instance], change
 
@@ -183,7 +182,7 @@ class _Placement(Comparison):
         leaves = {self.same.get(leaf) for leaf in self._leaves(new, {})}
         by = self._expression(new, {})
         if leaves - {value} or by is None:
-            self._refuse(value, "a new operation would read two values that no single module is given", new)
+            self._refuse(Why.READS_TWO, value, new=new)
             return None
         raw = {user for user in self._now(value).users if user not in made and reads_entries(user)}
         for instance in self._owners(value):
@@ -193,7 +192,7 @@ class _Placement(Comparison):
             inside = [user for user in (*raw, *new.users) if instance in dict(stack_of(user))]
             if value not in self.bodies[instance] and set(inside) == set(new.users):
                 return instance, Change("before", by)
-        self._refuse(value, "a new operation would stand between two functions of one forward method", new)
+        self._refuse(Why.IN_A_FORWARD, value, new=new)
         return None
 
     def _instead(
@@ -208,11 +207,11 @@ class _Placement(Comparison):
         if not placed and self._neutralizes(value, new):
             return
         if len(leaves) != 1:
-            self._refuse(value, "what takes its place reads several values", new)
+            self._refuse(Why.READS_SEVERAL, value, new=new)
         elif by is None:
-            self._refuse(value, "what takes its place depends on the sizes of the traced inputs", new)
+            self._refuse(Why.HAS_SIZES, value, new=new)
         elif not way or way[-1][1] is not source:
-            self._refuse(value, "it is in no module of its own that could be replaced", new)
+            self._refuse(Why.NO_MODULE, value, new=new)
         else:
             if by == VALUE and self._is_read_beside(*way[-1]):
                 by = Call("clone.default", (VALUE,))
