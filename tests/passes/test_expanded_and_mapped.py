@@ -67,6 +67,35 @@ def test_an_expanded_value_meets_a_stream(how: str, name: str) -> None:
     assert all(each.reason for each in report.plan.refusals)
 
 
+Spelling = Callable[[Tensor, Tensor], Tensor]
+SPELLINGS: dict[str, Spelling] = {
+    "squeezed, then expanded": lambda mask, x: mask.unsqueeze(-1).unsqueeze(0).squeeze(0).expand(x.shape),
+    "expanded, then squeezed": lambda mask, x: mask.unsqueeze(-1).expand_as(x).unsqueeze(0).squeeze(0),
+    "expanded, then reshaped": lambda mask, x: mask.unsqueeze(-1).expand_as(x).reshape(-1, x.shape[-1]).view(x.shape),
+    "expanded, then moved": lambda mask, x: mask.unsqueeze(0).expand(x.shape[-1], *mask.shape).permute(1, 2, 0),
+    "expanded, then copied": lambda mask, x: mask.unsqueeze(-1).expand_as(x).clone().double().float(),
+    "expanded, then cut": lambda mask, x: mask.unsqueeze(-1).expand(*mask.shape, 16)[..., : x.shape[-1]],
+    "repeated": lambda mask, x: mask.unsqueeze(-1).repeat(1, 1, x.shape[-1]),
+    "repeated each": lambda mask, x: mask.unsqueeze(-1).repeat_interleave(x.shape[-1], -1),
+    "stacked": lambda mask, x: torch.stack([mask] * x.shape[-1], -1),
+    "made of ones": lambda mask, x: torch.ones_like(x) * mask.unsqueeze(-1),
+    "filled": lambda mask, x: torch.full(x.shape, 0.5),
+    "computed": lambda mask, x: torch.sigmoid(-mask.unsqueeze(-1).expand_as(x)),
+}
+
+
+@pytest.mark.parametrize("how", ["mul", "where"])
+@pytest.mark.parametrize("spelling", sorted(SPELLINGS))
+def test_however_the_expanded_value_is_spelled(spelling: str, how: str) -> None:
+    model = Gated(lambda x, wide: EXPANDED[how](x, SPELLINGS[spelling](wide[..., 0], x)))
+    program = Program.from_exported(torch.export.export(spread(model).eval(), (tokens(), noise(2, 5).sigmoid() + 0.1)))
+    for name in ("pre_crmsnorm", "pre_crmsnorm_compressed"):
+        chosen = plan(program, [name])
+        assert sum(len(each.sites) for each in chosen.rewrites) + len(chosen.refusals) == 3
+        assert all(each.reason and each.code != "NF103" for each in chosen.refusals)
+        chosen.apply(program)
+
+
 class Mapped(nn.Module):
     """One model called for each of a batch."""
 
