@@ -1,4 +1,4 @@
-"""Passes and exporters of other packages: the example of docs/plugins.md installed, and packages that are broken."""
+"""Passes, exporters and rows of other packages: the example of docs/plugins.md installed, and packages that are broken."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ import normfuse
 from normfuse.cli import main
 from normfuse.errors import NormfuseError, NormfuseWarning
 from normfuse.exporters.targets import targets
+from normfuse.graph.ops import installed as rows
 from normfuse.planning.registry import codes, passes
 
 DOCS = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 BLOCKS = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", DOCS, flags=re.DOTALL))
 """Name of a file -> what docs/plugins.md has in it."""
-PASS, EXPORTER = BLOCKS["tiny/zero_shift.py"], BLOCKS["tiny/exporter.py"]
+PASS, EXPORTER, ROWS = (BLOCKS[f"tiny/{name}.py"] for name in ("zero_shift", "exporter", "rows"))
 
 
 def installed(site: Path, name: str, entries: dict[str, dict[str, str]], modules: dict[str, str]) -> None:
@@ -42,7 +43,8 @@ def tiny(site: Path) -> None:
     """The example of the page."""
     told = re.findall(r'\[project\.entry-points\."(.+?)"\]\n((?:\w+ = ".+"\n)+)', BLOCKS["pyproject.toml"])
     entries = {group: dict(re.findall(r'(\w+) = "(.+)"', lines)) for group, lines in told}
-    installed(site, "tiny", entries, {"tiny/__init__.py": "", "tiny/zero_shift.py": PASS, "tiny/exporter.py": EXPORTER})
+    modules = {"tiny/__init__.py": "", "tiny/zero_shift.py": PASS, "tiny/exporter.py": EXPORTER, "tiny/rows.py": ROWS}
+    installed(site, "tiny", entries, modules)
 
 
 @pytest.fixture
@@ -60,7 +62,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    for known in (passes, codes, targets):
+    for known in (passes, codes, targets, rows.installed):
         known.cache_clear()
 
 
@@ -85,6 +87,24 @@ def test_a_pass_of_another_package_is_one_of_ours(site: Path) -> None:
     assert [(str(each.site), each.code) for each in result.report.plan.refusals] == [("3", "TINY001")]
     assert result.report.evidence.ok
     assert "1.bias" not in result.program.exported.state_dict
+
+
+def test_a_row_of_another_package_is_one_of_ours(site: Path) -> None:
+    tiny(site)
+    forget()
+    (operator,) = rows.installed()
+    assert str(operator) == "tiny.twice.default"
+
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Linear(4, 6), nn.LayerNorm(6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(operator(self.first(x)))
+
+    result = normfuse.rewrite(Doubled().eval(), "pre_rmsnorm", INPUTS)
+    assert [str(each.sites[0]) for each in result.report.plan.rewrites] == ["norm"]
 
 
 def test_an_exporter_of_another_package_is_one_of_ours(site: Path, tmp_path: Path) -> None:
