@@ -1,4 +1,4 @@
-"""`normfuse explain`."""
+"""`normfuse explain`: the manual of a pass, or the story of a refusal's code."""
 
 from __future__ import annotations
 

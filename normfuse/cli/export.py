@@ -1,4 +1,4 @@
-"""`normfuse export`."""
+"""`normfuse export`: write a model for a runtime, run it there, compare."""
 
 from __future__ import annotations
 

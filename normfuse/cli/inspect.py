@@ -1,4 +1,4 @@
-"""`normfuse inspect`."""
+"""`normfuse inspect`: every norm, and what each pass would do with it."""
 
 from __future__ import annotations
 

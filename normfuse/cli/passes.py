@@ -1,4 +1,4 @@
-"""`normfuse passes`."""
+"""`normfuse passes`: the list."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`normfuse rewrite`."""
+"""`normfuse rewrite`: plan, prove, write; `--strict` and `--locked` become exit codes here."""
 
 from __future__ import annotations
 

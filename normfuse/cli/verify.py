@@ -1,4 +1,4 @@
-"""`normfuse verify`."""
+"""`normfuse verify`: evidence that two models are one function."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ weight and bias run as one autograd function. It keeps its input and the paramet
 want it: what is saved for backward is what a layer with a stored weight saves, without that weight. Any other reader gets W' as
 an ordinary tensor.
 
-The gradients go through the layer (`layers`), then through the formulas (∂W = a⊙∂W', …; ConvBN paper, §3), which `tapes` does.
+The gradients go through the layer (`layers`), then through the formulas (∂W = a⊙∂W', …; ConvBN paper, §3), in `codegen`.
 """
 
 from __future__ import annotations

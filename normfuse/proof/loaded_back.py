@@ -91,7 +91,7 @@ class _Trial:
         return call_of_program(own_state(self.original.baked()).exported.module(), self.original)
 
     def call(self, case: Case) -> None:
-        """ModelCall it on a case, and judge what it gives."""
+        """Call it on a case, and judge what it gives."""
         got = self._answer(lambda: self._call, case)
         if got.outputs is None:
             self._judge_refusal(case, got)

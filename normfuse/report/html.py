@@ -1,4 +1,4 @@
-"""A page."""
+"""What was printed, as a page of HTML."""
 
 from __future__ import annotations
 

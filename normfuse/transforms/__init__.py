@@ -1,1 +1,1 @@
-"""What passes share: drafts, walks forward and back, zero mean, width and basis of a stream."""
+"""What passes share: maps, the walks forward and back that carry them, drafts, zero mean, width and basis of a stream."""

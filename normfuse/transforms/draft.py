@@ -1,4 +1,4 @@
-"""What both walks share: the draft that collects edits, the obstacle that stops it, and what passes a shift.
+"""The draft that collects edits, and pieces that the walks share.
 
 `into_writers` folds a channel affine into what writes a value, `into_readers` into all that read it; where neither can,
 `scale_shift` leaves one multiplication and one addition.
