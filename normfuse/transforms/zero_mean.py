@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
@@ -98,10 +98,10 @@ class _Centre(Backward):
         return Step(operands) if wholly else self.stuck(node, axis, pending)
 
     def stuck(self, node: Node, axis: int, pending: Map) -> Step:
-        return _scaled(self.facts, node, axis) or Step(obstacle=Obstacle(_in_the_way(self.facts, node), node))
+        return _scaled(self.facts, node, axis, pending) or Step(obstacle=Obstacle(_in_the_way(self.facts, node), node))
 
 
-def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
+def _scaled(facts: Facts, node: Node, axis: int, pending: Map) -> Step | None:
     """A per-channel scale by a stored vector (LayerScale): folded into the writers behind it, which are then centred."""
     if node.target is not aten.mul.Tensor:
         return None
@@ -110,12 +110,15 @@ def _scaled(facts: Facts, node: Node, axis: int) -> Step | None:
         if not (spans(branch, node, axis) and spans(scale, node, axis)):
             continue
         vector = _vector_behind(facts, scale, axis - (rank(node) - rank(scale)))
-        writers = way_back(facts, branch, axis - (rank(node) - rank(branch)), Map())
+        writers = way_back(facts, branch, axis - (rank(node) - rank(branch)), pending)
         if vector is None or writers is None or not same_sizes(branch, node) or dtype(branch) != dtype(node):
             continue
-        stored = facts.program.stored
-        tensors = [(stored[writer.name], dim) for writer, dim in writers if writer.op == "placeholder"]
-        folds = (SetTensor(name, Read(name).scaled(Read(vector), dim).centered(dim)) for name, dim in tensors)
+        stored, both = facts.program.stored, replace(pending, scale=Read(vector))
+        folds = (
+            SetTensor(stored[writer.name], both.written(Read(stored[writer.name]), dim, shape(writer)[dim]))
+            for writer, dim in writers
+            if writer.op == "placeholder"
+        )
         return Step(edits=(*folds, Reroute(node.name, Ref(branch.name))), passed=frozenset(passed for passed, _ in writers))
     return None
 
