@@ -87,9 +87,9 @@ def _batch_norm(facts: Facts, norm: Norm, found: dict[Node, Affine]) -> Affine |
     mean, variance = (constant(facts, each) for each in (a["running_mean"], a["running_var"]))
     if mean is None or variance is None:
         return None
-    root = Call("rsqrt.default", (Call("add.Tensor", (variance, norm.eps)),))
+    root = Call("rsqrt.default", (variance + norm.eps,))
     scale = root if norm.gain is None else Call("mul.Tensor", (constant(facts, norm.gain), root))
-    shift: Formula = Call("neg.default", (Call("mul.Tensor", (mean, scale)),))
+    shift = -(mean * scale)
     if norm.shift is not None:
         shift = Call("add.Tensor", (constant(facts, norm.shift), shift))
     return _then(norm.x, found, 1, scale, shift, norm.inner)
@@ -157,7 +157,7 @@ def _with_constant(facts: Facts, node: Node, x: Any, y: Any, target: Any, found:
         case aten.add.Tensor:
             return _then(x, found, axis, None, entries, inner)
         case _:
-            return _then(x, found, axis, None, Call("neg.default", (entries,)), inner)
+            return _then(x, found, axis, None, -entries, inner)
 
 
 def _then(
@@ -184,12 +184,12 @@ def _then(
 
 def product(a: Formula | None, b: Formula | None) -> Formula | None:
     """The product of two scales, where None stands for one; a shift times a scale likewise."""
-    return b if a is None else a if b is None else Call("mul.Tensor", (a, b))
+    return b if a is None else a if b is None else a * b
 
 
 def total(a: Formula | None, b: Formula | None) -> Formula | None:
     """The sum of two shifts, where None stands for zero."""
-    return b if a is None else a if b is None else Call("add.Tensor", (a, b))
+    return b if a is None else a if b is None else a + b
 
 
 def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None:
@@ -199,7 +199,7 @@ def _sum(node: Node, x: Any, y: Any, found: dict[Node, Affine]) -> Affine | None
     if one.base is not other.base or one.moves != other.moves or len(axes) > 1 or not same_sizes(x, y, node):
         return None
     sign = Number(-1.0 if node.target is aten.sub.Tensor else 1.0)
-    scale = Call("add.Tensor", (one.scale or Number(1.0), product(other.scale, sign) or sign))
+    scale = (one.scale or Number(1.0)) + (product(other.scale, sign) or sign)
     shift = total(one.shift, None if other.shift is None else product(other.shift, sign))
     inner = one.inner | other.inner | {node}
     return _past_views(Affine(one.base, one.moves, next(iter(axes), None), scale, shift, inner), found)
@@ -319,8 +319,7 @@ def _normalized(facts: Facts, a: dict[str, Any]) -> Formula | None:
         return None
     dims, sizes = tuple(own for own in range(rank(x)) if own != 1), (1, -1, *[1] * (rank(x) - 2))
     variance = Call("var.correction", (of, dims), (("correction", 0), ("keepdim", True)))
-    centred = Call("sub.Tensor", (of, Call("mean.dim", (of, dims, True))))
-    made = Call("div.Tensor", (centred, Call("sqrt.default", (Call("add.Tensor", (variance, a["eps"])),))))
+    made = (of - Call("mean.dim", (of, dims, True))) / Call("sqrt.default", (variance + a["eps"],))
     for op, each in zip(("mul.Tensor", "add.Tensor"), entries, strict=True):
         made = made if each is None else Call(op, (made, Call("reshape.default", (each, sizes))))
     return made

@@ -76,8 +76,8 @@ def of_each(facts: Facts, product: Node, axis: int, scale: Formula) -> tuple[New
     name, made = facts.program.stored[factor.name], f"normfuse_{product.name}_scale"
     sizes = tuple(shape(product)[axis] if own == axis else 1 for own in range(rank(product)))
     every = Call("view.default", (Call("expand.default", (scale, (sizes[axis],))), sizes))
-    new = NewTensor(made, Call("mul.Tensor", (every, Read(name))), name)
-    return new, Reroute(product.name, Call("mul.Tensor", (Ref(other.name), Ref(made))))
+    new = NewTensor(made, every * Read(name), name)
+    return new, Reroute(product.name, Ref(other.name) * Ref(made))
 
 
 def why_fixed(facts: Facts, weight: Node) -> Obstacle | None:

@@ -161,7 +161,7 @@ def _kept_shift(facts: Facts, norm: Norm, value: Node, form: Affine, core: Expre
         return own, Reroute(value.name, _without(norm, Ref(norm.shift.name)))
     formed = entries if in_operator else column(entries, form.axis, value)
     new, read = new_tensor(facts, f"normfuse_{value.name}_shift", formed, value)
-    return new, Reroute(value.name, _without(norm, read) if in_operator else Call("add.Tensor", (core, read)))
+    return new, Reroute(value.name, _without(norm, read) if in_operator else core + read)
 
 
 def _rewrite(program: Program, norm: Norm, form: Affine, absorbed: Absorbed, gone: tuple[Edit, ...], because: str) -> Rewrite:

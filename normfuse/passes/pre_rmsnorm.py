@@ -120,7 +120,7 @@ def _as_rms(norm: Norm, region: Region) -> Reroute:
     if gain is not inside:
         scaled = Call("mul.Tensor", (scaled, gain))
     if norm.shift is not None:
-        scaled = Call("add.Tensor", (scaled, Ref(norm.shift.name)))
+        scaled = scaled + Ref(norm.shift.name)
     if any(dtype(each) != dtype(norm.out) for each in (norm.x, norm.gain, norm.shift) if each is not None):
         scaled = Call("type_as.default", (scaled, x))  # layer_norm keeps the dtype of x, arithmetic would promote
     return Reroute(norm.out.name, scaled)

@@ -108,7 +108,7 @@ class Draft:
     def add(self, layer: Node, value: Formula) -> None:
         """Add a stored tensor to what a layer gives."""
         new, read = new_tensor(self.facts, f"normfuse_{layer.name}_map", value, layer)
-        self.edits += [new, Reroute(layer.name, Call("add.Tensor", (Ref(layer.name), read)))]
+        self.edits += [new, Reroute(layer.name, Ref(layer.name) + read)]
         self.added_to.add(layer)
 
 
@@ -131,7 +131,7 @@ def per_group(weight: Formula, entries: Formula, groups: int, sizes: tuple[int, 
     """
     split = Call("view.default", (weight, (groups, sizes[0] // groups, sizes[1], -1)))
     own = Call("view.default", (entries, (groups, 1, sizes[1], 1)))
-    return Call("view.default", (Call("mul.Tensor", (split, own)), sizes))
+    return Call("view.default", (split * own, sizes))
 
 
 def full(entries: Formula, size: int) -> Formula:

@@ -197,8 +197,8 @@ class Forward:
             if own is not None:
                 if own.map.linear != summed.linear or not _is_axis(node, onward[0], operand, own.axis):
                     return Obstacle(self.JOINS, node)
-                less = operand is a["other"] and computes(node) is Computes.DIFFERENCE and own.map.shift is not None
-                summed = summed.plus(Call("neg.default", (own.map.shift,)) if less else own.map.shift)
+                less, shift = operand is a["other"] and computes(node) is Computes.DIFFERENCE, own.map.shift
+                summed = summed.plus(-shift if less and shift is not None else shift)
             elif summed.linear != Map():
                 stopped = self._term(node, operand, onward[0], summed.linear)
                 if stopped:

@@ -66,7 +66,7 @@ class Map:
     @property
     def inverse(self) -> Map:
         """The map that undoes this one: P((v - shift) / scale) of v = scale ⊙ Lt + shift is t."""
-        less = None if self.shift is None else Call("neg.default", (self.shift,))
+        less = None if self.shift is None else -self.shift
         over = None if self.scale is None else Call("reciprocal.default", (self.scale,))
         return replace(self, scale=over, shift=None if less is None else product(less, over))
 

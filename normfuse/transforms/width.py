@@ -411,7 +411,7 @@ class _Streams:
             else:
                 made = f"normfuse_{layer.node.name}_map"
                 yield NewTensor(made, Call("sum.dim_IntList", (weighed, (layer.dim,), rank(node) > 2)), layer.weight)
-                yield Reroute(layer.node.name, Call("add.Tensor", (Ref(layer.node.name), Ref(made))))
+                yield Reroute(layer.node.name, Ref(layer.node.name) + Ref(made))
 
     def _new_bias(self, layer: Layer, value: Formula) -> Iterator[Edit]:
         made = f"normfuse_{layer.node.name}_bias"

@@ -277,7 +277,7 @@ def _explicit(key: Key, name: str, keys: list[Key], paid: set[Key], steps: dict[
 def _less_its_mean(node: Node, axis: int) -> Call:
     x = Ref(node.name)
     if dtype(node) in (torch.float32, torch.float64):
-        return Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True))))
+        return x - Call("mean.dim", (x, (axis,), True))
     # a mean that is rounded to half precision would leave a mean behind that RMSNorm sees
-    centered = Call("sub.Tensor", (x, Call("mean.dim", (x, (axis,), True), FLOAT32)))
+    centered = x - Call("mean.dim", (x, (axis,), True), FLOAT32)
     return Call("type_as.default", (centered, x))
