@@ -21,9 +21,10 @@ from torch.fx import Node
 from normfuse.graph.bodies import Body
 from normfuse.graph.interpreter import call, default_dtype
 from normfuse.graph.ops.carrying import computes, keeps, rank, reads_entries, same, same_sizes, varies_along
+from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.ops.row import ALGEBRAIC, ROOTS, STATISTICS, Keeps
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, operator_norm, shape, tensors_in
+from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape, tensors_in
 
 _IN_PLACE = (Keeps.COPY, Keeps.CAST, Keeps.EXPAND)
 _LIMIT = 16  # nodes of a hand-written norm; usual spellings have 5 to 9

@@ -103,7 +103,8 @@ class Norm:
     @property
     def by_hand(self) -> bool:
         """Whether the model spells the norm in arithmetic rather than by one operator."""
-        return self.out.target not in _OPERATORS and self.out.target is not operator.getitem
+        in_one_call = self.inner == {self.out} and self.kind is not NormKind.OFFLINE_NORM
+        return not in_one_call and self.out.target is not operator.getitem
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -113,80 +114,9 @@ class Norm:
         return (1,) if self.kind in (NormKind.GROUP_NORM, NormKind.INSTANCE_NORM) else self.axes
 
 
-def _trailing(x: Node, normalized_shape: Any) -> tuple[int, ...]:
-    rank = len(shape(x))
-    return tuple(range(rank - len(normalized_shape), rank))
-
-
-def _layer_norm(node: Node, out: Node) -> Norm:
-    a = arguments(node)
-    axes = _trailing(a["input"], a["normalized_shape"])
-    return Norm(out, NormKind.LAYER_NORM, a["input"], axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
-
-
-def _rms_norm(node: Node, out: Node) -> Norm:
-    a = arguments(node)
-    x = a["input"]
-    eps = default_rms_eps(dtype(x)) if a["eps"] is None else float(a["eps"])
-    return Norm(out, NormKind.RMS_NORM, x, _trailing(x, a["normalized_shape"]), a["weight"], None, eps, frozenset({node, out}))
-
-
 def default_rms_eps(kind: torch.dtype | None) -> float:
     """The eps that torch's rms_norm takes when none is given: float64's own, float32's for everything narrower."""
     return torch.finfo(torch.float64 if kind == torch.float64 else torch.float32).eps
-
-
-def _batch_norm(node: Node, out: Node) -> Norm:
-    a = arguments(node)
-    x = a["input"]
-    axes = tuple(axis for axis in range(len(shape(x))) if axis != 1)
-    return Norm(out, NormKind.BATCH_NORM, x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
-
-
-def _group_norm(node: Node, out: Node) -> Norm:
-    a = arguments(node)
-    x = a["input"]
-    axes = tuple(range(1, len(shape(x))))
-    return Norm(out, NormKind.GROUP_NORM, x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
-
-
-def _instance_norm(node: Node, out: Node) -> Norm:
-    a = arguments(node)
-    x = a["input"]
-    axes = tuple(range(2, len(shape(x))))
-    return Norm(out, NormKind.INSTANCE_NORM, x, axes, a["weight"], a["bias"], float(a["eps"]), frozenset({node, out}))
-
-
-_OPERATORS = {
-    aten.layer_norm.default: _layer_norm,
-    aten.rms_norm.default: _rms_norm,
-    aten.batch_norm.default: _batch_norm,
-    aten.group_norm.default: _group_norm,
-    aten.instance_norm.default: _instance_norm,
-}
-# These yield a tuple whose first member is the normalized value.
-_TUPLE_OPERATORS = {
-    aten.native_layer_norm.default: _layer_norm,
-    aten._fused_rms_norm.default: _rms_norm,
-    aten._native_batch_norm_legit_no_training.default: _batch_norm,
-    aten._native_batch_norm_legit.default: _batch_norm,
-    aten._native_batch_norm_legit.no_stats: _batch_norm,
-    aten._native_batch_norm_legit_functional.default: _batch_norm,
-    aten.native_group_norm.default: _group_norm,
-}
-NORMS = frozenset(_OPERATORS) | frozenset(_TUPLE_OPERATORS)
-"""The operators that normalize."""
-
-
-def operator_norm(node: Node) -> Norm | None:
-    """The norm that ``node`` yields by one operator, or None."""
-    if node.target in _OPERATORS:
-        return _OPERATORS[node.target](node, node)
-    if node.target is operator.getitem and node.args[1] == 0:
-        source = node.args[0]
-        if isinstance(source, Node) and source.target in _TUPLE_OPERATORS:
-            return _TUPLE_OPERATORS[source.target](source, node)
-    return None
 
 
 def tensors_in(args: Any) -> Iterator[Node]:

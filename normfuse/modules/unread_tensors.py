@@ -26,9 +26,10 @@ from normfuse.analysis.facts import Facts
 from normfuse.graph.expressions import Call, Formula, Read, evaluate, reads
 from normfuse.graph.ops.carrying import computes, keeps, neutral, reads_entries
 from normfuse.graph.ops.carrying import layer as layer_of
+from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.ops.row import SAME, Computes
 from normfuse.graph.program import Program
-from normfuse.graph.views import NormKind, arguments, dtype, operator_norm, shape
+from normfuse.graph.views import NormKind, arguments, dtype, shape
 
 _CLOSE = 1e-12
 

@@ -27,8 +27,8 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfuse.graph.ops.installed import installed
-from normfuse.graph.ops.row import TABLE, Carried, Computes, Keeps, Layer, Mean, Operator, Product, everything
-from normfuse.graph.views import NORMS, arguments, dtype, is_tensor, shape, tensors_in
+from normfuse.graph.ops.row import TABLE, Carried, Computes, Keeps, Layer, Mean, Normalization, Operator, Product, everything
+from normfuse.graph.views import arguments, dtype, is_tensor, shape, tensors_in
 
 
 def row(node: Node) -> Operator | None:
@@ -76,7 +76,7 @@ def known_ops() -> frozenset[Any]:
 def knows(op: Any) -> bool:
     """Whether an operator is known by its name: it carries or hides something, or is a norm."""
     known = row_of(op)
-    return op in NORMS or (known is not None and bool(known.carries or known.hides))
+    return known is not None and bool(known.carries or known.hides or isinstance(known.role, Normalization))
 
 
 def reads_entries(node: Node) -> bool:

@@ -1,8 +1,7 @@
-"""Products with weights, attention, and norms."""
+"""Products with weights, and attention."""
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
 from typing import Any
 
@@ -11,9 +10,6 @@ from torch.fx import Node
 from normfuse.graph.ops.carrying import own_axis, rank, spans, terms
 from normfuse.graph.ops.row import (
     COMPUTED,
-    NO_MAP,
-    NO_WEIGHT,
-    NOT_CARRIED,
     PLAIN,
     SCALES,
     SEEN,
@@ -145,7 +141,7 @@ def _labels(term: str, value: Node) -> list[str]:
     return [*left, *map(str, range(len(left) + len(right) - rank(value), 0)), *right]
 
 
-# -- attention and norms -----------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 @operators(
@@ -155,25 +151,3 @@ def _labels(term: str, value: Node) -> list[str]:
 def _attention(node: Node, a: dict[str, Any], axis: int) -> Carried:
     """Sums of values: their features pass, whatever the weights of the sums are."""
     return ((a["value"], rank(a["value"]) - 1),) if axis == rank(node) - 1 and a["dropout_p"] == 0 else None
-
-
-def _norm_hides(node: Node, a: dict[str, Any], operand: Node) -> frozenset[int]:
-    alone = a["input"] is operand and a["weight"] is not operand and a["bias"] is not operand
-    tells = any(user.target is operator.getitem and user.args[1] == 1 for user in node.users)  # native: the mean itself
-    # over several axes the norm sees how the means along one of them differ
-    return frozenset({rank(operand) - 1}) if alone and not tells and len(a["normalized_shape"]) == 1 else frozenset()
-
-
-_NORM: dict[str, Any] = {
-    "hides": _norm_hides, "keeps": COMPUTED, "computes": PLAIN, "role": NO_WEIGHT, "width": No("it says how wide it is"),
-}  # fmt: skip
-
-
-@operators(aten.layer_norm.default, **_NORM, shift=No("it is made of no operand"))
-def _plain_layer_norm(node: Node, a: dict[str, Any], axis: int) -> Carried:
-    """Without gain and shift the result is centred by construction; with them its mean depends on the data."""
-    last = axis == rank(node) - 1 and len(a["normalized_shape"]) == 1
-    return () if last and a["weight"] is None and a["bias"] is None else None
-
-
-operators(aten.native_layer_norm.default, **_NORM, shift=NOT_CARRIED)(NO_MAP)

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch.fx import Node
 
+from normfuse.graph.views import NormKind
+
 Carried: TypeAlias = tuple[tuple[Node, int], ...] | None
 Carrying: TypeAlias = Callable[[Node, dict[str, Any], int], Carried]
 """Told of a call, its arguments and an axis of its result."""
@@ -109,6 +111,19 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Normalization:
+    """A norm of ``input`` with a gain ``weight``, a shift ``bias`` where there is one, and an ``eps``.
+
+    Attributes:
+        kind: what it computes.
+        axes: those that statistics are taken over, told of the call's arguments.
+    """
+
+    kind: NormKind
+    axes: Callable[[dict[str, Any]], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
 class Sized:
     """The call says the sizes of its result, one for each axis, in the argument of this name."""
 
@@ -127,7 +142,7 @@ class Operator:
         shift: whether a constant that is added to all carried operands along the carried axis is added to the result; or when.
         keeps: how the result consists of the first operand's entries.
         computes: what is computed, where passes need to know.
-        role: the names of factors, where the call is a product that passes fold into.
+        role: the names of factors, where the call is a product that passes fold into; or the norm that it is.
         width: whether the result may get another size along a carried axis: with its operands, when, or where sizes are said.
     """
 
@@ -136,7 +151,7 @@ class Operator:
     shift: Literal[True] | Condition | No
     keeps: Keeps | No
     computes: Computes | No
-    role: Layer | Product | Mean | No
+    role: Layer | Product | Mean | Normalization | No
     width: Literal[True] | Sized | Following | No
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,10 @@ from torch.fx import Node
 
 from normfuse.graph.interpreter import call
 from normfuse.graph.ops.carrying import carries, computes, keeps, layer, passes_shift, product, rank, row, weighed
-from normfuse.graph.ops.row import ALGEBRAIC, ENTRYWISE, ROOTS, STATISTICS, Computes, Keeps, Product
+from normfuse.graph.ops.norms import operator_norm
+from normfuse.graph.ops.row import ALGEBRAIC, ENTRYWISE, ROOTS, STATISTICS, Computes, Keeps, Normalization, Product
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size, with_size
-from normfuse.graph.views import arguments
+from normfuse.graph.views import NormKind, arguments
 from tests.graph.ops.calls import Built
 from tests.graph.ops.properties import agree, applied, flat, maps
 
@@ -181,7 +183,40 @@ def _ignores_order(built: Built, result: Any) -> None:
 
 def factors(built: Built) -> int:
     """A scale of the value's channels is one of the weight's; the bias is added, and means of values take their shift."""
-    return _is_layer(built) + _is_product(built) + _is_mean(built)
+    return _is_layer(built) + _is_product(built) + _is_mean(built) + _is_norm(built)
+
+
+def _is_norm(built: Built) -> int:
+    """The value less its mean, over the root of its mean square, both over the axes; times the gain, plus the shift."""
+    known = row(built.node)
+    if known is None or not isinstance(known.role, Normalization):
+        return 0
+    result = _run(built)
+    node = built.node
+    if isinstance(result, tuple):
+        node = node.graph.call_function(operator.getitem, (node, 0))
+        node.meta["val"] = result[0]
+    norm, a = operator_norm(node), arguments(built.node)
+    assert norm is not None
+    assert (norm.kind, norm.axes) == (known.role.kind, known.role.axes(a))
+    x, axes = built.values[norm.x], norm.axes
+    if norm.kind is NormKind.GROUP_NORM:  # the groups are an axis of their own
+        x = x.unflatten(1, (a["num_groups"] if "num_groups" in a else a["group"], -1))
+        axes = tuple(axis + 1 for axis in axes)
+    mean, square = x.mean(axes, keepdim=True), x.var(axes, correction=0, keepdim=True)
+    if norm.kind is NormKind.RMS_NORM:
+        mean, square = torch.zeros_like(mean), x.square().mean(axes, keepdim=True)
+    if a.get("running_mean") is not None:
+        assert list(mean.shape[:2]) in ([1, x.shape[1]], list(x.shape[:2]))
+        mean, square = (built.values[a[name]].view(-1, *[1] * (x.dim() - 2)) for name in ("running_mean", "running_var"))
+    expected = ((x - mean) / (square + norm.eps).sqrt()).reshape(built.values[norm.x].shape)
+    trailing = norm.kind in (NormKind.LAYER_NORM, NormKind.RMS_NORM)
+    for each, apply in ((norm.gain, torch.mul), (norm.shift, torch.add)):
+        if each is not None:
+            entries = built.values[each]
+            expected = apply(expected, entries if trailing else entries.view(-1, *[1] * (expected.dim() - 2)))
+    assert agree(flat(result)[0], expected), "it is another norm"
+    return 1
 
 
 def _is_layer(built: Built) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from normfuse.graph.ops.row import NOT_CARRIED, TABLE, Computes, Keeps, Layer, Mean, No, Operator, Product, Sized
+from normfuse.graph.ops.row import NOT_CARRIED, TABLE, Computes, Keeps, Layer, Mean, No, Normalization, Operator, Product, Sized
 from normfuse.graph.views import aten
 from tests.graph.ops.calls import drawn
 from tests.graph.ops.cases import CASES, HIDING
@@ -22,7 +22,7 @@ ANSWERS: dict[str, Any] = {
     "shift": lambda answer: answer is True or callable(answer),
     "keeps": lambda answer: isinstance(answer, Keeps),
     "computes": lambda answer: isinstance(answer, Computes),
-    "role": lambda answer: isinstance(answer, (Layer, Product, Mean)),
+    "role": lambda answer: isinstance(answer, (Layer, Product, Mean, Normalization)),
     "width": lambda answer: answer is True or isinstance(answer, Sized) or callable(answer),
 }
 
@@ -105,6 +105,10 @@ WRONG: list[tuple[Any, str, Any]] = [
     (aten.log_softmax.int, "computes", Computes.SOFTMAX),
     (aten.zeros_like.default, "computes", Computes.SUM),
     (aten.rand_like.default, "computes", Computes.FILL),
+    (aten.layer_norm.default, "role", TABLE[aten.rms_norm.default].role),
+    (aten.rms_norm.default, "role", TABLE[aten.layer_norm.default].role),
+    (aten.group_norm.default, "role", TABLE[aten.instance_norm.default].role),
+    (aten.instance_norm.default, "role", TABLE[aten.batch_norm.default].role),
     (aten.linear.default, "role", Layer(transposed=True)),
     (aten.conv2d.default, "role", Layer(transposed=True)),
     (aten.conv_transpose2d.input, "role", Layer(transposed=False)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normfuse.graph.views import aten
 from tests.graph.ops.calls import Call, Draw, case
-from tests.graph.ops.cases.products import norm
+from tests.graph.ops.cases.norms import norm
 
 
 @case(aten.cat.default)

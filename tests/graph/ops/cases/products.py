@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from normfuse.graph.views import aten
-from tests.graph.ops.calls import HIDING, Draw, case
+from tests.graph.ops.calls import Draw, case
 
 
 @case(aten.linear.default)
@@ -125,20 +125,6 @@ def _convolution(d: Draw, op: Any) -> Any:
 def _embedding(d: Draw, op: Any) -> Any:
     rows, width = (3, 3) if d.flag() else (d.of((1, 4)), d.of((1, 2)))
     return {"weight": d.normal(rows, width), "indices": d.below(rows, *d.shape(0, 2))}
-
-
-@case(aten.layer_norm.default, aten.native_layer_norm.default, table=HIDING)
-@case(aten.layer_norm.default)
-def norm(d: Draw, op: Any) -> Any:
-    shape = (*d.shape(0, 2), d.of((2, 3, 4)))
-    sizes = shape[-d.of(range(1, len(shape) + 1)) :] if d.of(range(3)) == 0 else shape[-1:]
-    x = d.normal(*shape)
-    affine = d.of(("none", "none", "gain", "shift", "both", "itself"))
-    weight = d.normal(*sizes) if affine in ("gain", "both") else None
-    bias = d.normal(*sizes) if affine in ("shift", "both") else None
-    if affine == "itself" and sizes == shape:
-        weight, bias = (x, None) if d.flag() else (None, x)
-    return {"input": x, "normalized_shape": list(sizes), "weight": weight, "bias": bias, "eps": d.of((1e-5, 0.1))}
 
 
 @case(aten.addr.default)
