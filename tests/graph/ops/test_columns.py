@@ -43,7 +43,7 @@ def test_every_column_is_answered(op: Any) -> None:
         assert row.width is NOT_CARRIED or isinstance(row.width, (No, Sized))
 
 
-def tried(op: Any, names: list[str], examples: int = 20) -> dict[str, int]:
+def tried(op: Any, names: list[str], examples: int = 12) -> dict[str, int]:
     """Try columns on random calls of an operator; how often each had something to say."""
     said = dict.fromkeys(names, 0)
 
