@@ -71,10 +71,10 @@ lint: $(VENV)/dev
 
 # Hours; each keeps its tables in benchmarks/results and says what has changed since the last run.
 bench: $(VENV)/dev
-	for name in planning_scale memory fold_patterns fold_speed rms_norm pre_norms crms_norm tune; do \
-		PYTHONPATH=. $(BIN)/python benchmarks/$$name.py || exit 1; done
-	PYTHONPATH=. $(BIN)/python benchmarks/strip.py --models "1 × 128"
-	PYTHONPATH=. $(BIN)/python benchmarks/strip_whisper.py
+	$(BIN)/pip install --quiet --no-deps -r benchmarks/requirements.txt
+	for name in planning_scale memory fold_patterns fold_speed rms_norm pre_norms crms_norm tune strip_whisper; do \
+		$(BIN)/python -m benchmarks.$$name || exit 1; done
+	$(BIN)/python -m benchmarks.strip --models "1 × 128"
 
 clean:
 	rm -rf $(VENV) .venv-latest out
