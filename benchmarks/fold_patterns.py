@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import normfuse
 from benchmarks.record import recorded
 from normfuse.errors import TraceError
-from normfuse.transforms.fold import HALF, LEFT
+from normfuse.transforms.constant_norms import HALF, LEFT
 from tests.batch_norms import FOLDS, IMAGE, Chain, Fold
 from tests.models import noise
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from normfuse.nn.recalibrate import recalibrate
     from normfuse.planning.planner import Plan, plan
     from normfuse.proof.evidence import Evidence
-    from normfuse.report.record import Report
+    from normfuse.report.report import Report
     from normfuse.sources.inputs import Inputs
     from normfuse.sources.loading import load
     from normfuse.stripping.calibration import Calibration, calibrate
@@ -57,7 +57,7 @@ _HOMES = {
     "nn.recalibrate": ("recalibrate",),
     "planning.planner": ("Plan", "plan"),
     "proof.evidence": ("Evidence",),
-    "report.record": ("Report",),
+    "report.report": ("Report",),
     "sources.inputs": ("Inputs",),
     "sources.loading": ("load",),
     "stripping.calibration": ("Calibration", "calibrate"),

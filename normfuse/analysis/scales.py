@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
-from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import NewTensor, Reroute
 from normfuse.graph.expressions import Call, Formula, Read, Ref
-from normfuse.graph.ops.carrying import carries, computes, keeps, rank, same, times_read
-from normfuse.graph.ops.rounding import rounds
-from normfuse.graph.ops.row import Computes, Keeps
-from normfuse.graph.views import arguments, aten, dtype, is_tensor, shape
+from normfuse.graph.ops.carrying import carries, computes, rank, same, times_read
+from normfuse.graph.ops.row import Computes
+from normfuse.graph.views import arguments, aten, is_tensor, shape
 
 
 def scalable(facts: Facts, weight: Node, axis: int) -> tuple[Node, int] | None:
@@ -78,29 +76,3 @@ def of_each(facts: Facts, product: Node, axis: int, scale: Formula) -> tuple[New
     every = Call("view.default", (Call("expand.default", (scale, (sizes[axis],))), sizes))
     new = NewTensor(made, every * Read(name), name)
     return new, Reroute(product.name, Ref(other.name) * Ref(made))
-
-
-def why_fixed(facts: Facts, weight: Node) -> Obstacle | None:
-    """What makes a weight one whose channels cannot be scaled or centred, and why; None where it is nothing of the kind."""
-    behind = computed_from(weight)
-    grid = next((node for node in behind if node.op == "call_function" and rounds(node)), None)
-    if grid is not None:
-        tensor = next((node for node in computed_from(grid) if facts.editable(node)), None)
-        name = str(grid.target).removeprefix("aten.").partition(".")[0]
-        return Obstacle(Why.QUANTIZED, tensor or grid, (name,))
-    picked = next((node for node in behind if keeps(node) is Keeps.LOOKUP), None)
-    if picked is not None:
-        return Obstacle(Why.CODEBOOK, next((node for node in computed_from(picked) if facts.editable(node)), picked))
-    for node in behind:
-        kind = dtype(node)
-        if node.op == "placeholder" and kind is not None and not kind.is_floating_point:
-            return Obstacle(Why.NO_FLOAT, node, (str(kind).removeprefix("torch."),))
-    return None
-
-
-def computed_from(weight: Node) -> list[Node]:
-    """A value, and all that it is computed from, the nearest first."""
-    seen = [weight]
-    for node in seen:
-        seen.extend(each for each in node.all_input_nodes if each not in seen)
-    return seen

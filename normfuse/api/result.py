@@ -10,10 +10,10 @@ from torch import nn
 
 from normfuse.errors import CannotApply, NormfuseError
 from normfuse.exporters import eager_cpu
+from normfuse.graph.kept_tensors import own_state
 from normfuse.graph.program import Program
-from normfuse.graph.stored import own_state
 from normfuse.modules.deploy import apply_plan
-from normfuse.report.record import Report
+from normfuse.report.report import Report
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.inputs import Inputs
 

@@ -15,8 +15,8 @@ from normfuse.errors import one_of
 from normfuse.exporters import eager_cpu
 from normfuse.graph.findings import Claim
 from normfuse.graph.interpreter import flat_inputs
+from normfuse.graph.kept_tensors import only_read, own_state
 from normfuse.graph.program import Program
-from normfuse.graph.stored import only_read, own_state
 from normfuse.modules import live_program
 from normfuse.planning.planner import plan
 from normfuse.planning.registry import requested
@@ -25,7 +25,7 @@ from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.fidelity import traced
 from normfuse.proof.loaded_back import called_as_written
 from normfuse.proof.proving import Progress, checked_level, prove
-from normfuse.report.record import Report
+from normfuse.report.report import Report
 from normfuse.sources.inputs import Inputs
 
 

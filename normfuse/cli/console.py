@@ -46,7 +46,7 @@ def tell(as_json: bool, data: Any, *parts: RenderableType) -> int:
 
 def rendered(answer: Any) -> Iterable[RenderableType]:
     """An answer as text: what it says of itself, or a table of its evidence."""
-    from normfuse.report.evidence import evidence_lines
+    from normfuse.report.evidence_text import evidence_lines
 
     return answer.render() if hasattr(answer, "render") else evidence_lines(answer)
 

@@ -14,7 +14,7 @@ from normfuse.errors import VerificationFailed
 from normfuse.escaping import escaped
 
 if TYPE_CHECKING:
-    from normfuse.report.record import Report
+    from normfuse.report.report import Report
 from normfuse.cli.console import tell, working
 from normfuse.cli.files import check_writable, write_file, wrote
 from normfuse.cli.options import Source, known_passes, with_answer, with_source

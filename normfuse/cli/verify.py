@@ -36,7 +36,7 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
     check_writable([junit, html], (a, b, source.path))
     with working("loading and tracing") as progress:
         from normfuse.api import verification
-        from normfuse.report.evidence import differences_table
+        from normfuse.report.evidence_text import differences_table
         from normfuse.report.html import html as page
         from normfuse.report.junit import junit as suite
 

@@ -38,7 +38,7 @@ from normfuse.graph.expressions import Call
 from normfuse.graph.findings import Finding, Refusal
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind
-from normfuse.transforms.fold import dissolve
+from normfuse.transforms.constant_norms import dissolve
 
 NORMS = ("batch_norm", "offline_norm")
 

@@ -53,8 +53,8 @@ from normfuse.graph.ops.carrying import keeps, rank, times_read
 from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor
+from normfuse.transforms.constant_norms import makes_tensors
 from normfuse.transforms.draft import Absorbed, column, new_tensor
-from normfuse.transforms.fold import makes_tensors
 from normfuse.transforms.into_readers import into_readers, well_conditioned
 
 NORMS = ("layer_norm", "rms_norm", "group_norm")

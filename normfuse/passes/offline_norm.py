@@ -38,8 +38,8 @@ from normfuse.graph.ops.carrying import computes, keeps, layer
 from normfuse.graph.ops.row import ROOTS, SAME, STATISTICS, Computes
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten
+from normfuse.transforms.constant_norms import dissolve
 from normfuse.transforms.draft import Draft
-from normfuse.transforms.fold import dissolve
 
 
 def offline_norm(program: Program, facts: Facts) -> Iterator[Finding]:

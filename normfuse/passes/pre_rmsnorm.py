@@ -52,8 +52,8 @@ from typing import Any
 from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.fixed_weights import why_fixed
 from normfuse.analysis.obstacles import Obstacle, Why, named
-from normfuse.analysis.scales import why_fixed
 from normfuse.graph.edits import Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite

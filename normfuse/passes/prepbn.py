@@ -39,7 +39,7 @@ from normfuse.graph.ops.carrying import keeps
 from normfuse.graph.ops.row import MOVES
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, aten
-from normfuse.transforms.fold import dissolve
+from normfuse.transforms.constant_norms import dissolve
 
 NORMS = ("batch_norm",)
 

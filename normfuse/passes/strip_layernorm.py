@@ -52,9 +52,9 @@ from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.carrying import rank
 from normfuse.graph.program import Program, Site
 from normfuse.graph.views import Norm, NormKind, dtype
+from normfuse.transforms.constant_norms import dissolve
 from normfuse.transforms.draft import Absorbed
-from normfuse.transforms.fold import dissolve
-from normfuse.transforms.mean_subtraction import Centring, as_norm, blind, centrings, into_weights
+from normfuse.transforms.mean_subtraction import MeanSubtraction, as_norm, blind, centrings, into_weights
 from normfuse.transforms.zero_mean import Region, center
 
 PUBLISHED_EPS = 1e8
@@ -99,7 +99,7 @@ def overflows(norm: Norm) -> bool:
     return any(each is not None and dtype(each) == torch.float16 for each in (norm.x, norm.gain, norm.shift))
 
 
-def _along_channels(found: dict[Node, Affine], every: tuple[Centring, ...]) -> dict[Node, Affine]:
+def _along_channels(found: dict[Node, Affine], every: tuple[MeanSubtraction, ...]) -> dict[Node, Affine]:
     """A scale by a number alone (a norm without gain) is one along the channels as well."""
     axes = {each.out: each.axis for each in every}
     return {
@@ -111,7 +111,9 @@ def _along_channels(found: dict[Node, Affine], every: tuple[Centring, ...]) -> d
 # -- mean-subtractions -------------------------------------------------------------------------------------------------
 
 
-def _centrings(program: Program, facts: Facts, every: tuple[Centring, ...], scaled: Mapping[Node, Affine]) -> Iterator[Finding]:
+def _centrings(
+    program: Program, facts: Facts, every: tuple[MeanSubtraction, ...], scaled: Mapping[Node, Affine]
+) -> Iterator[Finding]:
     ways = {each: into_weights(facts, each) for each in every}
     stuck = {each for each, way in ways.items() if isinstance(way, Obstacle)}
     # only what was a norm: other mean-subtractions that cannot go are nobody's concern
@@ -132,7 +134,7 @@ def _centrings(program: Program, facts: Facts, every: tuple[Centring, ...], scal
             yield _stays(program, each, way, scaled[each.out])
 
 
-def _stays(program: Program, each: Centring, way: Obstacle, form: Affine) -> Refusal:
+def _stays(program: Program, each: MeanSubtraction, way: Obstacle, form: Affine) -> Refusal:
     reason = told(program, way)
     if way.at in form.inner:
         reason = "its gain and shift could not be folded into what reads them, so its mean-subtraction stays before them"
@@ -140,7 +142,7 @@ def _stays(program: Program, each: Centring, way: Obstacle, form: Affine) -> Ref
     return Refusal("strip_layernorm", program.site(each.out), "NF604", reason, program.site(way.at), hint)
 
 
-def _into_readers(program: Program, each: Centring, way: Absorbed) -> Rewrite:
+def _into_readers(program: Program, each: MeanSubtraction, way: Absorbed) -> Rewrite:
     region = frozenset(node.name for node in (*way.nodes, *each.inner, each.x))
     because = "all layers that read it take the mean away in their weights"
     return _folded(program, (each.out,), (*way.edits, Reroute(each.out.name, Ref(each.x.name))), region, because)

@@ -34,7 +34,7 @@ from normfuse.analysis.facts import Facts
 from normfuse.graph.findings import Finding
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind
-from normfuse.transforms.fold import dissolve
+from normfuse.transforms.constant_norms import dissolve
 
 NORMS = ("offline_norm",)
 

@@ -19,16 +19,16 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, first_line
 from normfuse.graph.interpreter import run
+from normfuse.graph.kept_tensors import own_state
 from normfuse.graph.program import Program, quiet
-from normfuse.graph.stored import own_state
 from normfuse.proof.calling import Answer, ModelCall, answer, call_of_program
 from normfuse.proof.cases import Case, sizes_of_ranges
 from normfuse.proof.differences import identical
 from normfuse.proof.evidence import Evidence, Verdict
+from normfuse.proof.input_conditions import narrower
 from normfuse.proof.proving import rounded_alike
 from normfuse.proof.randomness import is_random
 from normfuse.proof.trial_run import GIVE_FITTING
-from normfuse.proof.written import narrower
 
 SMALL = 2**12
 """Entries of a tensor up to which it is saved and loaded back itself; larger ones would be a third copy of the model."""

@@ -37,11 +37,11 @@ from normfuse.planning.planner import Plan
 from normfuse.proof.cases import Case
 from normfuse.proof.coverage import Coverage, Missing, counts
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
+from normfuse.proof.input_conditions import narrower
 from normfuse.proof.judging import Judged, judged
 from normfuse.proof.sensitivity import sensitivity
 from normfuse.proof.steps import Steps, jumping, notes_of_own_dtype
 from normfuse.proof.trial_run import trial_run
-from normfuse.proof.written import narrower
 
 NUDGE = 1e-15
 DRAWS = 2

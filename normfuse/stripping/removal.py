@@ -31,7 +31,7 @@ from normfuse.planning.registry import find
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import checked
 from normfuse.proof.proving import Progress, checked_level, prove
-from normfuse.report.record import Report
+from normfuse.report.report import Report
 from normfuse.report.text import plain_table
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.inputs import Inputs

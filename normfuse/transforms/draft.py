@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.fixed_weights import computed_from, why_fixed
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.analysis.scales import computed_from, why_fixed
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Formula, Read, Ref, reads
 from normfuse.graph.ops.carrying import layer as layer_of

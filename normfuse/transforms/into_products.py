@@ -27,7 +27,7 @@ from normfuse.transforms.maps import Map
 
 
 @dataclass(frozen=True)
-class Layer:
+class Reading:
     """A product with a stored weight that takes a map up.
 
     Attributes:
@@ -59,7 +59,7 @@ class Products:
         dropped: constant multiplications and additions on the way that give way to their operands.
     """
 
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[Reading] = field(default_factory=list)
     values: list[Key] = field(default_factory=list)
     dropped: list[tuple[Node, Node]] = field(default_factory=list)
 
@@ -138,5 +138,5 @@ class _Find(Forward):
         if pending.shift is not None and bias is not None and not owned and rank(tensor) > 2:
             return Obstacle(Why.NO_BIAS_OF_ITS_OWN, bias)
         name = stored[bias.name] if owned else None
-        self.found.layers.append(Layer(node, stored[tensor.name], along, tuple(way), pending, name, takes_bias))
+        self.found.layers.append(Reading(node, stored[tensor.name], along, tuple(way), pending, name, takes_bias))
         return None

@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.fixed_weights import why_fixed
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.analysis.scales import why_fixed
 from normfuse.graph.edits import Reroute
 from normfuse.graph.expressions import Call, Formula, evaluate, substitute
 from normfuse.graph.ops.carrying import layer, rank, reads_entries, same, times_read, unpadded

@@ -1,4 +1,4 @@
-"""Fold an explicit mean-subtraction, x - mean x along one axis, into what reads it or into what writes it.
+"""Fold a mean-subtraction that the model has, x - mean x along one axis, into what reads it or into what writes it.
 
 Centring is a linear map, C₀ = I - 11ᵀ/d, so a linear layer that reads C₀x can do it in its own weight: W(C₀x) = (WC₀)x. Where
 some reader is no linear layer, the writers of x may be centred instead, by the machinery of `normfuse.transforms.zero_mean`.
@@ -25,7 +25,7 @@ from normfuse.transforms.zero_mean import ZERO_MEAN
 
 
 @dataclass(frozen=True)
-class Centring:
+class MeanSubtraction:
     """An explicit mean-subtraction.
 
     Attributes:
@@ -41,7 +41,7 @@ class Centring:
     inner: frozenset[Node]
 
 
-def centrings(facts: Facts) -> tuple[Centring, ...]:
+def centrings(facts: Facts) -> tuple[MeanSubtraction, ...]:
     """Every mean-subtraction of a program that is no part of a norm, in execution order."""
     found = []
     for node in facts.program.graph.nodes:
@@ -50,7 +50,7 @@ def centrings(facts: Facts) -> tuple[Centring, ...]:
             x, mean = a["self"], a["other"]
             axis = next((own for own in range(rank(node)) if a["alpha"] == 1 and is_mean_of(mean, x, own)), None)
             if axis is not None and isinstance(shape(x)[axis], int) and times_read(mean) == 1:
-                found.append(Centring(node, x, axis, frozenset({node, mean})))
+                found.append(MeanSubtraction(node, x, axis, frozenset({node, mean})))
     return tuple(found)
 
 
@@ -58,7 +58,7 @@ def centrings(facts: Facts) -> tuple[Centring, ...]:
 class Blind(Facts):
     """Facts of a program in which mean-subtractions count as LayerNorms: they do not see the mean of what they read."""
 
-    centrings: tuple[Centring, ...] = ()
+    centrings: tuple[MeanSubtraction, ...] = ()
 
     @cached_property
     def norms(self) -> tuple[Norm, ...]:
@@ -66,12 +66,12 @@ class Blind(Facts):
         return (*Facts(self.program).norms, *map(as_norm, self.centrings))
 
 
-def as_norm(each: Centring) -> Norm:
+def as_norm(each: MeanSubtraction) -> Norm:
     """A mean-subtraction as `normfuse.transforms.zero_mean` takes its wishes."""
     return Norm(each.out, NormKind.LAYER_NORM, each.x, (each.axis,), None, None, 0.0, each.inner)
 
 
-def into_weights(facts: Facts, each: Centring) -> Absorbed | Obstacle:
+def into_weights(facts: Facts, each: MeanSubtraction) -> Absorbed | Obstacle:
     """The centring folded into the weights of all layers that read it, however far.
 
     Args:
@@ -110,6 +110,6 @@ class _Take(Forward):
         return self.draft.change(weight, lambda own: pending.read(own, dim, shape(weight)[dim]))
 
 
-def blind(facts: Facts, chosen: Iterable[Centring]) -> Blind:
+def blind(facts: Facts, chosen: Iterable[MeanSubtraction]) -> Blind:
     """The facts of a program in which these mean-subtractions do not see what they take away."""
     return Blind(facts.program, centrings=tuple(chosen))

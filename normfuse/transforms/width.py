@@ -31,9 +31,9 @@ from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape, 
 from normfuse.transforms.backward import Backward, Key, Step
 from normfuse.transforms.basis import Basis
 from normfuse.transforms.forward import is_size_blind
-from normfuse.transforms.into_products import Layer, Products, products
+from normfuse.transforms.into_products import Products, Reading, products
 from normfuse.transforms.maps import Map
-from normfuse.transforms.zero_mean import ZERO_MEAN, Centering, center
+from normfuse.transforms.zero_mean import ZERO_MEAN, CentredRegions, center
 
 
 def propose(program: Program, facts: Facts, pass_name: str, basis: Basis) -> Iterator[Finding]:
@@ -256,7 +256,7 @@ class _Streams:
         basis: Basis,
         read_by: Mapping[Norm, Products],
         known: Mapping[Node, frozenset[int]],
-        centering: Centering,
+        centering: CentredRegions,
     ) -> None:
         self.facts, self.basis, self.read_by, self.known = facts, basis, read_by, known
         edits = [edit for region in centering.regions for edit in region.edits]
@@ -314,7 +314,7 @@ class _Streams:
                 name, reader = found
                 yield Kept(norm, "NF403", Obstacle(Why.READS_TOO, reader, (name,)))
 
-    def _rival(self, layer: Layer, layers: list[Layer]) -> tuple[str, Node] | None:
+    def _rival(self, layer: Reading, layers: list[Reading]) -> tuple[str, Node] | None:
         """A tensor of a layer that somebody else reads, and who."""
         for name in (layer.weight, layer.bias if layer.map.shift is not None else None):
             sharing = [other for other in layers if name is not None and name in (other.weight, other.bias)]
@@ -377,7 +377,7 @@ class _Streams:
         nodes |= {self.facts.program.reader_of(layer.bias) for layer in layers if layer.bias and layer.map.shift is not None}
         return Narrowing(tuple(norms), tuple(edits), frozenset(nodes), explicit)
 
-    def _of_weight(self, layer: Layer) -> Iterator[Key]:
+    def _of_weight(self, layer: Reading) -> Iterator[Key]:
         yield (self.facts.program.reader_of(layer.weight), layer.dim)
         yield from layer.way
 
@@ -391,7 +391,7 @@ class _Streams:
                 formulas[name] = self.basis.written(before, axis, _width(node, axis))
         return formulas
 
-    def _readers(self, layers: list[Layer], formulas: dict[str, Formula]) -> Iterator[Edit]:
+    def _readers(self, layers: list[Reading], formulas: dict[str, Formula]) -> Iterator[Edit]:
         """The layers behind the norms; what writes a stream as well is changed on top of that."""
         writers = dict(formulas)
         for layer in layers:
@@ -413,7 +413,7 @@ class _Streams:
                 yield NewTensor(made, Call("sum.dim_IntList", (weighed, (layer.dim,), rank(node) > 2)), layer.weight)
                 yield Reroute(layer.node.name, Ref(layer.node.name) + Ref(made))
 
-    def _new_bias(self, layer: Layer, value: Formula) -> Iterator[Edit]:
+    def _new_bias(self, layer: Reading, value: Formula) -> Iterator[Edit]:
         made = f"normfuse_{layer.node.name}_bias"
         named = {**arguments(layer.node), "bias": Ref(made)}
         yield NewTensor(made, value, next(reads(value)))
@@ -449,7 +449,7 @@ def _is_mean_subtraction(node: Node, axis: int) -> bool:
     return node.target is aten.sub.Tensor and arguments(node)["alpha"] == 1 and is_mean_of(node.args[1], node.args[0], axis)  # type: ignore[arg-type]
 
 
-def _alike(one: Layer, other: Layer) -> bool:
+def _alike(one: Reading, other: Reading) -> bool:
     """Whether two layers ask the same of a weight and bias that they share."""
     return (one.weight, one.bias, one.dim, one.map) == (
         other.weight, other.bias, other.dim, other.map,

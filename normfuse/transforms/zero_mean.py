@@ -1,4 +1,4 @@
-"""Ask for a fact; get the edits that make it true, or what stands in the way.
+"""Give values zero mean: the edits that do it and what they cost, or what stands in the way.
 
 `center` answers for many values at once: "which of these norms can have an input of zero mean, and at what price?" From
 each norm's input it walks back over `carries`. The walk ends well at stored tensors whose mean nobody sees
@@ -42,14 +42,14 @@ class Region:
 
 
 @dataclass(frozen=True)
-class Centering:
+class CentredRegions:
     """The answer of `center`: regions that are worth it, and for every other norm its nearest obstacle."""
 
     regions: tuple[Region, ...]
     blocked: tuple[tuple[Norm, Obstacle], ...]
 
 
-def center(facts: Facts, norms: Iterable[Norm]) -> Centering:
+def center(facts: Facts, norms: Iterable[Norm]) -> CentredRegions:
     """Choose the norms whose inputs are given zero mean along their (single) axis, and say how.
 
     Args:
@@ -63,7 +63,7 @@ def center(facts: Facts, norms: Iterable[Norm]) -> Centering:
     kept, paid = _choose(facts, wishes, steps)
     regions = tuple(_regions(facts, kept, paid, steps))
     blocked = tuple((norm, _nearest(key, steps)) for norm, key in wishes.items() if norm not in kept)
-    return Centering(regions, blocked)
+    return CentredRegions(regions, blocked)
 
 
 # -- walking back ------------------------------------------------------------------------------------------------------

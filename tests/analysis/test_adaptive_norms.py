@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.transforms.fold import WRITERS
+from normfuse.transforms.constant_norms import WRITERS
 from tests.foreign_norms import EvoNorm2dB0, EvoNorm2dS0, GroupScaling1D, trained
 from tests.models import noise
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import normfuse
 import normfuse.nn
-from normfuse.transforms.fold import HALF, LEFT, READERS, WRITERS
+from normfuse.transforms.constant_norms import HALF, LEFT, READERS, WRITERS
 from tests.float64 import error_in_float64
 from tests.foreign_norms import (
     FOREIGN,

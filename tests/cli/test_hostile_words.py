@@ -149,7 +149,7 @@ def test_junit_always_parses() -> None:
 
 
 def test_a_page_shows_names() -> None:
-    from normfuse.report.evidence import evidence_lines
+    from normfuse.report.evidence_text import evidence_lines
 
     text = page(evidence_lines(evidence()), NASTY)
     assert harmless(text)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.transforms.fold import HALF, LEFT, READERS, WRITERS
+from normfuse.transforms.constant_norms import HALF, LEFT, READERS, WRITERS
 from tests.batch_norms import FOLDS
 from tests.zoo.spread import spread
 

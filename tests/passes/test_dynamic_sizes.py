@@ -18,7 +18,7 @@ from normfuse.errors import VerificationFailed
 from normfuse.graph.program import Program
 from normfuse.planning.planner import plan
 from normfuse.planning.registry import ALL
-from normfuse.proof.written import narrower
+from normfuse.proof.input_conditions import narrower
 from tests.every_model import MODELS
 from tests.models import noise
 from tests.zoo.spread import spread

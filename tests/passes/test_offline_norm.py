@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import normfuse
-from normfuse.transforms.fold import HALF, LEFT, READERS, WRITERS
+from normfuse.transforms.constant_norms import HALF, LEFT, READERS, WRITERS
 from normfuse.transforms.into_readers import CONDITION
 from tests.streams import STREAMS, WORDS, Statistic, Transformer
 

@@ -15,8 +15,8 @@ from torch.export import Dim, ExportedProgram
 import normfuse
 from normfuse.cli import main
 from normfuse.errors import InputError, VerificationFailed
+from normfuse.graph.kept_tensors import only_read
 from normfuse.graph.program import Program
-from normfuse.graph.stored import only_read
 from normfuse.proof.evidence import Verdict
 from normfuse.proof.loaded_back import SMALL, loaded_back
 from normfuse.sources.inputs import Inputs

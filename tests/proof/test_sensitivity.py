@@ -19,7 +19,7 @@ from normfuse.planning.planner import Plan, plan
 from normfuse.proof.cases import cases
 from normfuse.proof.evidence import Evidence, Sensitivity
 from normfuse.proof.proving import prove
-from normfuse.report.evidence import evidence_lines
+from normfuse.report.evidence_text import evidence_lines
 from normfuse.report.html import html
 from tests.batch_norms import FOLDS
 from tests.models import TRAPS

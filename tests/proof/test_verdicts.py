@@ -195,7 +195,7 @@ def test_every_form_of_a_report_says_not_compared(vacuous: Evidence) -> None:
     suite = ElementTree.fromstring(junit(vacuous, "a"))
     assert suite.get("errors") == "1"
     assert "the same whatever" in (suite.find(".//error").get("message") or "")  # type: ignore[union-attr]
-    from normfuse.report.evidence import evidence_lines
+    from normfuse.report.evidence_text import evidence_lines
 
     assert "not proven: nothing was compared" in html(evidence_lines(vacuous), "a")
 

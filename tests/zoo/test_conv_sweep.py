@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 import normfuse
-from normfuse.transforms.fold import WRITERS
+from normfuse.transforms.constant_norms import WRITERS
 from tests.zoo.models import tiny
 
 pytestmark = [pytest.mark.zoo, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

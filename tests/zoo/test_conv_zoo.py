@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 import normfuse
-from normfuse.transforms.fold import HALF, LEFT, READERS, WRITERS
+from normfuse.transforms.constant_norms import HALF, LEFT, READERS, WRITERS
 from tests.zoo.conv_models import CONV_ZOO
 
 WAYS = (WRITERS, READERS, HALF, LEFT)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.proof.proving import distance
-from normfuse.transforms.fold import WRITERS
+from normfuse.transforms.constant_norms import WRITERS
 from tests.zoo import trained_conv
 from tests.zoo.trained import FetchFailed
 from tests.zoo.trained_conv import CLASSES

@@ -17,7 +17,7 @@ from rich.text import Text
 from normfuse.escaping import escaped, json_text
 from normfuse.planning.planner import Plan
 from normfuse.proof.evidence import Evidence
-from normfuse.report.evidence import evidence_lines
+from normfuse.report.evidence_text import evidence_lines
 from normfuse.report.text import norms_table, refusals_lines, rewrites_lines
 
 
