@@ -17,7 +17,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.graph.arithmetic import only_computes
 from normfuse.graph.expressions import Call, Expression, Formula, Number, Read, Ref, literal
-from normfuse.graph.ops.carrying import carries, keeps, rank, same, same_sizes, times_read, varies_along
+from normfuse.graph.ops.lookup import carries, keeps, rank, same, same_sizes, times_read, varies_along
 from normfuse.graph.ops.rounding import rounds
 from normfuse.graph.ops.row import MOVES, Keeps
 from normfuse.graph.ops.sizes import says_size

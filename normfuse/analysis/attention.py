@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Why
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops.carrying import carries, computes, keeps, rank, weighed
+from normfuse.graph.ops.lookup import carries, computes, keeps, rank, weighed
 from normfuse.graph.ops.row import SAME, Computes, Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, shape

@@ -1,4 +1,4 @@
-"""What is proven of a program's values: one loop forward, one loop backward, over the table of `normfuse.graph.ops.carrying`.
+"""What is proven of a program's values: one loop forward, one loop backward, over the table of `normfuse.graph.ops.lookup`.
 
 facts.unseen[node]      axes along which no reader can see the mean of this value
 facts.centered[node]    axes along which the mean of this value is zero by construction
@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from normfuse.analysis.norms import norms_of
 from normfuse.graph.bodies import Body, bodies
-from normfuse.graph.ops.carrying import carries, hides, is_mean_of, rank
+from normfuse.graph.ops.lookup import carries, hides, is_mean_of, rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, tensors_in
 

@@ -6,7 +6,7 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.rounding import rounds
 from normfuse.graph.ops.row import Keeps
 from normfuse.graph.views import dtype

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from normfuse.graph.bodies import Body
 from normfuse.graph.interpreter import call, default_dtype
-from normfuse.graph.ops.carrying import computes, keeps, rank, reads_entries, same, same_sizes, varies_along
+from normfuse.graph.ops.lookup import computes, keeps, rank, reads_entries, same, same_sizes, varies_along
 from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.ops.row import ALGEBRAIC, ROOTS, STATISTICS, Keeps
 from normfuse.graph.program import Program

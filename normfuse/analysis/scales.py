@@ -13,7 +13,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.graph.edits import NewTensor, Reroute
 from normfuse.graph.expressions import Call, Formula, Read, Ref
-from normfuse.graph.ops.carrying import carries, computes, rank, same, times_read
+from normfuse.graph.ops.lookup import carries, computes, rank, same, times_read
 from normfuse.graph.ops.row import Computes
 from normfuse.graph.views import arguments, aten, is_tensor, shape
 

@@ -18,7 +18,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import analyze
 from normfuse.graph.edits import Edit, NewTensor, Reroute, apply
 from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref, evaluate
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, default_rms_eps, dtype, shape
 

@@ -20,7 +20,7 @@ from normfuse.errors import ExportError
 from normfuse.graph.edits import Edit, Reroute, apply
 from normfuse.graph.expressions import FLOAT32, Call, Ref, literal
 from normfuse.graph.interpreter import call, default_dtype, widened
-from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape

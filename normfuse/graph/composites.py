@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfuse.graph.ops.carrying import knows
+from normfuse.graph.ops.lookup import knows
 from normfuse.graph.shapes import unguarded
 from normfuse.graph.views import aten
 from normfuse.sources.extents import all_graphs

@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.graph.ops.carrying import reads_entries
+from normfuse.graph.ops.lookup import reads_entries
 from normfuse.graph.program import Program, module_path
 from normfuse.graph.views import arguments, aten, shape, tensors_in
 from normfuse.modules.unread_tensors import Bare, UnreadTensors, is_same_without

@@ -29,7 +29,7 @@ from torch.fx import Node
 
 from normfuse.analysis.obstacles import Why
 from normfuse.graph.expressions import Call, Expression, Formula, Ref, literal, reads, substitute
-from normfuse.graph.ops.carrying import reads_entries
+from normfuse.graph.ops.lookup import reads_entries
 from normfuse.graph.program import Program
 from normfuse.graph.views import shape
 from normfuse.modules.graph_diff import Comparison, Instance, Unplaced, stack_of

@@ -24,8 +24,8 @@ from torch.fx import Node
 from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.graph.expressions import Call, Formula, Read, evaluate, reads
-from normfuse.graph.ops.carrying import computes, keeps, neutral, reads_entries
-from normfuse.graph.ops.carrying import layer as layer_of
+from normfuse.graph.ops.lookup import computes, keeps, neutral, reads_entries
+from normfuse.graph.ops.lookup import layer as layer_of
 from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.ops.row import SAME, Computes
 from normfuse.graph.program import Program

@@ -49,7 +49,7 @@ from normfuse.analysis.obstacles import Obstacle, Why, told
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import keeps, rank, times_read
+from normfuse.graph.ops.lookup import keeps, rank, times_read
 from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, is_tensor

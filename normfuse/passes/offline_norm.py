@@ -34,7 +34,7 @@ from torch.fx import Node
 from normfuse.analysis.affine import Affine, forms, why_adaptive
 from normfuse.analysis.facts import Facts
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import computes, keeps, layer
+from normfuse.graph.ops.lookup import computes, keeps, layer
 from normfuse.graph.ops.row import ROOTS, SAME, STATISTICS, Computes
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, arguments, aten

@@ -57,7 +57,7 @@ from normfuse.analysis.obstacles import Obstacle, Why, named
 from normfuse.graph.edits import Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Ref
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import keeps, rank
+from normfuse.graph.ops.lookup import keeps, rank
 from normfuse.graph.ops.row import SAME
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, dtype, shape

@@ -35,7 +35,7 @@ from torch.fx import Node
 from normfuse.analysis.affine import Affine, forms, why_adaptive
 from normfuse.analysis.facts import Facts
 from normfuse.graph.findings import Finding, Refusal
-from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.row import MOVES
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, aten

@@ -49,7 +49,7 @@ from normfuse.analysis.obstacles import Obstacle, told
 from normfuse.graph.edits import Edit, Reroute
 from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program, Site
 from normfuse.graph.views import Norm, NormKind, dtype
 from normfuse.transforms.constant_norms import dissolve

@@ -33,7 +33,7 @@ from normfuse.graph.bodies import Body
 from normfuse.graph.edits import Edit, NewTensor, Reroute, Resize, SetTensor, apply
 from normfuse.graph.expressions import Formula, Read, reads, uncentered
 from normfuse.graph.findings import NO_NORM, Claim, Refusal, Rewrite
-from normfuse.graph.ops.carrying import reads_entries
+from normfuse.graph.ops.lookup import reads_entries
 from normfuse.graph.program import Program, Site
 from normfuse.limits import OverLimit
 from normfuse.planning.registry import Pass, find

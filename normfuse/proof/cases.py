@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.graph.interpreter import flat_inputs, user_inputs
-from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.row import SAME
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten, is_tensor, shape

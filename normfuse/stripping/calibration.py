@@ -24,7 +24,7 @@ from normfuse.api.opening import to_program
 from normfuse.errors import InputError, LoadError, NormfuseError, first_line
 from normfuse.escaping import escaped, json_text
 from normfuse.graph.interpreter import flat_inputs, run_graph, user_inputs
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, aten, dtype
 from normfuse.limits import OverLimit

@@ -21,7 +21,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts, analyze
 from normfuse.errors import NormfuseError
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops.carrying import keeps, layer, product, rank
+from normfuse.graph.ops.lookup import keeps, layer, product, rank
 from normfuse.graph.ops.row import MOVES, SAME, Keeps
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, shape

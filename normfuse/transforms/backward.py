@@ -14,7 +14,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit
-from normfuse.graph.ops.carrying import carries, passes_shift, times_read
+from normfuse.graph.ops.lookup import carries, passes_shift, times_read
 from normfuse.graph.ops.sizes import follows
 from normfuse.transforms.maps import Map
 

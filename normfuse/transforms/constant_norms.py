@@ -13,7 +13,7 @@ from normfuse.analysis.obstacles import told
 from normfuse.graph.edits import Edit, NewTensor, Reroute
 from normfuse.graph.expressions import Call
 from normfuse.graph.findings import NO_NORM, Claim, Rewrite
-from normfuse.graph.ops.carrying import keeps
+from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.row import MOVES
 from normfuse.graph.views import Norm
 from normfuse.transforms.draft import Absorbed, scale_shift

@@ -17,8 +17,8 @@ from normfuse.analysis.fixed_weights import computed_from, why_fixed
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Formula, Read, Ref, reads
-from normfuse.graph.ops.carrying import layer as layer_of
-from normfuse.graph.ops.carrying import rank, times_read
+from normfuse.graph.ops.lookup import layer as layer_of
+from normfuse.graph.ops.lookup import rank, times_read
 from normfuse.graph.views import arguments, aten, dtype, shape
 
 

@@ -27,7 +27,7 @@ from normfuse.analysis.attention import why_no_mean
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula
-from normfuse.graph.ops.carrying import (
+from normfuse.graph.ops.lookup import (
     carries,
     computes,
     keeps,

@@ -16,7 +16,7 @@ from normfuse.analysis.affine import constant
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula, Number
-from normfuse.graph.ops.carrying import computes, layer, neutral, rank, same, same_sizes, unpadded, varies_along
+from normfuse.graph.ops.lookup import computes, layer, neutral, rank, same, same_sizes, unpadded, varies_along
 from normfuse.graph.ops.row import Computes
 from normfuse.graph.views import Norm, aten, dtype, is_tensor, shape
 from normfuse.transforms.backward import Key, way_back

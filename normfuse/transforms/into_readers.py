@@ -18,7 +18,7 @@ from normfuse.analysis.fixed_weights import why_fixed
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Reroute
 from normfuse.graph.expressions import Call, Formula, evaluate, substitute
-from normfuse.graph.ops.carrying import layer, rank, reads_entries, same, times_read, unpadded
+from normfuse.graph.ops.lookup import layer, rank, reads_entries, same, times_read, unpadded
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten, shape
 from normfuse.transforms.draft import (

@@ -16,7 +16,7 @@ from torch.fx import Node
 from normfuse.analysis.affine import constant_formula
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.graph.ops.carrying import is_mean_of, rank, reads_entries, times_read
+from normfuse.graph.ops.lookup import is_mean_of, rank, reads_entries, times_read
 from normfuse.graph.views import Norm, NormKind, arguments, aten, shape
 from normfuse.transforms.draft import Absorbed, Draft, channel, is_transposed
 from normfuse.transforms.forward import Forward, Pending

@@ -24,7 +24,7 @@ from normfuse.analysis.obstacles import Obstacle, Why, named
 from normfuse.graph.edits import Edit, NewTensor, Reroute, Resize, SetTensor
 from normfuse.graph.expressions import Call, Formula, Read, Ref, reads, uncentered
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
-from normfuse.graph.ops.carrying import carries, is_mean_of, rank
+from normfuse.graph.ops.lookup import carries, is_mean_of, rank
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape, tensors_in

@@ -22,7 +22,7 @@ from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, Reroute, SetTensor
 from normfuse.graph.expressions import FLOAT32, Call, Formula, Read, Ref
-from normfuse.graph.ops.carrying import carries, keeps, rank, same, same_sizes, spans
+from normfuse.graph.ops.lookup import carries, keeps, rank, same, same_sizes, spans
 from normfuse.graph.ops.row import SAME, Keeps
 from normfuse.graph.ops.sizes import says_size
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in

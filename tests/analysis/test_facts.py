@@ -18,8 +18,8 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts, analyze
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops import carrying as rules
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops import lookup
+from normfuse.graph.ops.lookup import rank
 from normfuse.graph.ops.row import TABLE
 from normfuse.graph.program import Program
 from normfuse.graph.views import aten, shape
@@ -499,7 +499,7 @@ def _of_equal_size(node: Node, a: dict[str, Any], axis: int) -> Any:
 
 
 def _once(facts: Facts, reader: Node, value: Node, unseen: frozenset[int]) -> frozenset[int]:
-    said = ((operand, axis) for out_axis in unseen for operand, axis in rules.carries(reader, out_axis) or ())
+    said = ((operand, axis) for out_axis in unseen for operand, axis in lookup.carries(reader, out_axis) or ())
     return frozenset(axis for operand, axis in said if operand is value)
 
 

@@ -14,7 +14,7 @@ from torch.export import Dim
 from torch.fx import Node
 
 from normfuse.analysis.norms import norms_of
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, aten
 

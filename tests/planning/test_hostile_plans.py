@@ -15,7 +15,7 @@ from torch import nn
 
 from normfuse.errors import InputError, InvalidPlan, LoadError, NormfuseError
 from normfuse.graph.arithmetic import only_computes, operator_named
-from normfuse.graph.ops.carrying import known_ops
+from normfuse.graph.ops.lookup import known_ops
 from normfuse.graph.program import Program
 from normfuse.planning.lockfile import drift, read_lock
 from normfuse.planning.planner import Plan, plan

@@ -1,4 +1,4 @@
-"""What is known of every operator: a row each (`row`), in a file per family; `carrying`, `sizes` and `rounding` ask for it."""
+"""What is known of every operator: a row each (`row`), in a file per family; `lookup`, `sizes` and `rounding` ask for it."""
 
 from normfuse.graph.ops import axes, elementwise, norms, picking, products, sums
 

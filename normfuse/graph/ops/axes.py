@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import axis_of, own_axis, rank, repeated, same
+from normfuse.graph.ops.lookup import axis_of, own_axis, rank, repeated, same
 from normfuse.graph.ops.row import NO_WEIGHT, PLAIN, SEEN, Carried, Keeps, No, Sized, operators
 from normfuse.graph.views import aten, shape
 

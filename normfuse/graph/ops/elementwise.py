@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import axis_of, is_mean_of, is_zero, own_axis, row, spans, terms
+from normfuse.graph.ops.lookup import axis_of, is_mean_of, is_zero, own_axis, row, spans, terms
 from normfuse.graph.ops.row import (
     COMPUTED,
     NO_MAP,

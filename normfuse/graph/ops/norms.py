@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import rank, row
+from normfuse.graph.ops.lookup import rank, row
 from normfuse.graph.ops.row import COMPUTED, NO_MAP, NOT_CARRIED, PLAIN, SEEN, Carried, No, Normalization, operators
 from normfuse.graph.views import Norm, NormKind, arguments, aten, default_rms_eps, dtype
 

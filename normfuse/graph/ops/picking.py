@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import axis_of, is_zero, rank, repeated, same, spans, terms
+from normfuse.graph.ops.lookup import axis_of, is_zero, rank, repeated, same, spans, terms
 from normfuse.graph.ops.row import (
     INDEXED,
     JOINS,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import own_axis, rank, spans, terms
+from normfuse.graph.ops.lookup import own_axis, rank, spans, terms
 from normfuse.graph.ops.row import (
     COMPUTED,
     PLAIN,

@@ -158,7 +158,7 @@ class Operator:
 _Rule = TypeVar("_Rule", bound=Carrying | No)
 
 TABLE: dict[Any, Operator] = {}
-"""The rows by operator; read by `normfuse.graph.ops.carrying` and `normfuse.graph.ops.sizes`."""
+"""The rows by operator; read by `normfuse.graph.ops.lookup` and `normfuse.graph.ops.sizes`."""
 
 
 def operators(*targets: Any, **columns: Any) -> Callable[[_Rule], _Rule]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import computes, rank, row, same
+from normfuse.graph.ops.lookup import computes, rank, row, same
 from normfuse.graph.ops.row import ENTRYWISE, Sized
 from normfuse.graph.views import arguments, shape
 

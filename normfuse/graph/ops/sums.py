@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from normfuse.graph.ops.carrying import axis_of, rank, unpadded
+from normfuse.graph.ops.lookup import axis_of, rank, unpadded
 from normfuse.graph.ops.row import (
     COMPUTED,
     NO_MAP,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops.carrying import carries, computes, keeps, layer, passes_shift, product, rank, row, weighed
+from normfuse.graph.ops.lookup import carries, computes, keeps, layer, passes_shift, product, rank, row, weighed
 from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.ops.row import ALGEBRAIC, ENTRYWISE, ROOTS, STATISTICS, Computes, Keeps, Normalization, Product
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size, with_size

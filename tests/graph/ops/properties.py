@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.graph.interpreter import call
-from normfuse.graph.ops.carrying import carries, hides, rank
+from normfuse.graph.ops.lookup import carries, hides, rank
 from normfuse.graph.ops.row import TABLE, No, Operator
 from tests.graph.ops.calls import Built, Case, drawn
 

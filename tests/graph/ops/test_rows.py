@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.fx import Graph
 
-from normfuse.graph.ops.carrying import carries, hides
+from normfuse.graph.ops.lookup import carries, hides
 from normfuse.graph.ops.row import TABLE
 from normfuse.graph.views import aten
 from tests.graph.ops.calls import Built, Call

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.graph.ops.carrying import carries
+from normfuse.graph.ops.lookup import carries
 from normfuse.graph.views import aten
 from tests.graph.ops.calls import Built, Call
 from tests.graph.ops.properties import check_carries

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from normfuse.graph.ops.carrying import knows
+from normfuse.graph.ops.lookup import knows
 from normfuse.graph.ops.row import WITHOUT_ROW
 
 BY_NUMBERS: dict[str, Callable[[Tensor], Tensor]] = {

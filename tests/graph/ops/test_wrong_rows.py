@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from torch.fx import Node
 
-from normfuse.graph.ops import carrying as rules
-from normfuse.graph.ops import products
-from normfuse.graph.ops.carrying import rank
+from normfuse.graph.ops import lookup, products
+from normfuse.graph.ops.lookup import rank
 from normfuse.graph.ops.row import TABLE
 from normfuse.graph.views import aten, shape
 from tests.graph.ops.cases import CASES, HIDING
@@ -35,7 +34,7 @@ def _spanning(*names: str) -> Wrong:
 
     def row(node: Node, a: dict[str, Any], axis: int) -> Any:
         terms = [a[name] for name in names]
-        return tuple((term, axis - rank(node) + rank(term)) for term in terms if rules.spans(term, node, axis)) or None
+        return tuple((term, axis - rank(node) + rank(term)) for term in terms if lookup.spans(term, node, axis)) or None
 
     return row
 
@@ -72,11 +71,11 @@ WRONG: dict[str, tuple[Any, Wrong]] = {
     "add: a term that is constant along the axis": (aten.add.Tensor, _spanning("self", "other")),
     "add: one of two terms": (aten.add.Tensor, _named("self")),
     "sub: less a multiple of the mean": (
-        aten.sub.Tensor, lambda node, a, axis: () if rules.is_mean_of(a["other"], a["self"], axis) else None,
+        aten.sub.Tensor, lambda node, a, axis: () if lookup.is_mean_of(a["other"], a["self"], axis) else None,
     ),
     "sub: less the mean along any axis": (
         aten.sub.Tensor,
-        lambda node, a, axis: () if any(rules.is_mean_of(a["other"], a["self"], own) for own in range(rank(node))) else None,
+        lambda node, a, axis: () if any(lookup.is_mean_of(a["other"], a["self"], own) for own in range(rank(node))) else None,
     ),
     "mul: the first of two spanning factors": (aten.mul.Tensor, _named("self")),
     "mul: both factors": (aten.mul.Tensor, _spanning("self", "other")),
