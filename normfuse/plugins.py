@@ -51,9 +51,9 @@ def _entries(group: str) -> Iterator[tuple[EntryPoint, str]]:
     Not those that lie in the working directory: people come to where they keep models, and these bring no code.
     """
     here = Path.cwd()
-    found = distributions(path=[each for each in sys.path if each and Path(each).resolve() != here])
-    packages = {
-        each.name.lower().replace("_", "-"): each for each in reversed(list(found)) if each.name
-    }  # the first one counts
+    found = list(distributions(path=[each for each in sys.path if each and Path(each).resolve() != here]))
+    if not any(f"[{group}]" in (each.read_text("entry_points.txt") or "") for each in found):
+        return  # without reading who all the packages are, which takes long
+    packages = {each.name.lower().replace("_", "-"): each for each in reversed(found) if each.name}  # the first one counts
     for package in packages.values():
         yield from ((entry, f"{package.name} {package.version}") for entry in package.entry_points if entry.group == group)
