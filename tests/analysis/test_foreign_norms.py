@@ -27,13 +27,19 @@ from tests.foreign_norms import (
     UN1d,
 )
 
+LARGE = {"UN, translation", "PRepBN, LLaMA"}
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.xdist_group(name), *[pytest.mark.slow] * (name in LARGE)]
+
 
 def every_case() -> pytest.MarkDecorator:
     """Every model with every pass that is to find its norms."""
 
     cases = ((name, each) for name, case in FOREIGN.items() for each in case.passes)
     return pytest.mark.parametrize(
-        ("name", "passed"), [pytest.param(*case, marks=pytest.mark.xdist_group(case[0]), id=", ".join(case)) for case in cases]
+        ("name", "passed"), [pytest.param(*case, marks=marks(case[0]), id=", ".join(case)) for case in cases]
     )
 
 

@@ -32,7 +32,7 @@ def scripts() -> Iterator[Any]:
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("norm", ["prepbn", "unified_norm"])
+@pytest.mark.parametrize("norm", [pytest.param("prepbn", marks=pytest.mark.slow), "unified_norm"])
 def test_a_trained_twin_keeps_no_norm(norm: str, scripts: Any, tmp_path: Path) -> None:
     data = scripts.pictures.made_up()
     model, figures = scripts.train.trained(norm, data, STEPS, seed=0)

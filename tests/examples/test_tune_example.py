@@ -31,6 +31,7 @@ def scripts() -> Iterator[Any]:
         del sys.modules[name]
 
 
+@pytest.mark.slow
 def test_tune_trains_as_eval_does(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     train = scripts.transfer
     monkeypatch.setattr(scripts.mobilenet, "STAGES", scripts.mobilenet.STAGES[:2])  # 5 of 17 blocks

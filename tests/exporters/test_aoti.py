@@ -63,6 +63,7 @@ def test_native_code_wants_trust(package: aoti.PackageInfo) -> None:
     assert "--trust-pickle" in (raised.value.hint or "")
 
 
+@pytest.mark.slow
 def test_packages_and_programs_share_a_suffix(tmp_path: Path, package: aoti.PackageInfo) -> None:
     program = Program.trace(nn.ReLU(), (torch.randn(2),))
     program.save(tmp_path / "program.pt2")

@@ -62,7 +62,7 @@ def test_a_gpt_trains_as_its_original_on_text(passes: str, tied: bool) -> None:
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("passes", FORMS[:3])
-@pytest.mark.parametrize("name", ["timm_vit", "timm_vit_layerscale"])
+@pytest.mark.parametrize("name", [pytest.param("timm_vit", marks=pytest.mark.slow), "timm_vit_layerscale"])
 def test_a_vit_trains_as_its_original(name: str, passes: str) -> None:
     model = ZOO[name].build().double().train()
     twin = copy.deepcopy(model)

@@ -74,7 +74,7 @@ class Layer(nn.Module):
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True, database=None,
+    max_examples=25, deadline=None, derandomize=True, database=None,
     phases=[Phase.explicit, Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 @given(st.lists(st.sampled_from(KINDS), min_size=2, max_size=7), st.integers(0, 99))

@@ -284,7 +284,7 @@ def test_the_target_has_no_gradient() -> None:
 # -- runs that do not go as planned ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("at", [1, 3, 5, 7, 9, 11])
+@pytest.mark.parametrize("at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (3, 5, 9)), 7, 11])
 @pytest.mark.parametrize("kind", ["fused", "three"])
 def test_a_resumed_run_is_the_same_run(kind: str, at: int) -> None:
     whole = Training(gpt(kind))

@@ -16,7 +16,10 @@ WAYS = (WRITERS, READERS, HALF, LEFT)
 pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.parametrize("name", CONV_ZOO)
+LARGE = {"resnet50", "efficientnet", "regnet", "mobilenet_v3"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each in LARGE)) for each in CONV_ZOO])
 def test_every_batch_norm_goes_where_it_should(name: str) -> None:
     entry = CONV_ZOO[name]
     model, inputs = entry.build(), entry.inputs()

@@ -11,7 +11,7 @@ from torch import Tensor
 import normfuse
 from tests.zoo import trained
 
-pytestmark = [pytest.mark.trained, pytest.mark.xdist_group("trained")]  # one worker: the models are large
+pytestmark = [pytest.mark.slow, pytest.mark.trained, pytest.mark.xdist_group("trained")]  # one worker: the models are large
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +66,6 @@ def rewritten(whisper: Any, speech: Tensor) -> normfuse.Result:
     return normfuse.rewrite(whisper, ["pre_rmsnorm"], kwargs=inputs)
 
 
-@pytest.mark.slow
 def test_all_norms_of_whisper_are_converted_exactly(rewritten: normfuse.Result) -> None:
     report = rewritten.report.to_dict()
     assert report["norms"] == {"before": {"layer_norm": 22}, "after": {"rms_norm": 22}}
@@ -77,13 +76,11 @@ def test_all_norms_of_whisper_are_converted_exactly(rewritten: normfuse.Result) 
     assert sum("sub.Tensor" in edit["edit"] for edit in report["edits"]) == 2
 
 
-@pytest.mark.slow
 def test_the_tied_table_of_whisper_is_not_copied(whisper: Any, rewritten: normfuse.Result) -> None:
     state = rewritten.program.exported.state_dict
     tables = {state[name].data_ptr() for name in ("model.decoder.embed_tokens.weight", "proj_out.weight")}
     assert tables == {whisper.proj_out.weight.data_ptr()}
 
 
-@pytest.mark.slow
 def test_the_rewritten_whisper_hears_the_same(rewritten: normfuse.Result, speech: Tensor, heard: list[int]) -> None:
     assert trained.greedy_tokens(rewritten.module(), speech, draft=heard) == heard

@@ -18,7 +18,7 @@ from tests.zoo import trained_conv
 from tests.zoo.trained import FetchFailed
 from tests.zoo.trained_conv import CLASSES
 
-pytestmark = [pytest.mark.trained, pytest.mark.xdist_group("trained")]  # one worker: the models are large
+pytestmark = [pytest.mark.slow, pytest.mark.trained, pytest.mark.xdist_group("trained")]  # one worker: the models are large
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Loaded:
     result: normfuse.Result
 
 
-@pytest.fixture(params=["mobilenet_v2", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.fixture(params=NETWORKS)
 def loaded(request: pytest.FixtureRequest) -> Loaded:
     """A network, and its rewritten form proven on the first photograph."""
     try:
