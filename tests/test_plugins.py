@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -24,6 +25,7 @@ from normfuse.planning.registry import codes, passes
 DOCS = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 BLOCKS = dict(re.findall(r"```\w+\n# (\S+)\n(.*?)```", DOCS, flags=re.DOTALL))
 """Name of a file -> what docs/plugins.md has in it."""
+COUNT = itertools.count()
 PASS, EXPORTER, ROWS = (BLOCKS[f"tiny/{name}.py"] for name in ("zero_shift", "exporter", "rows"))
 
 
@@ -43,7 +45,9 @@ def tiny(site: Path) -> None:
     """The example of the page."""
     told = re.findall(r'\[project\.entry-points\."(.+?)"\]\n((?:\w+ = ".+"\n)+)', BLOCKS["pyproject.toml"])
     entries = {group: dict(re.findall(r'(\w+) = "(.+)"', lines)) for group, lines in told}
-    modules = {"tiny/__init__.py": "", "tiny/zero_shift.py": PASS, "tiny/exporter.py": EXPORTER, "tiny/rows.py": ROWS}
+    # torch forgets an operator when the library that defined it is collected, be it defined once more by then
+    rows_ = ROWS.replace("tiny::", f"tiny{(again := next(COUNT))}::").replace("ops.tiny.", f"ops.tiny{again}.")
+    modules = {"tiny/__init__.py": "", "tiny/zero_shift.py": PASS, "tiny/exporter.py": EXPORTER, "tiny/rows.py": rows_}
     installed(site, "tiny", entries, modules)
 
 
@@ -93,7 +97,7 @@ def test_a_row_of_another_package_is_one_of_ours(site: Path) -> None:
     tiny(site)
     forget()
     (operator,) = rows.installed()
-    assert str(operator) == "tiny.twice.default"
+    assert re.fullmatch(r"tiny\d+\.twice\.default", str(operator))
 
     class Doubled(nn.Module):
         def __init__(self) -> None:
@@ -104,7 +108,7 @@ def test_a_row_of_another_package_is_one_of_ours(site: Path) -> None:
             return self.norm(operator(self.first(x)))
 
     result = normfuse.rewrite(Doubled().eval(), "pre_rmsnorm", INPUTS)
-    assert [str(each.sites[0]) for each in result.report.plan.rewrites] == ["norm"]
+    assert [str(each.sites[0]) for each in result.report.plan.rewrites] == ["norm"], result.report.plan.refusals
 
 
 def test_an_exporter_of_another_package_is_one_of_ours(site: Path, tmp_path: Path) -> None:
