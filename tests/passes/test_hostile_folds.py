@@ -230,7 +230,7 @@ def test_a_long_stream_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
         walks.append(value)
         return into_readers(facts, form, value, others)
 
-    monkeypatch.setattr("normfuse.transforms.fold.into_readers", counted)
+    monkeypatch.setattr("normfuse.transforms.constant_norms.into_readers", counted)
 
     class Unified(nn.Module):
         def __init__(self) -> None:
