@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,3 +94,11 @@ def test_a_wrong_model_is_told() -> None:
     with torch.no_grad():
         [p for p in other.parameters() if p.dim() > 1][-1][0].mul_(1.01)  # a row of the head
     assert graphs.excess(model, other, x) > 1
+
+
+@pytest.mark.slow
+def test_it_runs_in_several_processes(tmp_path: Path) -> None:
+    report = tmp_path / "fuzz.json"
+    words = ("--part", "graphs", "--count", "2", "--jobs", "2", "--seconds", "200", "--no-keep", "--json", str(report))
+    subprocess.run([sys.executable, "-m", "tests.fuzz", *words], cwd=Path(__file__).parents[2], check=True)
+    assert report.is_file()
