@@ -28,10 +28,6 @@ Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor |
 Model: TypeAlias = nn.Module | ExportedProgram | Program | Result | str | Path
 """Anything that normfuse takes for a model; a path is loaded without executing a stranger's code."""
 
-
-# -- from what the user has to a program -------------------------------------------------------------------------------
-
-
 Tracer: TypeAlias = Callable[[nn.Module, Inputs], Program]
 
 

@@ -10,13 +10,11 @@ from rich.text import Text
 
 from normfuse.cli.console import tell, working
 from normfuse.cli.files import check_writable
-from normfuse.cli.options import with_answer
+from normfuse.cli.options import with_answer, with_data
 from normfuse.escaping import escaped
 
 if TYPE_CHECKING:
     from normfuse.sources.inputs import Inputs
-
-from normfuse.cli.options import with_data
 
 
 @click.command()

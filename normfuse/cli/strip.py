@@ -12,12 +12,10 @@ from rich.text import Text
 
 from normfuse.cli.console import NO, tell, working
 from normfuse.cli.files import check_writable, write_file, wrote
-from normfuse.cli.options import with_answer
+from normfuse.cli.options import with_answer, with_data
 
 if TYPE_CHECKING:
     from normfuse.sources.inputs import Inputs
-
-from normfuse.cli.options import with_data
 
 
 @click.command()

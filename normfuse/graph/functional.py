@@ -18,7 +18,7 @@ from torch._export.verifier import Verifier
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from normfuse.graph.composites import composites, is_composite
+from normfuse.graph.composites import Composites, composites, is_composite
 from normfuse.graph.signature import signature_of
 from normfuse.graph.views import aten
 
@@ -29,7 +29,11 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
     Raises:
         RuntimeError: an updated buffer has two names for one, or what else torch raises.
     """
-    made: ExportedProgram = exported.run_decompositions(composites(exported))
+    return _taken_apart(exported, composites(exported))
+
+
+def _taken_apart(exported: ExportedProgram, found: Composites) -> ExportedProgram:
+    made: ExportedProgram = exported.run_decompositions(found)
     while further := composites(made):  # composites are made of composites
         made = made.run_decompositions(further)
     # guards of a loaded file are known by their text alone, which torch does not hand on
@@ -39,8 +43,9 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 
 def functional_in_place(exported: ExportedProgram) -> ExportedProgram:
     """The same of a program that nobody else has: it may be changed."""
-    if not _is_simple(exported):
-        return functional(exported)
+    found = composites(exported)
+    if found or not _is_simple(exported):
+        return _taken_apart(exported, found)
     for node in exported.graph.find_nodes(op="call_function", target=_BATCH_NORM):
         _at_inference(node)
     exported.graph_module.recompile()
@@ -60,7 +65,7 @@ def _is_simple(exported: ExportedProgram) -> bool:
     calls = [node for node in exported.graph.nodes if node.op not in ("placeholder", "output")]
     if exported.range_constraints or not all(node.users for node in calls):
         return False
-    return all(map(_stays, calls)) and not composites(exported)
+    return all(map(_stays, calls))
 
 
 def _stays(node: Node) -> bool:

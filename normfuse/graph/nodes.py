@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-
-if TYPE_CHECKING:
-    pass
 
 
 def graphs_of(node: Node) -> list[tuple[str, GraphModule]]:

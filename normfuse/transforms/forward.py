@@ -29,6 +29,7 @@ from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.expressions import Call, Formula
 from normfuse.graph.ops.lookup import (
     carries,
+    carries_wholly,
     computes,
     keeps,
     layer,
@@ -129,11 +130,11 @@ class Forward:
             return self._joined(node, a)
         if pending.map.basis is None and node.target is aten.native_dropout.default:
             return self._dropped(node, pending)
-        return self._passed(node, given, values)
+        return self._passed(node, values)
 
     # -- carrying a map on ---------------------------------------------------------------------------------------------
 
-    def _passed(self, node: Node, given: Counter[Node], values: list[Node]) -> Obstacle | None:
+    def _passed(self, node: Node, values: list[Node]) -> Obstacle | None:
         """Through an operator that carries any linear map along the axis."""
         pending = self.pending[values[0]]
         onward = [own for own in range(rank(node)) if (values[0], pending.axis) in (carries(node, own) or ())]
@@ -144,8 +145,7 @@ class Forward:
         if pending.map.shift is not None and not passes_shift(node):
             return Obstacle(Why.NO_SHIFT, node)
         operands = carries(node, onward[0]) or ()
-        carrying = Counter(operand for operand, _ in operands)
-        if any(given[value] != carrying[value] for value in values):  # attention of a value to itself
+        if not carries_wholly(node, operands, values):  # attention of a value to itself
             return Obstacle(Why.READS_TWICE, node)
         for operand, axis in operands:
             own = Pending((axis,), pending.map)

@@ -10,7 +10,7 @@ giving up that norm. So a payment is made only where it serves at least two norm
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -22,10 +22,10 @@ from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, Reroute, SetTensor
 from normfuse.graph.expressions import FLOAT32, Call, Formula, Read, Ref
-from normfuse.graph.ops.lookup import carries, keeps, rank, same, same_sizes, spans
+from normfuse.graph.ops.lookup import carries, carries_wholly, keeps, rank, same, same_sizes, spans
 from normfuse.graph.ops.row import SAME, Keeps
 from normfuse.graph.ops.sizes import says_size
-from normfuse.graph.views import Norm, arguments, aten, dtype, shape, tensors_in
+from normfuse.graph.views import Norm, arguments, aten, dtype, shape
 from normfuse.transforms.backward import Backward, Key, Step, way_back
 from normfuse.transforms.maps import Centring, Map
 
@@ -92,9 +92,7 @@ class _Centre(Backward):
         return Step(edits=(SetTensor(name, pending.written(Read(name), axis, shape(node)[axis])),))
 
     def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
-        given = Counter(tensors_in((node.args, node.kwargs)))
-        # no operand that carries it may also enter where it does not, as in matmul(x, x)
-        wholly = all(given[operand] == times for operand, times in Counter(operand for operand, _ in operands).items())
+        wholly = carries_wholly(node, operands, (operand for operand, _ in operands))
         return Step(operands) if wholly else self.stuck(node, axis, pending)
 
     def stuck(self, node: Node, axis: int, pending: Map) -> Step:

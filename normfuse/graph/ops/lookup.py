@@ -20,6 +20,8 @@ a case in the tests.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ def carries(node: Node, axis: int) -> Carried:
         node: any node of a functional aten graph.
         axis: a non-negative axis of its value; for a node that yields several tensors, of each of them.
     """
-    known = row_of(node.target)
+    known = row(node)
     if known is None or not known.carries or node.op != "call_function" or axis >= rank(node):
         return None  # a scalar has no axis
     value = node.meta.get("val")
@@ -60,17 +62,12 @@ def carries(node: Node, axis: int) -> Carried:
 
 def hides(node: Node, operand: Node) -> frozenset[int]:
     """The axes of ``operand`` along which a per-position shift leaves ``node`` unchanged."""
-    known = row_of(node.target)
+    known = row(node)
     return known.hides(node, _named(node), operand) if known is not None and known.hides else frozenset()
 
 
 def _named(node: Node) -> dict[str, Any]:
     return arguments(node) if isinstance(node.target, torch._ops.OpOverload) else {}
-
-
-def known_ops() -> frozenset[Any]:
-    """The operators that carry something."""
-    return frozenset(op for op, known in (*TABLE.items(), *installed().items()) if known.carries)
 
 
 def knows(op: Any) -> bool:
@@ -81,13 +78,13 @@ def knows(op: Any) -> bool:
 
 def reads_entries(node: Node) -> bool:
     """Whether a reader takes more of a value than its shape and dtype."""
-    known = row_of(node.target)
+    known = row(node)
     return known is None or known.hides is not everything
 
 
 def passes_shift(node: Node) -> bool:
     """Whether an op picks, moves or averages entries: a constant added to all its operands is added to its result."""
-    known = row_of(node.target)
+    known = row(node)
     if known is None or not known.shift:
         return False
     return known.shift is True or known.shift(arguments(node))
@@ -95,13 +92,13 @@ def passes_shift(node: Node) -> bool:
 
 def keeps(node: Node) -> Keeps | None:
     """How a result consists of its first operand's entries; None where it does not."""
-    known = row_of(node.target)
+    known = row(node)
     return known.keeps or None if known is not None else None
 
 
 def computes(node: Node) -> Computes | None:
     """What a call computes, where the table says it."""
-    known = row_of(node.target)
+    known = row(node)
     return known.computes or None if known is not None else None
 
 
@@ -137,7 +134,7 @@ def weighed(node: Node) -> str | None:
 
 
 def _role(node: Node) -> Any:
-    known = row_of(node.target)
+    known = row(node)
     return known.role if known is not None else None
 
 
@@ -210,6 +207,12 @@ def times_read(value: Node) -> int:
     """How often a value is read; a reader that takes it twice counts twice, readers of its metadata do not count."""
     readers = filter(reads_entries, value.users)
     return sum(operand is value for reader in readers for operand in tensors_in((reader.args, reader.kwargs)))
+
+
+def carries_wholly(node: Node, operands: Iterable[tuple[Node, int]], of: Iterable[Node]) -> bool:
+    """Whether none of some operands also enters where it does not carry the map, as in ``matmul(x, x)``."""
+    given, carrying = Counter(tensors_in((node.args, node.kwargs))), Counter(operand for operand, _ in operands)
+    return all(given[each] == carrying[each] for each in of)
 
 
 # -- what rows are written with ----------------------------------------------------------------------------------------
