@@ -14,7 +14,7 @@ from torch.fx import Node
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit
-from normfuse.graph.ops.lookup import carries, passes_shift, times_read
+from normfuse.graph.ops.lookup import carries, carries_wholly, passes_shift, times_read
 from normfuse.graph.ops.sizes import follows
 from normfuse.transforms.maps import Map
 
@@ -91,8 +91,9 @@ class Backward:
         return self.stuck(node, axis, pending)
 
     def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
-        """What becomes of a value whose operands carry the map."""
-        return Step(operands)
+        """What becomes of a value whose operands carry the map: it is stuck where one of them also enters otherwise."""
+        wholly = carries_wholly(node, operands, (operand for operand, _ in operands))
+        return Step(operands) if wholly else self.stuck(node, axis, pending)
 
     def stuck(self, node: Node, axis: int, pending: Map) -> Step:
         """What becomes of a value that does not let the map through."""

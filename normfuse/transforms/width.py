@@ -232,7 +232,9 @@ class _Stream(Backward):
     def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
         if (other := meets_full_width(node, axis, operands)) is not None:
             return Step(obstacle=Obstacle(Why.EXPANDED, node, (other.name,)))
-        return Step(operands) if follows(node, axis) else Step(obstacle=Obstacle(Why.NO_WIDTH, node))
+        if not follows(node, axis):
+            return Step(obstacle=Obstacle(Why.NO_WIDTH, node))
+        return super().carried(node, axis, pending, operands)
 
     def stuck(self, node: Node, axis: int, pending: Map) -> Step:
         if carries(node, axis) == () and says_size(node):  # zeros

@@ -22,7 +22,7 @@ from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, Reroute, SetTensor
 from normfuse.graph.expressions import FLOAT32, Call, Formula, Read, Ref
-from normfuse.graph.ops.lookup import carries, carries_wholly, keeps, rank, same, same_sizes, spans
+from normfuse.graph.ops.lookup import carries, keeps, rank, same, same_sizes, spans
 from normfuse.graph.ops.row import SAME, Keeps
 from normfuse.graph.ops.sizes import says_size
 from normfuse.graph.views import Norm, arguments, aten, dtype, shape
@@ -90,10 +90,6 @@ class _Centre(Backward):
         if name is None or not self.facts.editable(node):
             return Step(obstacle=Obstacle(Why.INPUT if name is None else Why.UNCENTRED, node))
         return Step(edits=(SetTensor(name, pending.written(Read(name), axis, shape(node)[axis])),))
-
-    def carried(self, node: Node, axis: int, pending: Map, operands: tuple[Key, ...]) -> Step:
-        wholly = carries_wholly(node, operands, (operand for operand, _ in operands))
-        return Step(operands) if wholly else self.stuck(node, axis, pending)
 
     def stuck(self, node: Node, axis: int, pending: Map) -> Step:
         return _scaled(self.facts, node, axis, pending) or Step(obstacle=Obstacle(_in_the_way(self.facts, node), node))

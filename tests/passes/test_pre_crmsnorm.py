@@ -429,3 +429,32 @@ def test_a_gain_that_is_stretched_is_refused(form: str) -> None:
     result = normfuse.rewrite(_spread(Expanded), form, inputs=(noise(4, 5),))
     codes = [refusal["code"] for refusal in result.report.to_dict()["refusals"]]
     assert codes == ["NF403"] * 3
+
+
+class ReadTwice(nn.Module):
+    """As many tokens as features: a value without a mean is multiplied with itself, and one side alone carries a basis."""
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.write = nn.Linear(4, 4)
+        self.norms = nn.ModuleList(nn.RMSNorm(4, eps=1e-5) for _ in range(heads))
+        self.heads = nn.ModuleList(nn.Linear(4, 3) for _ in range(heads))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        y = self.write(x)
+        y = y - y.mean(-1, keepdim=True)
+        z = y @ y
+        return [head(norm(z)) for norm, head in zip(self.norms, self.heads, strict=True)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_value_that_is_multiplied_with_itself_keeps_its_width(
+    form: str, heads: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = spread(ReadTwice(heads)).eval()
+    result = normfuse.rewrite(model, form, (noise(4, 4),))
+    assert {each.code for each in result.report.plan.refusals} == ({"NF405"} if heads == 1 else set())
+    assert sum(len(each.sites) for each in result.report.plan.rewrites) == (0 if heads == 1 else heads)
+    assert result.report.evidence.ok
+    assert "Traceback" not in capfd.readouterr().err
