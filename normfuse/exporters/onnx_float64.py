@@ -20,7 +20,7 @@ from normfuse.graph.literals import shortened
 from normfuse.proof.artifacts import Run
 
 EPSILON, SLOPE, GATE = (shortened(each) for each in (1e-5, 0.01, 0.2))
-"""Attributes that a file leaves to ONNX: of InstanceNormalization, LeakyRelu and HardSigmoid."""
+"""Attributes that a file leaves to ONNX: of the norms, LeakyRelu and HardSigmoid."""
 SELU = (shortened(1.6732632423543772), shortened(1.0507009873554805))
 """Those of Selu, by which torch's own numbers are meant."""
 
@@ -76,6 +76,13 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, **at
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
+def _layer_norm(
+    x: Tensor, scale: Tensor, shift: Tensor | None = None, *, axis: int = -1, epsilon: float = EPSILON, stash_type: int = 1
+) -> Tensor:
+    bare = F.layer_norm(x, x.shape[axis:], eps=epsilon) * scale
+    return bare if shift is None else bare + shift
+
+
 def _hard_sigmoid(x: Tensor, alpha: float = GATE, beta: float = 0.5) -> Tensor:
     """max(0, min(1, αx + β)); a sixth is what is meant by a sixth that is rounded to float32."""
     if alpha == shortened(1 / 6):
@@ -101,6 +108,7 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "HardSigmoid": _hard_sigmoid,
     "HardSwish": F.hardswish,
     "InstanceNormalization": lambda x, scale, shift, epsilon=EPSILON: F.instance_norm(x, None, None, scale, shift, eps=epsilon),
+    "LayerNormalization": _layer_norm,
     "LeakyRelu": lambda x, alpha=SLOPE: F.leaky_relu(x, alpha),
     "Mish": F.mish,
     "PRelu": lambda x, slope: torch.where(x < 0, x * slope, x),
@@ -108,7 +116,11 @@ KERNELS: dict[str, Callable[..., Tensor]] = {
     "Softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     "Softsign": F.softsign,
 }
-"""Operators that ONNX Runtime has not in float64, by torch: of the inputs in order, and the attributes by name."""
+"""Operators by torch that ONNX Runtime has not in float64, or computes in a way that loses half of its digits.
+
+Of the inputs in order, and the attributes by name. Its LayerNormalization computes the variance as a difference of two means,
+which float64 shows where a mean is large.
+"""
 SINGLE = {"linear", "cubic"}
 """Modes of Resize that ONNX Runtime computes with weights of float32, whatever the dtype."""
 
@@ -160,6 +172,8 @@ def _is_ours(node: Any) -> bool:
     if node.op_type not in KERNELS or node.domain:
         return False
     named = _attributes(node)
+    if node.op_type == "LayerNormalization":  # one that gives its statistics too has them to give as it computes them
+        return not any(map(_users, node.outputs[1:]))
     if node.op_type == "Attention":  # of four axes, from nothing but these inputs
         given = [value is not None for value in node.inputs]
         whole = node.inputs[0].shape is not None and node.inputs[0].shape.rank() == 4 and not any(given[4:])

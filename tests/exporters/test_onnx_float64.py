@@ -40,6 +40,19 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, **options[self.kind])
 
 
+class OfLargeMean(nn.Module):
+    """A LayerNorm whose variance is lost where it is taken for a difference of two means of squares."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=2.0**-10)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + 4096.0)
+
+
 HEADS = (2, 6, 5, 3)
 MODULES: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "conv 1d": (nn.Conv1d(4, 6, 3, stride=2, padding=2, dilation=2), (2, 4, 9), "Conv"),
@@ -57,6 +70,8 @@ MODULES: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "average, rounded up": (nn.AvgPool1d(3, stride=2, ceil_mode=True), (2, 4, 8), "AveragePool"),
     "global average": (nn.AdaptiveAvgPool2d(1), IMAGE, "GlobalAveragePool"),
     "instance norm": (nn.InstanceNorm2d(4, affine=True), IMAGE, "InstanceNormalization"),
+    "layer norm": (OfLargeMean(8), IMAGE, "LayerNormalization"),
+    "layer norm over three axes": (nn.LayerNorm((4, 9, 8), eps=1e-3), IMAGE, "LayerNormalization"),
     "gelu": (nn.GELU(), IMAGE, "Gelu"),
     "elu": (nn.ELU(0.7), IMAGE, "Elu"),
     "leaky": (nn.LeakyReLU(0.3), IMAGE, "LeakyRelu"),
