@@ -19,13 +19,14 @@ from normfuse.proof.fidelity import traced
 from normfuse.sources.batches import taken
 from normfuse.sources.found_inputs import found_on
 from normfuse.sources.inputs import Inputs, as_inputs, is_loader
-from normfuse.sources.loading import load
+from normfuse.sources.opened import open_source
+from normfuse.sources.source import Source
 
 Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | Iterable[Any] | None
 """Example inputs: positional ones in a tuple or list, one tensor, keyword ones in a dict; None to find them on the model."""
 
 
-Model: TypeAlias = nn.Module | ExportedProgram | Program | Result | str | Path
+Model: TypeAlias = nn.Module | ExportedProgram | Program | Result | Source | str | Path
 """Anything that normfuse takes for a model; a path is loaded without executing a stranger's code."""
 
 Tracer: TypeAlias = Callable[[nn.Module, Inputs], Program]
@@ -45,7 +46,14 @@ def served(result: Result) -> Result:
 
 def files_of(model: Model) -> tuple[Path, ...]:
     """Files that a result of this model must not overwrite."""
+    if isinstance(model, Source):
+        return model.files
     return model.sources if isinstance(model, Result) else (Path(model),) if isinstance(model, (str, Path)) else ()
+
+
+def brought(model: Model, trust_pickle: bool) -> nn.Module | ExportedProgram | Program | Result | Source:
+    """The model, or what its path names, opened."""
+    return open_source(model, trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
 
 
 def to_program(
@@ -74,8 +82,9 @@ def to_program(
         InputError: it is no model, or no example inputs are known, or they do not fit.
         TraceError: torch.export cannot trace it.
     """
-    name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
-    loaded = load(Path(model), trust_pickle=trust_pickle) if isinstance(model, (str, Path)) else model
+    held = brought(model, trust_pickle)
+    source = held if isinstance(held, Source) else None
+    name, loaded = (source.name, source.model) if source else (type(held).__name__, held)
     if isinstance(loaded, Result):
         inputs = loaded.inputs if inputs is None else inputs
         loaded = loaded.program
@@ -84,7 +93,8 @@ def to_program(
     given = inputs_for(loaded, inputs, kwargs, dynamic_shapes)
     if isinstance(loaded, nn.Module):
         given = _in_dtype_of(loaded, given) if fit else given
-        return name, trace(loaded, given), given
+        program = trace(loaded, given)
+        return name, replace(program, notes=(*(source.notes if source else ()), *program.notes)), given
     return name, loaded if isinstance(loaded, Program) else Program.from_exported(loaded), given
 
 

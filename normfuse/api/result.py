@@ -8,14 +8,17 @@ from types import MethodType
 
 from torch import nn
 
-from normfuse.errors import CannotApply, NormfuseError
+from normfuse.errors import CannotApply, InputError, NormfuseError
 from normfuse.exporters import eager_cpu
 from normfuse.graph.kept_tensors import own_state
 from normfuse.graph.program import Program
 from normfuse.modules.deploy import apply_plan
+from normfuse.modules.written_back import Written, write_back
+from normfuse.proof.proving import Progress
 from normfuse.report.report import Report
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.inputs import Inputs
+from normfuse.sources.source import Source
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Result:
         sources: files that `save` must not overwrite.
         mode: ``deploy`` or ``live``.
         training: the model was traced in training mode, as a live one may be.
+        source: what was brought, where it was opened from a file or a folder.
     """
 
     program: Program
@@ -41,6 +45,7 @@ class Result:
     sources: tuple[Path, ...] = ()
     mode: str = "deploy"
     training: bool = False
+    source: Source | None = None
 
     def module(self) -> nn.Module:
         """A module that is called with the same arguments as the original.
@@ -74,13 +79,48 @@ class Result:
         return model
 
     def save(self, path: str | Path) -> Path:
-        """Write ``.pt2`` atomically; `torch.export.load` opens it without normfuse. What is live stays live.
+        """Write the same kind that was brought: a folder or a checkpoint as `write_back` does, and ``.pt2`` of all else.
+
+        A path that ends in ``.pt2`` is always a program, which `torch.export.load` opens without normfuse. What is live stays
+        live. Files are complete, or not there.
 
         Raises:
             InputError: the path is the input file, or its folder does not exist.
+            CannotApply: the model's class cannot hold what was rewritten; nothing is written.
         """
-        write_atomically(Path(path), self.program.save, never_over=self.sources)
+        if self.is_program(path):
+            write_atomically(Path(path), self.program.save, never_over=self.sources)
+        else:
+            self.write_back(path)
         return Path(path)
+
+    def is_program(self, path: str | Path) -> bool:
+        """Whether what `save` writes at a path is a program, and not what was brought."""
+        same = self.mode == "deploy" and self.source is not None and self.source.stored is not None
+        return Path(path).suffix == ".pt2" or not same
+
+    def write_back(self, path: str | Path, *, progress: Progress | None = None) -> Written:
+        """Write the folder or the checkpoint that was brought: the same files, in which only rewritten tensors differ.
+
+        What was written is opened again in the model's own class, strictly, and compared with the original before it takes its
+        place.
+
+        Args:
+            path: where; a folder must not be there yet.
+            progress: called with (what, done, total).
+
+        Returns:
+            Which tensors changed, and the evidence.
+
+        Raises:
+            InputError: something is at the path, or it cannot be written there; or no folder or checkpoint was brought.
+            CannotApply: the model's class cannot hold what was rewritten; nothing is written.
+            VerificationFailed: what was written computes something else; it is not kept.
+        """
+        if self.source is None:
+            raise InputError("no folder or checkpoint was brought, so a program is written", hint='result.save("model.pt2")')
+        level = self.report.evidence.level
+        return write_back(self.source, self.report.plan, self.inputs, Path(path), prove=level == "full", progress=progress)
 
 
 def in_its_mode(module: nn.Module, training: bool) -> nn.Module:

@@ -9,16 +9,17 @@ from typing import Any
 from torch import nn
 
 from normfuse.analysis.facts import norm_counts
-from normfuse.api.opening import Given, Model, Tracer, files_of, served, to_program
+from normfuse.api.opening import Given, Model, Tracer, brought, files_of, served, to_program
 from normfuse.api.result import Result
-from normfuse.errors import one_of
+from normfuse.errors import InputError, one_of
 from normfuse.exporters import eager_cpu
 from normfuse.graph.findings import Claim
 from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.kept_tensors import only_read, own_state
 from normfuse.graph.program import Program
 from normfuse.modules import live_program
-from normfuse.planning.planner import plan
+from normfuse.modules.module_plan import FOR_CLASS, plan_for_modules
+from normfuse.planning.planner import Plan, plan
 from normfuse.planning.registry import requested
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import Evidence, checked
@@ -27,6 +28,7 @@ from normfuse.proof.loaded_back import called_as_written
 from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.report.report import Report
 from normfuse.sources.inputs import Inputs
+from normfuse.sources.source import Source
 
 
 def rewrite(
@@ -41,6 +43,7 @@ def rewrite(
     allow: str = "rounding",
     trust_pickle: bool = False,
     keep_unread: bool = False,
+    same_class: bool | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Rewrite the norms of a trained model, and prove that its outputs stay the same.
@@ -61,6 +64,8 @@ def rewrite(
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
         trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
         keep_unread: keep tensors that the rewritten program does not read, such as a folded norm's; in live mode all are kept.
+        same_class: rewrite only what the model's own class can hold, so that `Result.save` can write a folder or a checkpoint
+            of the same kind; None for what was brought as one.
         progress: called with (what, done, total) while the proof runs.
 
     Returns:
@@ -76,11 +81,16 @@ def rewrite(
     checked_level(verify)
     trace = _tracer(mode, verify)
     clock = _Clock()
-    start = served(model).planned if isinstance(model, Result) else model
+    start = served(model).planned if isinstance(model, Result) else brought(model, trust_pickle)
+    source = start if isinstance(start, Source) else None
     inputs = model.inputs if isinstance(model, Result) and inputs is None else inputs
     name, original, given = to_program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
     clock.lap("trace")
-    chosen = plan(original, requested(passes), allow=Claim.named(allow))
+    allowed = Claim.named(allow)
+    if _for_class(source, same_class, mode):
+        chosen = _planned_for_class(original, source, requested(passes), allowed)
+    else:
+        chosen = plan(original, requested(passes), allow=allowed)
     planned = chosen.apply(original)
     rewritten = live_program.alive(planned) if mode == "live" else planned
     clock.lap("plan")
@@ -103,8 +113,22 @@ def rewrite(
     report = Report(name, chosen, evidence, before, after, clock.laps, notes)
     checked(evidence, report)
     return Result(
-        written, report, given, planned, files_of(model), mode, training=mode == "live" and getattr(model, "training", False)
-    )
+        written, report, given, planned, files_of(start if source else model), mode,
+        training=mode == "live" and getattr(model, "training", False), source=source,
+    )  # fmt: skip
+
+
+def _for_class(source: Source | None, same_class: bool | None, mode: str) -> bool:
+    is_kept = source is not None and source.stored is not None and mode == "deploy"
+    if same_class and not is_kept:
+        raise InputError("only a folder or a checkpoint is written as it came, in deploy mode", hint="leave out same_class")
+    return is_kept if same_class is None else same_class
+
+
+def _planned_for_class(original: Program, source: Source | None, passes: Sequence[str], allow: Claim) -> Plan:
+    assert source is not None
+    assert isinstance(source.model, nn.Module)
+    return plan_for_modules(original, passes, allow, source.model, same_keys=True, hint=FOR_CLASS).plan
 
 
 def _unchecked(module: nn.Module, given: Inputs) -> Program:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from normfuse.api.opening import Given, Model, to_program
+from normfuse.api.opening import Given, Model, brought, to_program
 from normfuse.api.result import Result
 from normfuse.errors import InputError
 from normfuse.escaping import is_text
@@ -33,7 +33,7 @@ from normfuse.proof.randomness import uncompared
 from normfuse.proof.trial_run import trial_run
 from normfuse.sources.batches import taken
 from normfuse.sources.inputs import Inputs, as_inputs, is_loader
-from normfuse.sources.loading import load
+from normfuse.sources.source import Source
 from normfuse.sources.specs import DynamicDim, Spec, from_specs
 
 
@@ -72,7 +72,7 @@ def verify(
     if isinstance(left, Artifact):  # the program is the reference on either side
         left, right, a, b = right, left, b, a
     assert not isinstance(left, Artifact)
-    left = _loaded(left, trust_pickle)
+    left = brought(left, trust_pickle)
     _, program, given = to_program(left, inputs, kwargs, None, trust_pickle, fit=True)
     given = _fitted(program, given)
     call, (name, others_name) = _call_of(left, program), _names(a, b)
@@ -82,7 +82,7 @@ def verify(
             return Evidence(missing=missing)
         reference = program_side(name, program, call=call, state=False, short=True)
         return _noted(compare(reference, artifact_side(right, ports_of(program)), tried, progress=progress), given)
-    right = _loaded(right, trust_pickle)
+    right = brought(right, trust_pickle)
     _, other, _ = to_program(right, replace(given, dynamic_shapes=None), None, None, trust_pickle, fit=True)
     for each in (program, other):
         trial_run(each, flat_inputs(each, given.args, given.kwargs, cast=True))  # raises where it does not take them
@@ -106,16 +106,12 @@ def _fitted(program: Program, given: Inputs) -> Inputs:
     return replace(given, args=args, kwargs=kwargs, more=tuple(_fitted(program, each) for each in given.more))
 
 
-def _loaded(model: Model, trust: bool) -> nn.Module | ExportedProgram | Program | Result:
-    """What a user has to call."""
-    return load(Path(model), trust_pickle=trust) if isinstance(model, (str, Path)) else model
-
-
-def _call_of(model: nn.Module | ExportedProgram | Program | Result, program: Program) -> ModelCall | None:
+def _call_of(model: nn.Module | ExportedProgram | Program | Result | Source, program: Program) -> ModelCall | None:
     """How its user calls a model.
 
     None for a module that draws random numbers, perhaps in another order than its trace: it was compared with that already.
     """
+    model = model.model if isinstance(model, Source) else model
     if not isinstance(model, nn.Module):
         with quiet():
             return call_of_program(model.module(), program)
@@ -250,4 +246,6 @@ def _names(a: Model, b: Model) -> tuple[str, str]:
 
 
 def _name(model: Model) -> str:
+    if isinstance(model, Source):
+        return model.name
     return str(model) if isinstance(model, (str, Path)) else type(model).__name__

@@ -60,18 +60,18 @@ def export(model: str, to: str | None, output: str, opset: int, dry_run: bool, s
         from normfuse.api import exporting
         from normfuse.exporters.targets import target_of
 
-        target, example = target_of(to, output).name, source.inputs(model)
+        held = source.opened(model)
+        target, example = target_of(to, output).name, source.inputs(held)
         further: dict[str, Any] = {name: given for name, given in options.items() if given}
         further |= {"sizes": dict(map(_sizes, sizes))} if sizes else {}
         if strange := [ONLY[name][0] for name in (*further, *(["dry_run"] if dry_run else [])) if ONLY[name][1] != target]:
             raise InputError(f"{strange[0]} is not for --to {target}", hint="normfuse export --help says what it is for")
         if dry_run:
-            nodes = exporting.supported(model, opset=opset, inputs=example, trust_pickle=source.trust_pickle)
+            nodes = exporting.supported(held, opset=opset, inputs=example)
             refused = [str(each) for each in nodes if not each.supported]
             ending = f"TensorRT takes {len(nodes) - len(refused)} of {len(nodes)} operators"
             data: dict[str, Any] = {"model": model, "to": target, "operators": len(nodes), "refused": refused}
             return tell(as_json, data, *escaped(refused), Text(ending, "bold")) or (NO if refused else YES)
-        evidence = exporting.export(model, output, to=target, opset=opset, inputs=example, trust_pickle=source.trust_pickle,
-                                    **further)  # fmt: skip
+        evidence = exporting.export(held, output, to=target, opset=opset, inputs=example, **further)
     data = {"model": model, "to": target, "opset": opset, "written": output, "evidence": evidence.to_dict()}
     return tell(as_json, data, *rendered(evidence), "", Text(wrote(output, started), "bold"))

@@ -7,9 +7,13 @@ import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from normfuse.errors import InputError
 from normfuse.escaping import escaped
+
+if TYPE_CHECKING:
+    from normfuse.sources.source import Source
 
 
 def check_writable(targets: Iterable[str | Path | None], sources: Iterable[str | None]) -> None:
@@ -47,4 +51,37 @@ def write_file(path: str | None, text: str) -> None:
 
 def wrote(target: str, started: float) -> str:
     """What was written, how large it is, and how long all of it took."""
-    return escaped(f"wrote {target} ({Path(target).stat().st_size / 1e6:.1f} MB) in {time.perf_counter() - started:.1f} s")
+    path = Path(target)
+    size = sum(each.stat().st_size for each in path.rglob("*")) if path.is_dir() else path.stat().st_size
+    return escaped(f"wrote {target} ({size / 1e6:.1f} MB) in {time.perf_counter() - started:.1f} s")
+
+
+def beside(source: Source | str, what: str, *, program: bool = False) -> Path:
+    """Where to write what is made of a model, if the user does not say: beside it, under a name that tells what was done."""
+    path, stored = Path(source if isinstance(source, str) else source.name), getattr(source, "stored", None)
+    if stored is None or program:
+        return path.parent / f"{path.stem}.{what}.pt2"
+    if stored.is_folder:
+        whole = path.resolve()
+        return (path.parent if path.name else whole.parent) / f"{path.name or whole.name}.{what}"
+    return path.parent / f"{path.stem}.{what}{path.suffix}"
+
+
+def writes_back(source: Source | str, target: Path) -> bool:
+    """Whether what is written there is of the kind that was brought, and not a program."""
+    return getattr(source, "stored", None) is not None and target.suffix != ".pt2"
+
+
+def check_absent(target: Path | None) -> None:
+    """Fail now where a folder cannot be put."""
+    from normfuse.sources.atomic import new_folder
+
+    class Writable(Exception):
+        """Stops the write where only the content is missing."""
+
+    def probe(_: Path) -> None:
+        raise Writable
+
+    if target is not None:
+        with contextlib.suppress(Writable), new_folder(target, probe):
+            pass

@@ -17,5 +17,6 @@ def inspect(model: str, source: Source, as_json: bool) -> int:
     with working("loading and tracing"):
         from normfuse import api
 
-        inspection = api.inspect(model, source.inputs(model), trust_pickle=source.trust_pickle)
+        held = source.opened(model)
+        inspection = api.inspect(held, source.inputs(held))
     return tell(as_json, inspection.to_dict(), *inspection.render())

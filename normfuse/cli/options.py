@@ -14,6 +14,7 @@ from normfuse.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from normfuse.sources.inputs import Inputs
+    from normfuse.sources.source import Source as Opened
 Command: TypeAlias = Callable[..., Any]
 
 
@@ -32,7 +33,14 @@ class Source:
         script = SCRIPT.fullmatch(self.file or "")
         return script["path"] if script else self.file
 
-    def inputs(self, model: str) -> Inputs | None:
+    def opened(self, model: str) -> Opened | str:
+        """What the user names, opened; the path itself where only a runtime can open it."""
+        from normfuse.api.verification import is_exported
+        from normfuse.sources.opened import open_source
+
+        return model if is_exported(model) else open_source(model, trust_pickle=self.trust_pickle)
+
+    def inputs(self, model: Opened | str) -> Inputs | None:
         """The inputs that the user gave; None leaves it to the model to know them."""
         from normfuse.sources.index_limits import integer_limits
         from normfuse.sources.input_files import from_file, from_script
@@ -47,12 +55,9 @@ class Source:
         drawn = from_specs(self.specs, seed=self.seed)
         if all(each.is_floating_point() for each in (*drawn.args, *drawn.kwargs.values())):
             return drawn
-        from normfuse.api.verification import is_exported
-        from normfuse.sources.loading import load
-
-        if is_exported(model):
+        if isinstance(model, str):
             return drawn
-        limits = integer_limits(load(model, trust_pickle=self.trust_pickle), drawn)
+        limits = integer_limits(model.model, drawn)
         return from_specs(self.specs, seed=self.seed, index_limits=limits)
 
 

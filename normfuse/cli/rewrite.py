@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich_click as click
+from rich.console import RenderableType
 from rich.text import Text
 
 from normfuse.cli.console import NO, YES
@@ -16,7 +17,7 @@ from normfuse.escaping import escaped
 if TYPE_CHECKING:
     from normfuse.report.report import Report
 from normfuse.cli.console import tell, working
-from normfuse.cli.files import check_writable, write_file, wrote
+from normfuse.cli.files import beside, check_absent, check_writable, write_file, writes_back, wrote
 from normfuse.cli.options import Source, known_passes, with_answer, with_source
 
 
@@ -25,7 +26,9 @@ from normfuse.cli.options import Source, known_passes, with_answer, with_source
 @click.argument("model")
 @click.option("--pass", "passes", multiple=True, required=True, metavar="NAME", callback=known_passes,
               help="A pass to run, or all; may be given again. See normfuse passes.")
-@click.option("-o", "--output", metavar="OUT.pt2", help="Where to write. [default=beside MODEL, MODEL's stem + .rewritten.pt2]")
+@click.option("-o", "--output", metavar="OUT",
+              help="Where to write: a folder for a folder, a checkpoint for a checkpoint, or OUT.pt2 for a program. "
+                   "[default=beside MODEL, MODEL's name + .rewritten]")
 @click.option("--mode", type=click.Choice(["deploy", "live"]), default="deploy", show_default=True, metavar="MODE",
               help="deploy evaluates the new weights; live writes a program to train, which keeps MODEL's own parameters and "
                    "computes the new weights from them at every call.")
@@ -49,22 +52,26 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
     # fmt: on
     """Rewrite the norms of MODEL, prove that its outputs stay the same, and write the result.
 
-    The result is a torch.export program, which torch.export.load opens without normfuse. It is written only if there was
-    something to rewrite, and it is proven first.
+    What was brought is what is written: a folder or a checkpoint with the same files, in which only rewritten tensors differ
+    and which its own class loads; of a pickled module or a program, a torch.export program (OUT.pt2), which torch.export.load
+    opens without normfuse. It is written only if there was something to rewrite, and it is proven first.
     """
-    started, written = time.perf_counter(), None
-    target = Path(output) if output else Path(model).parent / f"{Path(model).stem}.rewritten.pt2"
-    check_writable((None if dry_run else target, report, plan), (model, source.path, locked))
+    started, written, tensors = time.perf_counter(), None, None
     with working("loading and tracing") as progress:
         from normfuse import api
         from normfuse.planning.lockfile import drift, read_lock
+        from normfuse.report.text import written_lines
 
+        held = source.opened(model)
+        target = Path(output) if output else beside(held, "rewritten", program=mode == "live")
+        back = writes_back(held, target) and mode == "deploy"
+        check_writable((None if dry_run or back else target, report, plan), (model, source.path, locked))
+        check_absent(target if back and not dry_run else None)
         lock = read_lock(locked) if locked else None
-
         try:
             result = api.rewrite(
-                model, passes, source.inputs(model), mode=mode, verify="none" if dry_run else verify, allow=allow,
-                trust_pickle=source.trust_pickle, keep_unread=keep_unread, progress=progress,
+                held, passes, source.inputs(held), mode=mode, verify="none" if dry_run else verify, allow=allow,
+                keep_unread=keep_unread, same_class=back, progress=progress,
             )  # fmt: skip
         except VerificationFailed as failure:
             write_file(report, failure.report.to_json())
@@ -72,12 +79,15 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
         drifted = drift(lock, result.report.plan) if lock else []
         code, ending = _outcome(result.report, passes == "all", strict, dry_run, drifted)
         if not ending:
-            written = str(result.save(target))
+            tensors = result.write_back(target, progress=progress) if back else None
+            written = str(tensors.path if tensors else result.save(target))
             ending = wrote(written, started)
         write_file(report, result.report.to_json())
         write_file(plan, result.report.plan.to_json())
     data = {**result.report.to_dict(), "dry_run": dry_run, "written": written, "drift": drifted}
-    return tell(as_json, data, *result.report.render(), "", Text(ending, "bold")) or code
+    data |= {"tensors": tensors.to_dict() if tensors else None}
+    listing: list[RenderableType] = ["", *written_lines(tensors.changed, tensors.kept)] if tensors else []
+    return tell(as_json, data, *result.report.render(), *listing, "", Text(ending, "bold")) or code
 
 
 def _outcome(report: Report, everything: bool, strict: bool, dry_run: bool, drifted: list[str]) -> tuple[int, str]:

@@ -40,11 +40,12 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
         from normfuse.report.html import html as page
         from normfuse.report.junit import junit as suite
 
-        given = source.inputs(next((each for each in (a, b) if not verification.is_exported(each)), a))
-        evidence = verification.verify(a, b, given, trust_pickle=source.trust_pickle, progress=progress)
+        one, other = source.opened(a), source.opened(b)
+        given = source.inputs(one if not isinstance(one, str) else other)
+        evidence = verification.verify(one, other, given, trust_pickle=source.trust_pickle, progress=progress)
         parting = None
         if bisects and evidence.verdict == "disproven":
-            parting = verification.bisect(a, b, given, trust_pickle=source.trust_pickle)
+            parting = verification.bisect(one, other, given, trust_pickle=source.trust_pickle)
         because = None if evidence.ok else evidence.complaint()
         ending = _answered(evidence)
         parts = [escaped(str(parting))] if parting else []

@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from normfuse.errors import CannotApply, NormfuseError
 from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
 from normfuse.modules.make_live import make_live
-from normfuse.modules.module_plan import ModulePlan, cannot_place, plan_for_modules, require_rewrites, warn_of_what_stays
+from normfuse.modules.module_plan import (
+    FOR_CLASS,
+    ModulePlan,
+    cannot_place,
+    plan_for_modules,
+    require_rewrites,
+    warn_of_what_stays,
+)
 from normfuse.modules.parametrize import bake, commit, put_back, undo
 from normfuse.modules.placement import adapt
 from normfuse.modules.record import rewritten, was_changed
@@ -54,6 +61,36 @@ def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> No
             raise cannot_place(program, changes, hint)
         _make(ModulePlan(program, plan, changes), model, Reference(program, given, "full"))
     commit(model, keep=keep)
+
+
+def class_tensors(model: nn.Module, program: Program, plan: Plan) -> dict[str, Tensor]:
+    """What a plan makes of a model's own tensors, by their names in its state dict; the model is left as it was.
+
+    Args:
+        model: the model.
+        program: its trace, with handles of its own.
+        plan: a plan for it.
+
+    Raises:
+        CannotApply: the model's class cannot hold part of the plan.
+    """
+    before = model.state_dict()
+    with put_back(model, always=True):
+        changes = adapt(program, plan.apply(program), model, same_keys=True)
+        if changes.unplaced:
+            raise cannot_place(program, changes, FOR_CLASS)
+        make_live(program, changes, model, {})
+        bake(model)
+        after = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in after.items() if not same_bits(tensor, before[name])}
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are one and the same to the last bit."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    raw = (each.detach().contiguous().view(-1).view(torch.uint8) for each in (one, other))
+    return one.data_ptr() == other.data_ptr() or torch.equal(*raw)
 
 
 def _make(made: ModulePlan, model: nn.Module, reference: Reference) -> None:

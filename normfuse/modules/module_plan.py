@@ -19,6 +19,8 @@ from normfuse.planning.planner import Plan, plan
 from normfuse.planning.registry import Pass, find
 
 HINT = "rewrite the traced program instead: normfuse.rewrite(model, ...)"
+FOR_CLASS = "a traced program can hold it: -o OUT.pt2 (in Python, rewrite(..., same_class=False))"
+"""What to do about what a model's own class cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,23 @@ class ModulePlan:
     changes: Adaptation
 
 
-def plan_for_modules(program: Program, passes: Sequence[str], allow: Claim, model: nn.Module) -> ModulePlan:
-    """A plan of which every rewrite can be made on the model's modules; the others are refused (NF104)."""
+def plan_for_modules(
+    program: Program, passes: Sequence[str], allow: Claim, model: nn.Module, *, same_keys: bool = False, hint: str = HINT
+) -> ModulePlan:
+    """A plan of which every rewrite can be made on the model's modules; the others are refused (NF104).
+
+    Args:
+        program: the trace of the model.
+        passes: names of passes.
+        allow: the weakest claim that may run.
+        model: the model.
+        same_keys: as for `adapt`.
+        hint: what to do about those that cannot be made.
+    """
     excluded: dict[tuple[str, str], str] = {}
     while True:
-        chosen = plan(program, [_without(find(name), excluded) for name in passes], allow=allow, in_place=True)
-        changes = adapt(program, chosen.apply(program), model)
+        chosen = plan(program, [_without(find(name), excluded, hint) for name in passes], allow=allow, in_place=True)
+        changes = adapt(program, chosen.apply(program), model, same_keys=same_keys)
         blamed: dict[tuple[str, str], str] = {}
         for each in changes.unplaced:
             for wanted in _blamed(chosen, each):
@@ -49,7 +62,7 @@ def plan_for_modules(program: Program, passes: Sequence[str], allow: Claim, mode
         if not changes.unplaced:
             return ModulePlan(program, chosen, changes)
         if not blamed.keys() - excluded.keys():
-            raise cannot_place(program, changes, HINT)
+            raise cannot_place(program, changes, hint)
         excluded |= blamed
 
 
@@ -58,7 +71,7 @@ def cannot_place(program: Program, changes: Adaptation, hint: str) -> CannotAppl
     return CannotApply([f"{program.site(each.obstacle.at)}: {each.obstacle}" for each in changes.unplaced], hint=hint)
 
 
-def _without(each: Pass, excluded: Mapping[tuple[str, str], str]) -> Pass:
+def _without(each: Pass, excluded: Mapping[tuple[str, str], str], hint: str) -> Pass:
     """A pass that refuses its rewrites of some norms."""
     mine = {node: reason for (name, node), reason in excluded.items() if name == each.name}
 
@@ -69,7 +82,7 @@ def _without(each: Pass, excluded: Mapping[tuple[str, str], str]) -> Pass:
                 yield finding
             elif isinstance(finding, Rewrite):
                 why = f"{reason} ({finding.because})"
-                yield from (Refusal(each.name, site, "NF104", why, hint=HINT) for site in finding.sites)
+                yield from (Refusal(each.name, site, "NF104", why, hint=hint) for site in finding.sites)
 
     return replace(each, propose=propose)
 

@@ -87,18 +87,19 @@ class Adaptation:
     unplaced: tuple[Unplaced, ...]
 
 
-def adapt(program: Program, rewritten: Program, model: nn.Module) -> Adaptation:
+def adapt(program: Program, rewritten: Program, model: nn.Module, *, same_keys: bool = False) -> Adaptation:
     """Express the difference of two programs as changes of the modules that they were traced from.
 
     Args:
         program: the traced model.
         rewritten: what a plan made of it; its formulas not yet evaluated.
         model: the model; it is looked at, not changed.
+        same_keys: what is saved must have the very keys that the model's class has, whoever loads it.
     """
     comparison = _Placement(program, rewritten)
     comparison.keep_sizes()
     changes = dict(comparison.agreed(model))
-    neutral, neutralized, leaving, lent = comparison.left_behind(changes, lenient=is_lenient(model))
+    neutral, neutralized, leaving, lent = comparison.left_behind(changes, same_keys=same_keys or is_lenient(model))
     formulas = {name: formula for name, formula in rewritten.formulas.items() if name not in neutral.keys() | leaving}
     unplaced = tuple(comparison.unplaced)
     return Adaptation(formulas, comparison.biases, lent, changes, neutral, neutralized, leaving, unplaced)
@@ -120,7 +121,7 @@ class _Placement(Comparison):
                 self._refuse(Why.OTHER_SIZE, old, self.old.stored[old.name])
 
     def left_behind(
-        self, changes: Mapping[str, Change], *, lenient: bool
+        self, changes: Mapping[str, Change], *, same_keys: bool
     ) -> tuple[dict[str, Formula], frozenset[str], frozenset[str], dict[str, str]]:
         """What becomes of tensors that nobody reads any more: (neutral, neutralized, leaving, lent) as in `Adaptation`."""
         bare = [self.unread.bare(value, self.same.get(new)) for value, new in self.replaced]
@@ -135,9 +136,9 @@ class _Placement(Comparison):
             reader = next(iter(self.unread.entering(name)), self.old.reader_of(name))
             if name in neutralized or not name.startswith(inside):
                 self._refuse(Why.UNREAD, neutralized.get(name, reader), name)
-            elif lenient:
+            elif same_keys:
                 self._refuse(Why.LEAVES, reader, name)
-        for name in sorted(self.biases.keys() - lent.keys()) if lenient else ():
+        for name in sorted(self.biases.keys() - lent.keys()) if same_keys else ():
             new = next(iter(self.new.reader_of(name).users))
             self._refuse(Why.LEFT_OUT, self.layers[name], name, new=new)
         return {name: filled(name, each) for name, each in numbers.items()}, frozenset(neutralized), frozenset(leaving), lent

@@ -13,7 +13,7 @@ T = TypeVar("T")
 Parts: TypeAlias = tuple[tuple[str, ...], ...]
 
 
-def sites_text(sites: Iterable[Site]) -> str:
+def sites_text(sites: Iterable[Site | str]) -> str:
     """Names of sites, those that differ only in one number as one: ``blocks.0-11.norm1-2, norm``."""
     # Text, numbers, text, … for every name; the numbers of names that are otherwise alike are merged, the last ones first.
     names: list[Parts] = [tuple((part,) for part in re.split(r"(\d+)", site)) for site in dict.fromkeys(map(str, sites))]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from normfuse.escaping import escaped
 from normfuse.graph.findings import Refusal, Rewrite
 from normfuse.graph.program import Site
 from normfuse.report.sites import grouped, sites_text
@@ -71,3 +72,10 @@ def _reason(reason: str, site: Site, *, of_many: bool) -> Text:
 def _pattern(sentence: str) -> str:
     """The sentence without its names in quotes and its numbers: equal for reasons that differ only in the place."""
     return re.sub(r"\d+", "0", re.sub(r"'[^']*'", "''", sentence))
+
+
+def written_lines(changed: Sequence[str], kept: int) -> Iterator[Text]:
+    """Which tensors of the written files differ from the original's, and how many do not."""
+    tensors = "tensor" if len(changed) == 1 else "tensors"
+    yield Text.assemble((f"{len(changed)} {tensors} changed", "green"), escaped(f"  {sites_text(changed)}"))
+    yield Text(f"{kept} as they were, byte for byte", style="dim")

@@ -2,6 +2,7 @@
 
     write_atomically(path, write)    `write` fills a file in a scratch folder, which then takes the place of `path`
     proven_first(path, write)        the same as a context: what is checked inside it decides
+    new_folder(path, write)          the same for a folder, which must not be there yet
     scratch()                        a folder for files in the making
     late_errors(path)                a stream for writers that cannot bear an error while they write
 
@@ -79,6 +80,30 @@ def proven_first(path: Path, write: Callable[[Path], None], *, never_over: Seque
                 shutil.copymode(goal, file)
             _to_disk(file)
         _place(files, target.parent, folder)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+    """Let `write` fill a folder in a scratch folder beside `path`, yield it, and put it at `path` if nothing was raised.
+
+    Raises:
+        InputError: something is at `path` already, or no folder can be made there.
+    """
+    with _told(path):
+        path = Path(os.path.abspath(path))
+        if os.path.lexists(path):
+            raise InputError(f"cannot write {path}: it is there already", hint="give another name with -o, or remove it first")
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
+    with _told(path), scratch(path.parent) as folder:
+        new = folder / "new" / path.name
+        new.mkdir(parents=True)
+        write(new)
+        yield new
+        for file in new.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
+        os.rename(new, path)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,116 @@
+"""A plan made on what somebody brought: the same files, in which only the tensors differ that the plan changes.
+
+Nothing is written unless the model's own class can hold the plan. What was written is opened again as its owner will open it,
+strictly, and compared with the original; only then it takes its place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from normfuse.errors import CannotApply, InputError
+from normfuse.graph.program import Program
+from normfuse.modules.deploy import class_tensors
+from normfuse.modules.module_plan import FOR_CLASS
+from normfuse.planning.planner import Plan
+from normfuse.proof.calling import call_of_module
+from normfuse.proof.cases import cases_for
+from normfuse.proof.equivalence import compare, program_side
+from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.fidelity import traced
+from normfuse.proof.proving import Progress
+from normfuse.sources.atomic import new_folder, proven_first
+from normfuse.sources.inputs import Inputs
+from normfuse.sources.source import Source, Stored
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        path: the folder or the file.
+        changed: names of the tensors in the files that differ from the original's.
+        kept: how many others there are, whose bytes are the original's.
+        evidence: that the model's own class computes the same of it; None where the proof was not asked for.
+    """
+
+    path: Path
+    changed: tuple[str, ...]
+    kept: int
+    evidence: Evidence | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The listing as JSON types."""
+        return {"changed": list(self.changed), "kept": self.kept}
+
+
+def write_back(
+    source: Source, plan: Plan, given: Inputs, path: Path, *, prove: bool = True, progress: Progress | None = None
+) -> Written:
+    """Write what was brought, with the plan made on its tensors.
+
+    Args:
+        source: what was brought.
+        plan: a plan for its model.
+        given: what the model is called with.
+        path: where to write; for a folder nothing may be there yet.
+        prove: compare what was written with the original.
+        progress: called with (what, done, total).
+
+    Raises:
+        CannotApply: the model's class cannot hold part of the plan; nothing is written.
+        InputError: it cannot be written there.
+        VerificationFailed: what was written computes something else; it is not kept.
+    """
+    stored, model = source.stored, source.model
+    if stored is None or not isinstance(model, nn.Module):
+        raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
+    program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes).with_own_handles()
+    changed = _as_stored(stored, class_tensors(model, program, plan))
+    with _in_place(stored, path, source, changed) as written:
+        again = stored.open(written)
+        evidence = _compared(program, again, given, progress) if prove else None
+        if evidence:
+            checked(evidence)
+    return Written(path, tuple(sorted(changed)), len(stored.weights.names) - len(changed), evidence)
+
+
+def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Changed tensors by their stored names; a tied one is stored once, or as often as it was."""
+    homeless = [name for name in tensors if not stored.keys.get(name)]
+    if homeless:
+        why = f"'{min(homeless)}' is stored in another form than its class has it, so it cannot be changed there"
+        raise CannotApply([why], hint=FOR_CLASS)
+    return {key: tensor for name, tensor in tensors.items() for key in stored.keys[name]}
+
+
+@contextmanager
+def _in_place(stored: Stored, path: Path, source: Source, changed: dict[str, Tensor]) -> Iterator[Path]:
+    def write(target: Path) -> None:
+        for file in stored.beside:
+            shutil.copyfile(file, target / file.name)
+        stored.weights.write(target, changed)
+
+    made = new_folder(path, write) if stored.is_folder else proven_first(path, write, never_over=source.files)
+    with made as written:
+        yield written
+
+
+def _compared(program: Program, again: Source, given: Inputs, progress: Progress | None) -> Evidence:
+    """The evidence that what was written, in its own class, is the original."""
+    assert isinstance(again.model, nn.Module)
+    other = traced(again.model, given)
+    call = call_of_module(again.model, other)
+    sides = (
+        program_side("the original", program, other=other),
+        program_side("what was written", other, calls=program, call=call, other=program),
+    )
+    return compare(*sides, cases_for(program, given), progress=progress)

@@ -1,0 +1,127 @@
+"""What somebody holds, opened: a model, and what is needed to give the same kind back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from normfuse.errors import LoadError
+
+
+class Weights(Protocol):
+    """The tensors of files, and the way to write the same files with some of them changed (`normfuse.sources.tensor_files`)."""
+
+    @property
+    def names(self) -> Mapping[str, str]:
+        """Name of a tensor in a model -> its name in the file."""
+
+    @property
+    def notes(self) -> Any:
+        """What was done to find the tensors, as sentences."""
+
+    @property
+    def files(self) -> Any:
+        """The files, which are not to be written over."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor, by its name in a model; mapped from the disk where that can be."""
+
+    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
+        """Write the same files elsewhere, with some tensors changed."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A model whose class and whose tensors are kept apart, as in a folder: how they came, and how they are given back.
+
+    Attributes:
+        path: the folder, or the file of tensors.
+        weights: its tensors.
+        keys: name of a tensor of the module -> names of the stored tensors that it is; none where the class made it anew.
+        open: opens the same class with the tensors at another path.
+        beside: files of the folder that are no tensors and go along.
+    """
+
+    path: Path
+    weights: Weights
+    keys: Mapping[str, tuple[str, ...]]
+    open: Callable[[Path], Source]
+    beside: tuple[Path, ...] = ()
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether several files belong together."""
+        return self.path.is_dir()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model as somebody brought it; what takes a model takes it.
+
+    Attributes:
+        name: how its owner named it.
+        model: the model, in evaluation mode where its file does not say otherwise.
+        files: what must not be written over.
+        notes: what its owner should know of how it was opened, as sentences.
+        stored: how the same kind is written; None where it is a program, or a pickled module.
+    """
+
+    name: str
+    model: nn.Module | ExportedProgram
+    files: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+    stored: Stored | None = None
+
+
+def same_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Which of the given tensors each tensor of a module is: those that lie in its memory, whatever they are called."""
+    there: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in tensors.items():
+        there.setdefault(_place(tensor), []).append(name)
+    return {name: tuple(there.get(_place(tensor), ())) for name, tensor in model.state_dict().items()}
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def require_fit(
+    name: str, missing: Collection[str], unexpected: Collection[str], misshaped: Collection[tuple[str, Any, Any]]
+) -> None:
+    """Refuse weights that are not those of the model.
+
+    Args:
+        name: whose weights they are.
+        missing: tensors that the model has and the weights have not.
+        unexpected: the other way round.
+        misshaped: (name, shape in the weights, shape in the model).
+
+    Raises:
+        LoadError: something is missing, unexpected or of another shape; all of it is listed.
+    """
+    sizes = [f"{key} ({_sizes(theirs)}, where the model has {_sizes(ours)})" for key, theirs, ours in sorted(misshaped)]
+    told = [
+        f"{what} {_listed(names)}"
+        for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("of another shape", sizes))
+        if names
+    ]
+    if told:
+        hint = "are the weights and the configuration of one model? name the architecture that the weights were saved from"
+        raise LoadError(f"the weights of {name} do not fit its architecture: {'; '.join(told)}", hint=hint)
+
+
+_SHOWN = 8
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(list(names)[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def _sizes(shape: Any) -> str:
+    return "×".join(map(str, shape)) or "a number"

@@ -1,0 +1,169 @@
+"""Folders of transformers' `save_pretrained`: a configuration, the tensors, and what goes along.
+
+The class is the one that `architectures` names, of the installed transformers; a folder's own code (`auto_map`) runs only
+where its owner trusts it. Transformers itself puts the tensors into the class, so that what it knows of old names, prefixes
+and ties holds here too; what of a folder the class did not take, or did not get, is an error and never a guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfuse.errors import LoadError, MissingExtra, first_line
+from normfuse.limits import OverLimit
+from normfuse.sources.source import Source, Stored, Weights, require_fit, same_memory
+from normfuse.strict_json import parsed, read_file, record
+
+CONFIG = "config.json"
+TRUST = "--trust-remote-code (trust_remote_code=True) runs that code on this machine: your own decision"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A folder's configuration.
+
+    Raises:
+        LoadError: it cannot be read, or is no JSON object.
+    """
+    try:
+        return record(parsed(read_file(path)))
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
+    except OverLimit as over:
+        raise LoadError(f"{path} is not read: {over}", hint=over.hint) from None
+    except ValueError as error:
+        raise LoadError(f"{path} is no configuration: {first_line(error)}", hint="fetch or save the folder again") from error
+
+
+def open_transformers(
+    name: str, folder: Path, config: Mapping[str, Any], weights: Weights, *, trust_remote_code: bool = False
+) -> Source:
+    """A transformers model from its configuration and its tensors.
+
+    Args:
+        name: how its owner named it.
+        folder: where the configuration and what goes along are.
+        config: the configuration.
+        weights: the tensors.
+        trust_remote_code: run the folder's own code.
+
+    Raises:
+        LoadError: the class is not known, wants code of its own, or does not fit the tensors.
+        MissingExtra: transformers is not installed.
+    """
+    cls, settings = class_of(folder, config, trust_remote_code=trust_remote_code)
+    tensors = dict(weights.tensors())
+    model = _filled(name, cls, settings, tensors)
+    kept = {each.name for each in weights.files}
+    beside = tuple(sorted(each for each in folder.iterdir() if each.name not in kept and each.is_file()))
+
+    def again(path: Path) -> Source:
+        from normfuse.sources.plain_weights import open_weights
+
+        return open_transformers(str(path), path, config, open_weights(path), trust_remote_code=trust_remote_code)
+
+    stored = Stored(folder, weights, same_memory(model, tensors), again, beside)
+    return Source(name, model, (folder, *weights.files), tuple(weights.notes), stored)
+
+
+def class_of(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The class that a configuration names, and the configuration as that class has it.
+
+    Raises:
+        LoadError: there is no such class, or it would be the folder's own code, which is not trusted.
+        MissingExtra: transformers is not installed.
+    """
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
+        said = f"names {len(named)} architectures" if isinstance(named, list) and named else "does not say which class it is of"
+        raise LoadError(f"{folder / CONFIG} {said}", hint='"architectures" in it must name one class, such as GPT2LMHeadModel')
+    if isinstance(quantized := config.get("quantization_config"), Mapping):
+        method = quantized.get("quant_method", "an unnamed method")
+        hint = "rewrite the checkpoint that it was made from, and quantize the result"
+        raise LoadError(f"{folder} is quantized ({method}), and its norms cannot be folded into rounded weights", hint=hint)
+    if config.get("auto_map") and not trust_remote_code:
+        raise LoadError(f"{folder} brings code of its own ({CONFIG}: auto_map); it is not run", hint=TRUST)
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("transformers", "zoo") from error
+    with _told(folder, "the configuration"):
+        if config.get("auto_map"):
+            return _own_class(folder, config, named[0])
+        cls = getattr(transformers, named[0], None) if named[0].isidentifier() else None
+        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+            said = f"the installed transformers {transformers.__version__} has no model class '{named[0]}'"
+            raise LoadError(f"{folder}: {said}", hint='pip install -U transformers, or check "architectures" in config.json')
+        known: Any = cls.config_class
+        wanted = known.model_type
+        if config.get("model_type", wanted) != wanted:
+            said = f"its model_type is '{config['model_type']}', and {named[0]} is for '{wanted}'"
+            raise LoadError(f"{folder / CONFIG} names two models: {said}", hint="fetch or save the folder again")
+        return cls, known.from_dict(dict(config))
+
+
+def _own_class(folder: Path, config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    places = [each for each in dict(config["auto_map"]).values() if isinstance(each, str) and each.rpartition(".")[2] == name]
+    if not places:
+        raise LoadError(f"{folder / CONFIG} has no code for {name} (auto_map)", hint="fetch or save the folder again")
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+    return get_class_from_dynamic_module(places[0], str(folder), local_files_only=True), settings
+
+
+def _filled(name: str, cls: Any, settings: Any, tensors: dict[str, Tensor]) -> nn.Module:
+    with _told(Path(name), "the model"), _quietly():
+        model, info = cls.from_pretrained(
+            None, config=settings, state_dict=dict(tensors), dtype=_dtype_of(tensors), output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+    require_fit(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    if info.get("error_msgs"):
+        raise LoadError(f"the weights of {name} do not fit its architecture: {info['error_msgs'][0]}")
+    made: nn.Module = model.eval()
+    return made
+
+
+def _dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype that most of the stored entries have; transformers' classes compute in one."""
+    sizes: dict[torch.dtype, int] = {}
+    for each in tensors.values():
+        if each.is_floating_point():
+            sizes[each.dtype] = sizes.get(each.dtype, 0) + each.numel()
+    return max(sizes, key=sizes.__getitem__, default=torch.float32)
+
+
+@contextlib.contextmanager
+def _told(folder: Path, what: str) -> Iterator[None]:
+    """Classes and configurations are code on settings that can be anything: whatever they raise is one line."""
+    try:
+        yield
+    except (LoadError, MissingExtra):
+        raise
+    except Exception as error:
+        hint = "check that the installed transformers is the one that the folder was saved for"
+        raise LoadError(f"transformers cannot make {what} of {folder}: {first_line(error)[:200]}", hint=hint) from error
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    import logging as levels
+
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(levels.CRITICAL)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
