@@ -85,7 +85,7 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
         write_file(report, result.report.to_json())
         write_file(plan, result.report.plan.to_json())
     data = {**result.report.to_dict(), "dry_run": dry_run, "written": written, "drift": drifted}
-    data |= {"tensors": tensors.to_dict() if tensors else None}
+    data |= {"tensors": tensors.to_dict()} if tensors else {}
     listing: list[RenderableType] = ["", *written_lines(tensors.changed, tensors.kept)] if tensors else []
     return tell(as_json, data, *result.report.render(), *listing, "", Text(ending, "bold")) or code
 
