@@ -46,6 +46,9 @@ PROGRAM_BYTES = _limit("PROGRAM_BYTES", 1024 * MIB)
 PLAN_BYTES = _limit("PLAN_BYTES", 256 * MIB)
 """Bytes of a plan, a lock file or a calibration."""
 
+HEADER_BYTES = _limit("HEADER_BYTES", 100 * MIB)
+"""Bytes of the header of a safetensors file, which are those that the library reads."""
+
 FORMULA_ENTRIES = _limit("FORMULA_ENTRIES", 1 << 28)
 """Entries of any value in a plan's formulas and expressions, beyond sixteen times those of the model's largest value."""
 

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ def _bounded(content: bytes) -> bytes:
     return content
 
 
-def parsed(text: str) -> Any:
+def parsed(text: str, *, once: bool = False) -> Any:
     """The JSON in a text.
+
+    Args:
+        text: the text.
+        once: an object may not have two entries of one name, of which JSON takes the last.
 
     Raises:
         ValueError: it is none, or is nested deeper than `limits.NESTING`.
@@ -48,7 +53,7 @@ def parsed(text: str) -> Any:
     """
     _bounded(text.encode("utf-8", "surrogatepass"))
     try:
-        data = json.loads(text)
+        data = json.loads(text, object_pairs_hook=_once if once else None)
     except RecursionError:
         raise OverLimit("it is nested too deep", "NESTING") from None
     level, depth = [data], 0
@@ -59,6 +64,14 @@ def parsed(text: str) -> Any:
         inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list)))
         level = [each for several in inner for each in several]
     return data
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        (name, _times), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"it has two entries for {_brief(name)}")
+    return found
 
 
 def record(value: Any) -> dict[str, Any]:

@@ -1,0 +1,244 @@
+"""Weights as they lie in files, and the same files with other numbers in them.
+
+    model.safetensors                  one file
+    model.safetensors.index.json       several, and an index that says which tensor is in which
+    pytorch_model.bin, *.pt, *.pth     of torch.save: a dictionary of tensors, or one that holds such a dictionary
+
+`open_weights` takes any of these or the folder that they are in. What a model calls a tensor and what the file calls
+it may differ by what a training put around the model (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of
+Lightning): `Weights.fitted` undoes that for a model, and says so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from normfuse.errors import LoadError, first_line
+from normfuse.limits import OverLimit
+from normfuse.sources.checkpoints import opened_checkpoint
+from normfuse.sources.loading import first_bytes
+from normfuse.sources.safetensors_file import opened_safetensors
+from normfuse.strict_json import parsed, read_file, record, text
+
+INDEX = ".index.json"
+LAYOUTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+"""What a folder may hold; the first that is there is taken, as transformers does."""
+
+SAVED = "save the folder again with save_pretrained, or fetch the files that are missing"
+
+
+class TensorFile(Protocol):
+    """One file of tensors."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+
+    @property
+    def keys(self) -> Collection[str]:
+        """Names of the tensors, in the file's order."""
+
+    def tensors(self, keys: Collection[str]) -> dict[str, Tensor]:
+        """Some of the tensors."""
+
+    def size(self, key: str) -> int:
+        """Bytes of a tensor."""
+
+    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
+        """The same file elsewhere, some tensors changed and some left out."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The tensors of files.
+
+    Attributes:
+        parts: the files, in the order in which they are named.
+        names: name in the model → name in the files.
+        index: the file that says which tensor is where.
+        notes: what was done to find the tensors, as sentences.
+    """
+
+    parts: tuple[TensorFile, ...]
+    names: Mapping[str, str]
+    index: Path | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files, which are not to be written over."""
+        return (*([self.index] if self.index else []), *(part.path for part in self.parts))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by its name in the model, mapped from the disk where that can be.
+
+        Raises:
+            LoadError: a file cannot be read.
+        """
+        held: dict[str, Tensor] = {}
+        wanted = set(self.names.values())
+        for part in self.parts:
+            held |= part.tensors([key for key in part.keys if key in wanted])
+        return {name: held[key] for name, key in self.names.items()}
+
+    def fitted(self, expected: Collection[str]) -> Weights:
+        """The same weights under the names that fit a model best: what a training put around the model is undone.
+
+        Args:
+            expected: names of the model's tensors.
+        """
+        wanted = set(expected)
+        best = max(_spellings(self.names), key=lambda named: len(wanted & named.keys()))  # the first of equals: nothing undone
+        undone = next(((name, best_name) for best_name, name in best.items() if name != best_name), None)
+        if undone is None or len(best) < len(self.names):
+            return self
+        note = f"what was around the model when it was saved was left out of names: '{undone[0]}' is taken for '{undone[1]}'"
+        return replace(self, names={name: self.names[old] for name, old in best.items()}, notes=(*self.notes, note))
+
+    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
+        """The same files with other numbers in some tensors: same names, layout, order, dtypes and metadata.
+
+        Args:
+            target: a folder that is there, for the files of a folder; else the file to write.
+            changed: new values by the names in the model; they are rounded to the stored dtype.
+            dropped: names in the model of tensors that leave.
+
+        Raises:
+            ValueError: a tensor would have another shape.
+        """
+        new, gone = {self.names[name]: value for name, value in changed.items()}, {self.names[name] for name in dropped}
+        for part in self.parts:
+            ours = set(part.keys)
+            mine = {key: value for key, value in new.items() if key in ours}
+            cast = {key: _like(key, old, mine[key]) for key, old in part.tensors(list(mine)).items()}
+            part.write(target / part.path.name if self._is_folder(target) else target, cast, gone & ours)
+        if self.index:
+            self._write_index(target / self.index.name, gone)
+
+    def _is_folder(self, target: Path) -> bool:
+        return self.index is not None or len(self.parts) > 1 or target.is_dir()
+
+    def _write_index(self, target: Path, gone: Collection[str]) -> None:
+        assert self.index is not None
+        content = self.index.read_bytes()
+        if gone:
+            table = json.loads(content)
+            table["weight_map"] = {key: file for key, file in table["weight_map"].items() if key not in gone}
+            if "total_size" in table.get("metadata", {}):
+                left = sum(part.size(key) for part in self.parts for key in part.keys if key in gone)
+                table["metadata"]["total_size"] -= left
+            content = (json.dumps(table, indent=2) + "\n").encode()
+        target.write_bytes(content)
+
+
+def open_weights(path: str | os.PathLike[str]) -> Weights:
+    """The weights in a file, in the files that an index names, or in a folder that has either.
+
+    Raises:
+        LoadError: there are none, or they are damaged, incomplete, in each other's way, or ask for what is not allowed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _of_folder(path)
+    if path.name.endswith(INDEX):
+        return _of_index(path)
+    return _of_parts((_opened(path),))
+
+
+def _of_folder(folder: Path) -> Weights:
+    there = [name for name in LAYOUTS if (folder / name).exists()]
+    if not there:
+        found = sorted(each.name for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
+        if len(found) != 1:
+            said = f"has the files {', '.join(found[:6])} and no index" if found else "has no weights"
+            raise LoadError(f"{folder} {said}", hint=f"a folder of weights has one of {', '.join(LAYOUTS)}")
+        there = found
+    weights = open_weights(folder / there[0])
+    others = [name for name in there[1:] if not name.startswith(there[0].removesuffix(INDEX))]
+    if not others:
+        return weights
+    return replace(weights, notes=(*weights.notes, f"{there[0]} was read, and {', '.join(others)} was not"))
+
+
+def _of_index(path: Path) -> Weights:
+    try:
+        table = record(record(parsed(read_file(path), once=True)).get("weight_map"))
+        places = {key: text(file) for key, file in table.items()}
+    except OverLimit as over:
+        raise LoadError(f"{path} is not read: {over}", hint=over.hint) from None
+    except OSError as error:
+        raise LoadError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from error
+    except ValueError as error:
+        raise LoadError(f"{path} is no index of weights: {first_line(error)[:200]}", hint=SAVED) from error
+    files = list(dict.fromkeys(places.values()))
+    if strange := [
+        each for each in files if Path(each).name != each or each in ("", ".", "..") or "\\" in each or "\0" in each
+    ]:
+        raise LoadError(f"{path} names '{strange[0]}', which is no file beside it; it is not read", hint=SAVED)
+    if lost := [each for each in files if not (path.parent / each).exists()]:
+        raise LoadError(f"{path} names files that are not there: {_listed(lost)}", hint=SAVED)
+    parts = tuple(_opened(path.parent / each) for each in files)
+    weights = _of_parts(parts, path)
+    for part in parts:
+        said = {key for key, file in places.items() if file == part.path.name}
+        if lacking := sorted(said - set(part.keys)):
+            raise LoadError(f"{path} says that {part.path.name} holds {_listed(lacking)}, and it does not", hint=SAVED)
+        if unnamed := sorted(set(part.keys) - said):
+            raise LoadError(f"{part.path} holds {_listed(unnamed)}, which {path.name} does not name", hint=SAVED)
+    return weights
+
+
+def _of_parts(parts: tuple[TensorFile, ...], index: Path | None = None) -> Weights:
+    times = Counter(key for part in parts for key in part.keys)
+    if twice := [key for key, number in times.items() if number > 1]:
+        raise LoadError(f"{index} names files that hold the same tensors: {_listed(twice)}", hint=SAVED)
+    notes = tuple(note for part in parts for note in getattr(part, "notes", ()))
+    return Weights(parts, {key: key for key in times}, index, notes)
+
+
+def _opened(path: Path) -> TensorFile:
+    """One file, by what is in it."""
+    head = first_bytes(path)
+    if head[:2] != b"PK" and head[8:9] == b"{":
+        return opened_safetensors(path)
+    return opened_checkpoint(path)
+
+
+_WRAPPERS = ("module.", "model.", "net.")
+"""What a training puts before every name: DataParallel and averages, Lightning's usual attributes."""
+_COMPILED = "_orig_mod."
+"""What torch.compile puts into it, at the beginning or where a part was compiled."""
+
+
+def _spellings(names: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Ways to undo what is around a model, from nothing at all on: name without it → name."""
+    plain = {name: name for name in names}
+    yield plain
+    waiting = [{name.replace(_COMPILED, ""): old for name, old in plain.items()}]
+    while waiting:
+        named = waiting.pop()
+        yield named
+        waiting += [
+            {name.removeprefix(wrapper): old for name, old in named.items()}
+            for wrapper in _WRAPPERS
+            if any(name.startswith(wrapper) for name in named)
+        ]
+
+
+def _like(key: str, old: Tensor, new: Tensor) -> Tensor:
+    if old.shape != new.shape:
+        raise ValueError(f"{key} has {tuple(new.shape)} entries now, and {tuple(old.shape)} in its file")
+    return new.detach().to("cpu", old.dtype)
+
+
+def _listed(names: Collection[str]) -> str:
+    more = len(names) - 6
+    return ", ".join(list(names)[:6]) + (f" and {more} more" if more > 0 else "")

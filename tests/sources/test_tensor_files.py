@@ -1,0 +1,241 @@
+"""Weights in files: read as they lie, written back with nothing but what changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from normfuse.errors import LoadError
+from normfuse.sources.safetensors_file import opened_safetensors
+from normfuse.sources.tensor_files import open_weights
+
+DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn, torch.int64, torch.uint8, torch.bool,
+)  # fmt: skip
+
+
+@st.composite
+def tensors(draw: Any) -> dict[str, Tensor]:
+    names = draw(st.lists(st.text("abw.é_", min_size=1, max_size=6), min_size=1, max_size=6, unique=True))
+    held = {}
+    for name in names:
+        dtype, shape = draw(st.sampled_from(DTYPES)), draw(st.lists(st.integers(0, 3), max_size=3))
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        held[name] = (4 * torch.randn(shape, generator=generator)).to(dtype)
+    return held
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a) == bytes_of(b)
+
+
+def bytes_of(value: Tensor) -> bytes:
+    return bytes(value.contiguous().reshape(-1).view(torch.uint8).numpy()) if value.numel() else b""
+
+
+def sharded(folder: Path, parts: list[dict[str, Tensor]]) -> None:
+    names = [f"model-{place:05}-of-{len(parts):05}.safetensors" for place in range(1, len(parts) + 1)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, folder / name, {"format": "pt"})
+    places = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+    size = sum(value.nbytes for part in parts for value in part.values())
+    index = {"metadata": {"total_size": size, "kept": "as it is"}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(held=tensors(), data=st.data())
+def test_only_what_changed_differs(held: dict[str, Tensor], data: Any, tmp_path_factory: Any) -> None:
+    folder, target = tmp_path_factory.mktemp("from"), tmp_path_factory.mktemp("to")
+    names = list(held)
+    cut = data.draw(st.integers(0, len(names) - 1))
+    parts = [part for part in ({k: held[k] for k in names[:cut]}, {k: held[k] for k in names[cut:]}) if part]
+    sharded(folder, parts)
+    weights = open_weights(folder)
+    assert all(same(value, held[name]) for name, value in weights.tensors().items())
+    assert weights.tensors().keys() == held.keys()
+
+    chosen = data.draw(st.lists(st.sampled_from(names), unique=True))
+    wanted = {name: torch.full(held[name].shape, 1.0, dtype=torch.float64) for name in chosen}
+    dropped = [name for name in names if name not in chosen and data.draw(st.booleans())] if cut else []
+    weights.write(target, wanted, dropped)
+
+    again = open_weights(target)
+    assert again.tensors().keys() == held.keys() - set(dropped)
+    for name, value in again.tensors().items():
+        assert same(value, torch.ones_like(held[name]) if name in wanted else held[name])
+    for path in weights.files:
+        if not dropped:
+            before, after = path.read_bytes(), (target / path.name).read_bytes()
+            assert len(before) == len(after)
+            touched = path.suffix == ".safetensors" and set(opened_safetensors(path).keys) & set(wanted)
+            assert before == after or touched
+    table = json.loads((target / "model.safetensors.index.json").read_text())
+    assert table["metadata"] == {"total_size": sum(again.tensors()[name].nbytes for name in again.names), "kept": "as it is"}
+
+
+def test_a_header_stays_byte_for_byte(tmp_path: Path) -> None:
+    save_file({"b": torch.ones(3), "a": torch.zeros(2, 2)}, tmp_path / "m.safetensors", {"who": "me"})
+    before = (tmp_path / "m.safetensors").read_bytes()
+    open_weights(tmp_path / "m.safetensors").write(tmp_path / "n.safetensors", {"a": torch.full((2, 2), 5.0)})
+    after = (tmp_path / "n.safetensors").read_bytes()
+    start = opened_safetensors(tmp_path / "m.safetensors").start
+    assert before[:start] == after[:start]
+    assert sum(x != y for x, y in zip(before, after, strict=True)) <= 16
+    with pytest.raises(ValueError, match="has"):
+        open_weights(tmp_path / "m.safetensors").write(tmp_path / "o.safetensors", {"a": torch.zeros(4)})
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
+    "state dict": (lambda w: w, ""),
+    "lightning": (lambda w: {"epoch": 3, "state_dict": {f"model.{k}": v for k, v in w.items()}, "callbacks": {}}, "model."),
+    "data parallel": (lambda w: {f"module.{k}": v for k, v in w.items()}, "module."),
+    "compiled": (lambda w: {"model": {f"_orig_mod.{k}": v for k, v in w.items()}, "optimizer": {"state": {}}}, "_orig_mod."),
+    "both": (lambda w: {"net": {f"module._orig_mod.{k}": v for k, v in w.items()}}, "module._orig_mod."),
+    "average beside": (lambda w: {"ema": {k: v + 1 for k, v in w.items()}, "model": w, "step": 7}, ""),
+    "average alone": (
+        lambda w: {"model_ema": {"n_averaged": torch.tensor(3), **{f"module.{k}": v for k, v in w.items()}}},
+        "module.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_checkpoint_in_and_out(name: str, tmp_path: Path) -> None:
+    wrap, undone = CHECKPOINTS[name]
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    path = tmp_path / "c.pt"
+    torch.save(wrap(dict(model.state_dict())), path)
+    weights = open_weights(path).fitted(list(model.state_dict()))
+    model.load_state_dict(weights.tensors(), strict=True)
+    assert any(undone in note for note in weights.notes) or not undone
+    weights.write(tmp_path / "d.pt", {"0.weight": torch.full((4, 3), 2.0, dtype=torch.float64)})
+    again = open_weights(tmp_path / "d.pt").fitted(list(model.state_dict()))
+    assert torch.equal(again.tensors()["0.weight"], torch.full((4, 3), 2.0))
+    assert all(torch.equal(again.tensors()[key], value) for key, value in model.state_dict().items() if key != "0.weight")
+    before, after = (torch.load(tmp_path / each, weights_only=True) for each in ("c.pt", "d.pt"))
+    assert before.keys() == after.keys()
+    for key in before.keys() - {"state_dict", "model", "net", "model_ema"}:
+        assert isinstance(before[key], (dict, Tensor)) or before[key] == after[key]
+
+
+def test_what_is_one_tensor_stays_one(tmp_path: Path) -> None:
+    table = torch.randn(4, 3)
+    for legacy in (False, True):
+        torch.save({"embed": table, "head": table}, tmp_path / "c.bin", _use_new_zipfile_serialization=not legacy)
+        new = torch.ones(4, 3)
+        open_weights(tmp_path / "c.bin").write(tmp_path / "d.bin", {"embed": new, "head": new})
+        held = torch.load(tmp_path / "d.bin", weights_only=True)
+        assert held["embed"].data_ptr() == held["head"].data_ptr()
+        open_weights(tmp_path / "c.bin").write(tmp_path / "d.bin", {"embed": new, "head": 2 * new})
+        held = torch.load(tmp_path / "d.bin", weights_only=True)
+        assert torch.equal(held["head"], 2 * held["embed"])
+        assert (tmp_path / "d.bin").read_bytes()[:2] == (tmp_path / "c.bin").read_bytes()[:2]
+
+
+def test_a_layout_with_pickled_shards(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"b": torch.zeros(2)}, tmp_path / "pytorch_model-2.bin")
+    index = {"weight_map": {"b": "pytorch_model-2.bin", "a": "pytorch_model-1.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    (tmp_path / "out").mkdir()
+    open_weights(tmp_path).write(tmp_path / "out", {"a": torch.full((2,), 3.0)})
+    assert torch.equal(open_weights(tmp_path / "out").tensors()["a"], torch.full((2,), 3.0))
+    assert (tmp_path / "out" / "pytorch_model-2.bin").exists()
+
+
+def test_safetensors_are_preferred(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    torch.save({"a": torch.zeros(2)}, tmp_path / "pytorch_model.bin")
+    weights = open_weights(tmp_path)
+    assert torch.equal(weights.tensors()["a"], torch.ones(2))
+    assert "pytorch_model.bin" in weights.notes[0]
+
+
+def header(text: bytes, behind: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text + behind
+
+
+def index_of(**places: str) -> str:
+    return json.dumps({"weight_map": places})
+
+
+WRONG: dict[str, tuple[dict[str, bytes | str], str]] = {
+    "empty": ({"model.safetensors": b""}, "is empty"),
+    "cut short": ({"model.safetensors": b"good:-4"}, "damaged"),
+    "longer": ({"model.safetensors": b"good:+4"}, "damaged"),
+    "huge header": ({"model.safetensors": (1 << 40).to_bytes(8, "little") + b'{"a"'}, "HEADER_BYTES"),
+    "header beyond the file": ({"model.safetensors": (1 << 20).to_bytes(8, "little") + b"{}"}, "damaged"),
+    "header is no JSON": ({"model.safetensors": header(b"{oops}")}, "damaged"),
+    "two of a name": (
+        {"model.safetensors": header(
+            b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"
+        )},
+        "two entries",
+    ),
+    "overlap": (
+        {"model.safetensors": header(
+            b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}', b"xx"
+        )},
+        "damaged",
+    ),
+    "out of range": (
+        {"model.safetensors": header(b'{"a":{"dtype":"U8","shape":[9],"data_offsets":[0,9]}}', b"xx")}, "damaged",
+    ),
+    "unknown dtype": (
+        {"model.safetensors": header(b'{"a":{"dtype":"Q7","shape":[2],"data_offsets":[0,2]}}', b"xx")}, "damaged",
+    ),
+    "no weights": ({"config.json": "{}"}, "has no weights"),
+    "several and no index": ({"a.safetensors": b"good", "b.safetensors": b"good"}, "no index"),
+    "index is no JSON": ({"model.safetensors.index.json": "{"}, "no index of weights"),
+    "index is a list": ({"model.safetensors.index.json": "[]"}, "no index of weights"),
+    "no weight_map": ({"model.safetensors.index.json": "{}"}, "no index of weights"),
+    "two places": (
+        {"model.safetensors.index.json": '{"weight_map": {"w": "a.safetensors", "w": "b.safetensors"}}'}, "two entries",
+    ),
+    "up": ({"model.safetensors.index.json": index_of(w="../a.safetensors")}, "no file beside it"),
+    "absolute": ({"model.safetensors.index.json": index_of(w="/etc/passwd")}, "no file beside it"),
+    "null": ({"model.safetensors.index.json": index_of(w="a\0b")}, "no file beside it"),
+    "missing shard": ({"model.safetensors.index.json": index_of(w="a.safetensors")}, "not there"),
+    "missing key": (
+        {"model.safetensors.index.json": index_of(w="a.safetensors", v="a.safetensors"), "a.safetensors": b"good"},
+        "does not",
+    ),
+    "unnamed key": (
+        {"model.safetensors.index.json": index_of(v="b.safetensors", w="a.safetensors"),
+         "a.safetensors": b"good", "b.safetensors": b"good"},
+        "same tensors",
+    ),
+    "pickle that acts": ({"pytorch_model.bin": b"acts"}, "refused"),
+    "not of torch": ({"pytorch_model.bin": b"\x93NUMPY rest"}, "NumPy"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_a_line(name: str, tmp_path: Path) -> None:
+    files, said = WRONG[name]
+    save_file({"w": torch.ones(4)}, tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    (tmp_path / "good").unlink()
+    for path, content in files.items():
+        if content == b"acts":
+            torch.save({"w": torch.ones(2), "f": print}, tmp_path / path)
+        elif isinstance(content, bytes) and content.startswith(b"good"):
+            cut = int(content[5:] or b"0")
+            (tmp_path / path).write_bytes(good[:cut] if cut < 0 else good + b"x" * cut)
+        else:
+            (tmp_path / path).write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(LoadError) as caught:
+        open_weights(tmp_path)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
