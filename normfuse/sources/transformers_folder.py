@@ -63,7 +63,7 @@ def open_transformers(
     beside = tuple(sorted(each for each in folder.iterdir() if each.name not in kept and each.is_file()))
 
     def again(path: Path) -> Source:
-        from normfuse.sources.plain_weights import open_weights
+        from normfuse.sources.tensor_files import open_weights
 
         return open_transformers(str(path), path, config, open_weights(path), trust_remote_code=trust_remote_code)
 
