@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from normfuse.sources.loading import load
-from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.source import Source
+from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
 
 
