@@ -72,8 +72,8 @@ def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Modu
     if head.startswith(LEGACY):
         return _as_module(path, _load_legacy(path, trust_pickle=trust_pickle))
     if not head.startswith(b"PK\x03\x04"):
-        raise _foreign(path, head)
-    reader = _archive_reader(path)
+        raise foreign(path, head)
+    reader = archive_reader(path)
     records = set(reader.get_all_records())
     if "archive_format" in records:
         return _load_exported(path, reader, trust_pickle=trust_pickle)
@@ -95,8 +95,8 @@ def load_data(path: str | os.PathLike[str]) -> Any:
     if head.startswith(LEGACY):
         return _load_legacy(path, trust_pickle=False, resolve=_nothing)
     if not head.startswith(b"PK\x03\x04"):
-        raise _foreign(path, head)
-    reader = _archive_reader(path)
+        raise foreign(path, head)
+    reader = archive_reader(path)
     if "data.pkl" not in reader.get_all_records():
         raise LoadError(f"{path} is a zip file, but not one of torch.save", hint="save the inputs with torch.save")
     return _load_pickled(path, reader, trust_pickle=False, resolve=_nothing)
@@ -141,14 +141,20 @@ def _folder(path: Path) -> LoadError:
     return LoadError(f"{path} is a folder, not a model file", hint=RESAVE)
 
 
-def _foreign(path: Path, head: bytes) -> LoadError:
+def foreign(path: Path, head: bytes) -> LoadError:
+    """What a file is that is none of torch's, by its first bytes."""
     for pattern, what, hint in FOREIGN:
         if re.match(pattern, head):
             return LoadError(f"{path} {what}", hint=hint)
     return LoadError(f"{path} is not a file of torch.save or torch.export.save", hint=RESAVE)
 
 
-def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
+def archive_reader(path: Path) -> torch._C.PyTorchFileReader:
+    """Torch's reader of an archive.
+
+    Raises:
+        LoadError: the file is no archive of torch's, or is damaged.
+    """
     # The same reader as torch.load's and torch.export.load's: two zip readers can see two contents in one hostile file.
     try:
         reader = torch._C.PyTorchFileReader(os.fspath(path))
@@ -169,7 +175,7 @@ def _archive_reader(path: Path) -> torch._C.PyTorchFileReader:
 def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool) -> torch.export.ExportedProgram:
     from torch.export.pt2_archive import _package as pt2
 
-    with _told_as_load_error(path):
+    with told_as_load_error(path):
         if trust_pickle:
             with path.open("rb") as file:
                 programs = pt2.load_pt2(file).exported_programs
@@ -184,7 +190,7 @@ def _load_exported(path: Path, reader: torch._C.PyTorchFileReader, *, trust_pick
         raise LoadError(f"{path} holds {len(programs)} programs, not one", hint="save one with torch.export.save")
     program: torch.export.ExportedProgram = programs["model"]
     if not trust_pickle:
-        with _told_as_load_error(path):
+        with told_as_load_error(path):
             check_numbers(program.graph_module)
     return program
 
@@ -217,7 +223,7 @@ def _checked_archive(path: Path, reader: torch._C.PyTorchFileReader) -> dict[str
 
 
 def _load_legacy(path: Path, *, trust_pickle: bool, resolve: Resolve = allowlist.resolve) -> Any:
-    with _told_as_load_error(path):
+    with told_as_load_error(path):
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False)
         (_magic, _protocol, system, root, keys), behind = pickles_in(path.read_bytes(), 5)
@@ -232,7 +238,7 @@ def _load_legacy(path: Path, *, trust_pickle: bool, resolve: Resolve = allowlist
 def _load_pickled(
     path: Path, reader: torch._C.PyTorchFileReader, *, trust_pickle: bool, resolve: Resolve = allowlist.resolve
 ) -> Any:
-    with _told_as_load_error(path):
+    with told_as_load_error(path):
         if trust_pickle:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         check_inflation(unpacked_size(reader), path.stat().st_size)
@@ -252,7 +258,7 @@ def _built(root: Any, stored: Callable[[Any], Stored], resolve: Resolve) -> Any:
 
 
 @contextlib.contextmanager
-def _told_as_load_error(path: Path) -> Iterator[None]:
+def told_as_load_error(path: Path) -> Iterator[None]:
     """A damaged or hostile file can fail anywhere in torch's readers, with anything: to the user it is one line."""
     try:
         yield

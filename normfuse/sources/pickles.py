@@ -25,9 +25,10 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True)
 class Name:
-    """A dotted name: a class, a function or a constant, not imported."""
+    """A dotted name: a class, a function or a constant, not imported; ``stored`` is its module and the rest, as in the file."""
 
     text: str
+    stored: tuple[str, str] = field(default=("", ""), compare=False)
 
 
 @dataclass(eq=False)
@@ -138,10 +139,11 @@ class _Machine:
         self.stack.append(self.memo[int(index)])
 
     def name(self, module: str, attribute: str) -> None:
+        stored = module, attribute
         if self.protocol < 3:
             module, attribute = _compat_pickle.NAME_MAPPING.get((module, attribute), (module, attribute))
             module = _compat_pickle.IMPORT_MAPPING.get(module, module)
-        self.stack.append(Name(f"{module}.{attribute}"))
+        self.stack.append(Name(f"{module}.{attribute}", stored))
 
     def global_(self, argument: Any) -> None:
         module, _, attribute = argument.partition(" ")

@@ -80,7 +80,7 @@ class SafetensorsFile:
             for key, value in changed.items():
                 if key in without.header:
                     file.seek(without.start + without.header[key]["data_offsets"][0])
-                    file.write(_bytes_of(value))
+                    file.write(bytes_of(value))
             file.flush()
             os.fsync(file.fileno())
 
@@ -130,7 +130,8 @@ def opened_safetensors(path: Path) -> SafetensorsFile:
     return SafetensorsFile(path, _LENGTH + length, header)
 
 
-def _bytes_of(value: Tensor) -> Any:
+def bytes_of(value: Tensor) -> Any:
+    """The bytes of a dense tensor, entry by entry."""
     flat = value.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if flat.numel() else b""
 

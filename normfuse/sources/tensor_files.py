@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from normfuse import limits
 from normfuse.errors import LoadError, first_line
 from normfuse.limits import OverLimit
 from normfuse.sources.checkpoints import opened_checkpoint
@@ -94,10 +96,20 @@ class Weights:
 
         Args:
             expected: names of the model's tensors.
+
+        Raises:
+            LoadError: the model's weights are there several times.
         """
         wanted = set(expected)
-        best = max(_spellings(self.names), key=lambda named: len(wanted & named.keys()))  # the first of equals: nothing undone
-        undone = next(((name, best_name) for best_name, name in best.items() if name != best_name), None)
+        plain = {name: name for name in self.names} if wanted <= self.names.keys() else _plain(self.names)
+        prefix = _prefix(plain, wanted)
+        fitting = {name[len(prefix) :]: old for name, old in plain.items() if name.startswith(prefix)}
+        others = {name: old for name, old in plain.items() if not name.startswith(prefix)}
+        if both := sorted(fitting.keys() & others.keys() & wanted):
+            said = f"both '{others[both[0]]}' and '{fitting[both[0]]}' could be '{both[0]}' of the model"
+            raise LoadError(said, hint="save the weights that you mean as a file of their own")
+        best = {**others, **fitting}
+        undone = next(((old, name) for name, old in fitting.items() if name != old and name in wanted), None)
         if undone is None or len(best) < len(self.names):
             return self
         note = f"what was around the model when it was saved was left out of names: '{undone[0]}' is taken for '{undone[1]}'"
@@ -161,6 +173,7 @@ def _of_folder(folder: Path) -> Weights:
             said = f"has the files {', '.join(found[:6])} and no index" if found else "has no weights"
             raise LoadError(f"{folder} {said}", hint=f"a folder of weights has one of {', '.join(LAYOUTS)}")
         there = found
+    _check_home(folder / there[0])
     weights = open_weights(folder / there[0])
     others = [name for name in there[1:] if not name.startswith(there[0].removesuffix(INDEX))]
     if not others:
@@ -185,6 +198,8 @@ def _of_index(path: Path) -> Weights:
         raise LoadError(f"{path} names '{strange[0]}', which is no file beside it; it is not read", hint=SAVED)
     if lost := [each for each in files if not (path.parent / each).exists()]:
         raise LoadError(f"{path} names files that are not there: {_listed(lost)}", hint=SAVED)
+    for each in files:
+        _check_home(path.parent / each)
     parts = tuple(_opened(path.parent / each) for each in files)
     weights = _of_parts(parts, path)
     for part in parts:
@@ -194,6 +209,16 @@ def _of_index(path: Path) -> Weights:
         if unnamed := sorted(set(part.keys) - said):
             raise LoadError(f"{part.path} holds {_listed(unnamed)}, which {path.name} does not name", hint=SAVED)
     return weights
+
+
+def _check_home(file: Path) -> None:
+    """A link of a folder may lead to a file of that folder, or of the hub's cache that its snapshot is made of."""
+    folder, real = file.parent.resolve(), file.resolve()
+    homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
+    if not any(real.is_relative_to(home) for home in homes):
+        raise LoadError(
+            f"{file} is a link out of its folder; it is not read", hint="copy the file that you mean into the folder"
+        )
 
 
 def _of_parts(parts: tuple[TensorFile, ...], index: Path | None = None) -> Weights:
@@ -212,25 +237,43 @@ def _opened(path: Path) -> TensorFile:
     return opened_checkpoint(path)
 
 
-_WRAPPERS = ("module.", "model.", "net.")
-"""What a training puts before every name: DataParallel and averages, Lightning's usual attributes."""
-_COMPILED = "_orig_mod."
-"""What torch.compile puts into it, at the beginning or where a part was compiled."""
+_INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What torch.compile, FSDP and checkpointed activations put into names, wherever a part was wrapped."""
 
 
-def _spellings(names: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Ways to undo what is around a model, from nothing at all on: name without it → name."""
-    plain = {name: name for name in names}
-    yield plain
-    waiting = [{name.replace(_COMPILED, ""): old for name, old in plain.items()}]
-    while waiting:
-        named = waiting.pop()
-        yield named
-        waiting += [
-            {name.removeprefix(wrapper): old for name, old in named.items()}
-            for wrapper in _WRAPPERS
-            if any(name.startswith(wrapper) for name in named)
-        ]
+def _plain(names: Iterable[str]) -> dict[str, str]:
+    """Names without what was put into them → names; nothing is left out where two would become one."""
+    names = list(names)
+    plain = {".".join(part for part in name.split(".") if part not in _INSIDE): name for name in names}
+    return plain if len(plain) == len(names) else {name: name for name in names}
+
+
+def _prefix(names: Collection[str], wanted: Collection[str]) -> str:
+    """What has to be taken off names so that most of them are wanted; nothing, if that does not make it better.
+
+    Raises:
+        LoadError: several prefixes fit equally well, such as those of a student and its teacher.
+    """
+    fits: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")[: limits.NESTING]
+        starts = ("".join(f"{part}." for part in parts[:count]) for count in range(len(parts)))
+        fits.update(start for start in starts if name[len(start) :] in wanted)
+    most = max(fits.values(), default=0)
+    best = [start for start, number in fits.items() if number == most]
+    if not most or fits[""] == most:
+        return ""
+    plain = [start for start in best if not _AVERAGED.search(start)]
+    best = plain or best
+    if len(best) > 1:
+        raise LoadError(
+            f"the weights of the model are there {len(best)} times, as {_listed([f'{each}*' for each in best])}",
+            hint="save those that you mean as a file of their own, without the prefix",
+        )
+    return best[0]
+
+
+_AVERAGED = re.compile(r"(^|[._])(ema|averaged?|teacher|momentum)([._]|$)")
 
 
 def _like(key: str, old: Tensor, new: Tensor) -> Tensor:

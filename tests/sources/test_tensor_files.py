@@ -161,6 +161,11 @@ def test_safetensors_are_preferred(tmp_path: Path) -> None:
     assert "pytorch_model.bin" in weights.notes[0]
 
 
+class Acts:
+    def __reduce__(self) -> Any:
+        return print, ("acted",)
+
+
 def header(text: bytes, behind: bytes = b"") -> bytes:
     return len(text).to_bytes(8, "little") + text + behind
 
@@ -215,7 +220,7 @@ WRONG: dict[str, tuple[dict[str, bytes | str], str]] = {
          "a.safetensors": b"good", "b.safetensors": b"good"},
         "same tensors",
     ),
-    "pickle that acts": ({"pytorch_model.bin": b"acts"}, "refused"),
+    "pickle that acts": ({"pytorch_model.bin": b"acts"}, "holds no weights"),
     "not of torch": ({"pytorch_model.bin": b"\x93NUMPY rest"}, "NumPy"),
 }  # fmt: skip
 
@@ -228,7 +233,7 @@ def test_what_is_wrong_is_a_line(name: str, tmp_path: Path) -> None:
     (tmp_path / "good").unlink()
     for path, content in files.items():
         if content == b"acts":
-            torch.save({"w": torch.ones(2), "f": print}, tmp_path / path)
+            torch.save({"w": Acts()}, tmp_path / path)
         elif isinstance(content, bytes) and content.startswith(b"good"):
             cut = int(content[5:] or b"0")
             (tmp_path / path).write_bytes(good[:cut] if cut < 0 else good + b"x" * cut)
@@ -239,3 +244,53 @@ def test_what_is_wrong_is_a_line(name: str, tmp_path: Path) -> None:
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.hint
+
+
+def test_links_stay_in_their_folder(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "hub" / "snapshots" / "abc", tmp_path / "private"
+    for each in (inside, outside, tmp_path / "hub" / "blobs"):
+        each.mkdir(parents=True)
+    for each in (outside / "a.safetensors", tmp_path / "hub" / "blobs" / "0123"):
+        save_file({"w": torch.ones(2)}, each)
+    (inside / "model.safetensors").symlink_to("../../blobs/0123")
+    assert open_weights(inside).tensors()["w"].tolist() == [1, 1]
+    (inside / "model.safetensors").unlink()
+    (inside / "model.safetensors").symlink_to(outside / "a.safetensors")
+    with pytest.raises(LoadError, match="link out of"):
+        open_weights(inside)
+    (inside / "model.safetensors").rename(inside / "a.safetensors")
+    (inside / "model.safetensors.index.json").write_text(index_of(w="a.safetensors"))
+    with pytest.raises(LoadError, match="link out of"):
+        open_weights(inside)
+
+
+FITS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "as they are": (["a.w", "b.w"], {"a.w": "a.w", "b.w": "b.w"}),
+    "parts compiled": (["a._orig_mod.w", "b.w"], {"a.w": "a._orig_mod.w", "b.w": "b.w"}),
+    "any attribute of a training": (
+        ["backbone.a.w", "backbone.b.w", "loss.w"], {"a.w": "backbone.a.w", "b.w": "backbone.b.w", "loss.w": "loss.w"},
+    ),
+    "with an average": (
+        ["ema.a.w", "ema.b.w", "net.a.w", "net.b.w"],
+        {"a.w": "net.a.w", "b.w": "net.b.w", "ema.a.w": "ema.a.w", "ema.b.w": "ema.b.w"},
+    ),
+    "fsdp": (
+        ["_fsdp_wrapped_module.a._checkpoint_wrapped_module.w", "_fsdp_wrapped_module.b.w"],
+        {"a.w": "_fsdp_wrapped_module.a._checkpoint_wrapped_module.w", "b.w": "_fsdp_wrapped_module.b.w"},
+    ),
+    "other weights": (["c.x", "d.x"], {"c.x": "c.x", "d.x": "d.x"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_what_is_around_a_model_is_undone(name: str, tmp_path: Path) -> None:
+    stored, names = FITS[name]
+    save_file({key: torch.ones(1) for key in stored}, tmp_path / "m.safetensors")
+    assert dict(open_weights(tmp_path / "m.safetensors").fitted(["a.w", "b.w"]).names) == names
+
+
+@pytest.mark.parametrize("stored", [["x.a.w", "y.a.w"], ["a.w", "m.a.w", "m.b.w"]])
+def test_a_model_that_is_there_twice_is_no_model(stored: list[str], tmp_path: Path) -> None:
+    save_file({key: torch.ones(1) for key in stored}, tmp_path / "m.safetensors")
+    with pytest.raises(LoadError):
+        open_weights(tmp_path / "m.safetensors").fitted(["a.w", "b.w"])
