@@ -56,8 +56,8 @@ def forms(facts: Facts) -> dict[Node, Affine]:
     found: dict[Node, Affine] = {}
     batch_norms = {norm.out: norm for norm in facts.norms if norm.kind in (NormKind.BATCH_NORM, NormKind.INSTANCE_NORM)}
     for node in facts.program.graph.nodes:
-        if node in facts.constant or not _is_float(node):
-            continue
+        if node in facts.constant or not _is_float(node) or not (keeps(node) in MOVES or facts.takes(node)):
+            continue  # a kept norm ends with its own gain and shift
         form = _batch_norm(facts, batch_norms[node], found) if node in batch_norms else _form(facts, node, found)
         if form is not None:
             found[node] = form

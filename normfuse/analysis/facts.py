@@ -2,7 +2,7 @@
 
 facts.unseen[node]      axes along which no reader can see the mean of this value
 facts.centered[node]    axes along which the mean of this value is zero by construction
-facts.norms             every norm, hand-written ones included
+facts.norms             every norm that may be rewritten, hand-written ones included
 facts.norms_in_bodies   norms in what control flow runs, which are counted and stay
 """
 
@@ -16,6 +16,7 @@ from functools import cached_property
 import torch
 from torch.fx import Node
 
+from normfuse.analysis.choice import EVERYTHING, Choice
 from normfuse.analysis.norms import norms_of
 from normfuse.graph.bodies import Body, bodies
 from normfuse.graph.ops.lookup import carries, hides, is_mean_of, rank
@@ -35,15 +36,35 @@ class Facts:
     Attributes:
         program: the program.
         in_place: whether what is planned is for modules, whose classes have tensors of their own and no room for others.
+        choice: the norms that may be rewritten.
     """
 
     program: Program
     in_place: bool = False
+    choice: Choice = EVERYTHING
+
+    @cached_property
+    def every_norm(self) -> tuple[Norm, ...]:
+        """Every norm of the program in execution order."""
+        return norms_of(self.program)
 
     @cached_property
     def norms(self) -> tuple[Norm, ...]:
-        """Every norm of the program in execution order."""
-        return norms_of(self.program)
+        """The norms that may be rewritten, in execution order: all of them, or those that were chosen."""
+        return tuple(norm for norm in self.every_norm if self.takes(norm.out))
+
+    @cached_property
+    def kept(self) -> frozenset[Node]:
+        """The calls of the norms that are not chosen, and the stored tensors that they read."""
+        held = {node for norm in self.every_norm if not self.takes(norm.out) for node in norm.inner}
+        behind = [each for node in held for each in node.all_input_nodes if each in self.constant]
+        for each in behind:
+            behind.extend(inner for inner in each.all_input_nodes if inner not in behind)
+        return frozenset((*held, *behind))
+
+    def takes(self, node: Node) -> bool:
+        """Whether a call is at a place that may be rewritten."""
+        return not self.choice or self.choice.why_kept(self.program.site(node)) is None
 
     @cached_property
     def norms_in_bodies(self) -> tuple[tuple[Body, Norm], ...]:
@@ -53,12 +74,12 @@ class Facts:
     @property
     def kinds(self) -> Counter[str]:
         """How many norms of each kind there are, in bodies too."""
-        return Counter(norm.kind for norm in (*self.norms, *(norm for _, norm in self.norms_in_bodies)))
+        return Counter(norm.kind for norm in (*self.every_norm, *(norm for _, norm in self.norms_in_bodies)))
 
     @cached_property
     def norm_at(self) -> dict[Node, Norm]:
         """The norm that a node is part of."""
-        return {node: norm for norm in self.norms for node in norm.inner}
+        return {node: norm for norm in self.every_norm for node in norm.inner}
 
     def hidden_by(self, reader: Node, value: Node) -> frozenset[int]:
         """Axes of ``value`` along which ``reader`` itself cannot see a shift."""
@@ -167,9 +188,9 @@ def _is_less(node: Node, mean: Node) -> bool:
     return node.target is aten.sub.Tensor and arguments(node)["other"] is mean is not arguments(node)["self"]
 
 
-def analyze(program: Program, *, in_place: bool = False) -> Facts:
-    """The facts of a program, each computed when it is first asked for; ``in_place`` as in `Facts`."""
-    return Facts(program, in_place)
+def analyze(program: Program, *, in_place: bool = False, choice: Choice = EVERYTHING) -> Facts:
+    """The facts of a program, each computed when it is first asked for; ``in_place`` and ``choice`` as in `Facts`."""
+    return Facts(program, in_place, choice)
 
 
 def norm_counts(program: Program) -> dict[str, int]:

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from normfuse.analysis.choice import Choice
 from normfuse.api.opening import Given, inputs_for
 from normfuse.graph.findings import Claim
 from normfuse.modules.deploy import deploy_modules, evaluate_formulas, restore_modules
@@ -27,6 +28,8 @@ def tune(
     *,
     verify: str = "full",
     allow: str = "rounding",
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Module:
     """Rewrite a live model for training, in place: its layers read formulas of its own parameters (live mode, *Tune*).
@@ -42,20 +45,25 @@ def tune(
         dynamic_shapes: as for `rewrite`.
         verify: as for `rewrite`.
         allow: as for `rewrite`.
+        only: as for `rewrite`.
+        skip: as for `rewrite`.
         progress: as for `rewrite`.
 
     Returns:
         The same object. A `NormfuseWarning` says what could not be rewritten on modules.
 
     Raises:
-        InputError: no example inputs are known, or they do not fit.
+        InputError: no example inputs are known, or they do not fit; or ``only`` or ``skip`` names no norm.
         TraceError: torch.export cannot trace the model, in evaluation mode or as it trains.
         CannotApply: nothing can be rewritten; the error lists the reasons.
         VerificationFailed: the result is not equivalent; the model is put back.
     """
     given = inputs_for(model, inputs, kwargs, dynamic_shapes)
     warn_of(given)
-    tune_modules(model, requested(passes), given, allow=Claim.named(allow), level=checked_level(verify), progress=progress)
+    tune_modules(
+        model, requested(passes), given,
+        allow=Claim.named(allow), choice=Choice.of(only, skip), level=checked_level(verify), progress=progress,
+    )  # fmt: skip
     return model
 
 
@@ -69,6 +77,8 @@ def deploy(
     keep: bool = False,
     verify: str = "full",
     allow: str = "rounding",
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Module:
     """Rewrite a live model for inference, in place: its tensors take the formulas' values (*Deploy*).
@@ -85,13 +95,15 @@ def deploy(
         keep: keep the model's own tensors, so that `restore` can put them back.
         verify: as for `rewrite`.
         allow: as for `rewrite`.
+        only: as for `rewrite`.
+        skip: as for `rewrite`.
         progress: as for `rewrite`.
 
     Returns:
         The same object. A `NormfuseWarning` says what could not be rewritten on modules.
 
     Raises:
-        InputError: no example inputs are known, or they do not fit.
+        InputError: no example inputs are known, or they do not fit; or ``only`` or ``skip`` names no norm.
         TraceError: torch.export cannot trace the model.
         CannotApply: nothing can be rewritten; the error lists the reasons.
         VerificationFailed: the result is not equivalent; the model is put back.
@@ -102,8 +114,9 @@ def deploy(
     given = inputs_for(model, inputs, kwargs, dynamic_shapes)
     warn_of(given)
     deploy_modules(
-        model, requested(passes), given, allow=Claim.named(allow), level=checked_level(verify), keep=keep, progress=progress
-    )
+        model, requested(passes), given,
+        allow=Claim.named(allow), choice=Choice.of(only, skip), level=checked_level(verify), keep=keep, progress=progress,
+    )  # fmt: skip
     return model
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from normfuse.analysis.choice import Choice
 from normfuse.analysis.facts import norm_counts
 from normfuse.api.opening import Given, Model, Tracer, brought, files_of, served, to_program
 from normfuse.api.result import Result
@@ -41,6 +42,8 @@ def rewrite(
     mode: str = "deploy",
     verify: str = "full",
     allow: str = "rounding",
+    only: str | Sequence[str] = (),
+    skip: str | Sequence[str] = (),
     trust_pickle: bool = False,
     keep_unread: bool = False,
     same_class: bool | None = None,
@@ -62,6 +65,9 @@ def rewrite(
         verify: ``full`` (the trace is the module; structure, float64 algebra, rounding), ``structure`` (nothing is run), or
             ``none``.
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
+        only: globs over the paths of modules, such as ``"*.ln_1"``: the norms that may be rewritten; all of them if there is
+            none. What is not chosen stays as it is, and everything else is planned around it.
+        skip: globs of norms that stay, such as ``"transformer.h.0.*"``; ``--keep`` on the command line.
         trust_pickle: load a pickled file with the full unpickler, which can run any code that the file holds.
         keep_unread: keep tensors that the rewritten program does not read, such as a folded norm's; in live mode all are kept.
         same_class: rewrite only what the model's own class can hold, so that `Result.save` can write a folder or a checkpoint
@@ -73,7 +79,7 @@ def rewrite(
 
     Raises:
         LoadError: the file cannot or may not be read.
-        InputError: no example inputs are known, or they do not fit.
+        InputError: no example inputs are known, or they do not fit; or ``only`` or ``skip`` names no norm.
         TraceError: torch.export cannot trace the model, or the trace is another function than the model.
         NormfuseError: there is no such mode, or the model is a live result.
         VerificationFailed: the result is not equivalent; this would be a bug of normfuse.
@@ -86,11 +92,11 @@ def rewrite(
     inputs = model.inputs if isinstance(model, Result) and inputs is None else inputs
     name, original, given = to_program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
     clock.lap("trace")
-    allowed = Claim.named(allow)
+    allowed, choice = Claim.named(allow), Choice.of(only, skip)
     if _for_class(source, same_class, mode):
-        chosen = _planned_for_class(original, source, requested(passes), allowed)
+        chosen = _planned_for_class(original, source, requested(passes), allowed, choice)
     else:
-        chosen = plan(original, requested(passes), allow=allowed)
+        chosen = plan(original, requested(passes), allow=allowed, choice=choice)
     planned = chosen.apply(original)
     rewritten = live_program.alive(planned) if mode == "live" else planned
     clock.lap("plan")
@@ -125,10 +131,10 @@ def _for_class(source: Source | None, same_class: bool | None, mode: str) -> boo
     return is_kept if same_class is None else same_class
 
 
-def _planned_for_class(original: Program, source: Source | None, passes: Sequence[str], allow: Claim) -> Plan:
+def _planned_for_class(original: Program, source: Source | None, passes: Sequence[str], allow: Claim, choice: Choice) -> Plan:
     assert source is not None
     assert isinstance(source.model, nn.Module)
-    return plan_for_modules(original, passes, allow, source.model, same_keys=True, hint=FOR_CLASS).plan
+    return plan_for_modules(original, passes, allow, source.model, choice=choice, same_keys=True, hint=FOR_CLASS).plan
 
 
 def _unchecked(module: nn.Module, given: Inputs) -> Program:

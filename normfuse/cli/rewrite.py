@@ -39,6 +39,10 @@ from normfuse.cli.options import Source, known_passes, with_answer, with_source
               help="What to prove: full runs both models in float64 and in their own dtype, structure runs nothing, or none.")
 @click.option("--allow", type=click.Choice(["exact", "rounding", "approximate"]), default="rounding", show_default=True,
               metavar="CLAIM", help="The weakest claim that a rewrite may make: exact, rounding or approximate.")
+@click.option("--only", multiple=True, metavar="GLOB",
+              help='Rewrite only these norms: paths of modules, such as "*.ln_1"; may be given again.')
+@click.option("--keep", "skip", multiple=True, metavar="GLOB",
+              help='Leave these norms as they are, such as "transformer.h.0.*"; may be given again.')
 @click.option("--keep-unread", is_flag=True,
               help="Keep tensors that the result does not read, such as those of a folded norm.")
 @click.option("--report", metavar="FILE", help="Write the report as JSON: what was rewritten, refused and proven.")
@@ -48,7 +52,8 @@ from normfuse.cli.options import Source, known_passes, with_answer, with_source
 @with_source
 @with_answer
 def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: bool, strict: bool, verify: str, allow: str,
-            keep_unread: bool, report: str | None, plan: str | None, locked: str | None, source: Source, as_json: bool) -> int:
+            only: tuple[str, ...], skip: tuple[str, ...], keep_unread: bool, report: str | None, plan: str | None,
+            locked: str | None, source: Source, as_json: bool) -> int:
     # fmt: on
     """Rewrite the norms of MODEL, prove that its outputs stay the same, and write the result.
 
@@ -71,7 +76,7 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
         try:
             result = api.rewrite(
                 held, passes, source.inputs(held), mode=mode, verify="none" if dry_run else verify, allow=allow,
-                keep_unread=keep_unread, same_class=back, progress=progress,
+                only=only, skip=skip, keep_unread=keep_unread, same_class=back, progress=progress,
             )  # fmt: skip
         except VerificationFailed as failure:
             write_file(report, failure.report.to_json())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from normfuse.analysis.choice import Choice
 from normfuse.errors import CannotApply, NormfuseError
 from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
@@ -30,7 +31,15 @@ from normfuse.sources.inputs import Inputs
 
 
 def deploy_modules(
-    model: nn.Module, passes: Sequence[str], given: Inputs, *, allow: Claim, level: str, keep: bool, progress: Progress | None
+    model: nn.Module,
+    passes: Sequence[str],
+    given: Inputs,
+    *,
+    allow: Claim,
+    choice: Choice,
+    level: str,
+    keep: bool,
+    progress: Progress | None,
 ) -> None:
     """Rewrite a model in place, its weights evaluated, and prove it; see `normfuse.deploy`."""
     require_plain(model, "deploy")
@@ -38,7 +47,7 @@ def deploy_modules(
         before = was_changed(model)
         bake(model)
         program = traced(model, given, check=level == "full").with_own_handles()
-        made = plan_for_modules(program, passes, allow, model)
+        made = plan_for_modules(program, passes, allow, model, choice=choice)
         if not made.plan.rounds and before:
             return  # another deploy has left nothing to do
         require_rewrites(made.plan)

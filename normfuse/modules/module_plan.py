@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from normfuse.analysis.choice import EVERYTHING, Choice
 from normfuse.analysis.facts import Facts
 from normfuse.errors import CannotApply, NormfuseWarning, Reason
 from normfuse.graph.edits import Reroute
@@ -39,7 +40,14 @@ class ModulePlan:
 
 
 def plan_for_modules(
-    program: Program, passes: Sequence[str], allow: Claim, model: nn.Module, *, same_keys: bool = False, hint: str = HINT
+    program: Program,
+    passes: Sequence[str],
+    allow: Claim,
+    model: nn.Module,
+    *,
+    choice: Choice = EVERYTHING,
+    same_keys: bool = False,
+    hint: str = HINT,
 ) -> ModulePlan:
     """A plan of which every rewrite can be made on the model's modules; the others are refused (NF104).
 
@@ -48,12 +56,14 @@ def plan_for_modules(
         passes: names of passes.
         allow: the weakest claim that may run.
         model: the model.
+        choice: the norms that may be rewritten.
         same_keys: as for `adapt`.
         hint: what to do about those that cannot be made.
     """
     excluded: dict[tuple[str, str], str] = {}
     while True:
-        chosen = plan(program, [_without(find(name), excluded, hint) for name in passes], allow=allow, in_place=True)
+        mine = [_without(find(name), excluded, hint) for name in passes]
+        chosen = plan(program, mine, allow=allow, in_place=True, choice=choice)
         changes = adapt(program, chosen.apply(program), model, same_keys=same_keys)
         blamed: dict[tuple[str, str], str] = {}
         for each in changes.unplaced:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from normfuse.analysis.choice import Choice
 from normfuse.errors import TraceError
 from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
@@ -21,7 +22,14 @@ from normfuse.sources.inputs import Inputs
 
 
 def tune_modules(
-    model: nn.Module, passes: Sequence[str], given: Inputs, *, allow: Claim, level: str, progress: Progress | None
+    model: nn.Module,
+    passes: Sequence[str],
+    given: Inputs,
+    *,
+    allow: Claim,
+    choice: Choice,
+    level: str,
+    progress: Progress | None,
 ) -> None:
     """Rewrite a model in place, in live mode, and prove it; see `normfuse.tune`.
 
@@ -36,10 +44,10 @@ def tune_modules(
         # trace: as it is evaluated
         program = traced(model, given, trains=_nowhere, check=level == "full").with_own_handles()
         # plan: twice, as what must be held fixed while the model trains is known by a plan
-        first = plan_for_modules(program, passes, allow, model)
+        first = plan_for_modules(program, passes, allow, model, choice=choice)
         require_rewrites(first.plan)
         held = {guard for each in guards_of(first, model).values() for guard in each}
-        made = plan_for_modules(_traced_in_training(model, given, held), passes, allow, model)
+        made = plan_for_modules(_traced_in_training(model, given, held), passes, allow, model, choice=choice)
         require_rewrites(made.plan)
         # make: the modules read formulas, or are what they were while a guard trains
         make_live(made.program, made.changes, model, guards_of(made, model))

@@ -80,7 +80,7 @@ def pre_rmsnorm(program: Program, facts: Facts) -> Iterator[Finding]:
     centering = center(facts, [norm for norm in layer_norms if len(norm.axes) == 1 and _fixed(norm)])
     for region in centering.regions:
         yield _rewrite(program, region)
-    norms = frozenset(norm.out for norm in facts.norms)
+    norms = frozenset(norm.out for norm in facts.every_norm)
     for norm, obstacle in centering.blocked:
         yield _explain(facts, norm, obstacle, norms)
 

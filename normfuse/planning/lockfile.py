@@ -44,6 +44,8 @@ def drift(locked: Plan, now: Plan) -> list[str]:
     """
     if locked.passes != now.passes:
         return [f"the locked plan is of {', '.join(locked.passes)}; this one is of {', '.join(now.passes)}"]
+    if locked.choice != now.choice:
+        return [f"the locked plan is of {locked.choice}; this one is of {now.choice}"]
     then, today = dict(_fates(locked)), dict(_fates(now))
     sentences = [
         f"{_at(where)}: {today.get(where, 'nothing to do')}; locked: {then.get(where, 'nothing to do')}"

@@ -12,6 +12,8 @@ A pass reasons about values; the planner does not take its word for the tensors.
     NF105  The norm is inside a body: a branch of `torch.cond`, a step of `while_loop`, `scan` or `map`, a function of flex
            attention. Bodies are run and compared, but not rewritten. Take the norm out of the control flow, or rewrite the
            branches as models of their own.
+    NF106  The norm was not chosen: a glob of `--keep` names it, or none of `--only` does. It stays as it is, with its gain and
+           its shift, and everything else is planned around it. A rewrite that would change it as well is refused whole.
 
 A rewrite that touches what another one of the same round changes waits for the next round.
 """
@@ -21,11 +23,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch.fx import Node
 
+from normfuse.analysis.choice import EVERYTHING, Choice
 from normfuse.analysis.facts import Facts, analyze
 from normfuse.errors import InvalidPlan
 from normfuse.graph import edits as editing
@@ -51,11 +54,13 @@ class Plan:
         passes: the names that were asked for.
         rounds: rewrites accepted together; each round reads the program that the rounds before it made.
         refusals: what the passes, or the planner, would not do.
+        choice: the norms that it was asked to rewrite.
     """
 
     passes: tuple[str, ...]
     rounds: tuple[tuple[Rewrite, ...], ...]
     refusals: tuple[Refusal, ...]
+    choice: Choice = EVERYTHING
 
     @property
     def rewrites(self) -> Iterator[Rewrite]:
@@ -96,6 +101,7 @@ class Plan:
         rounds = [[_rewrite_to_dict(each) for each in rewrites] for rewrites in self.rounds]
         refusals = [each.to_dict() for each in self.refusals]
         data = {"normfuse_plan": _VERSION, "passes": self.passes, "rounds": rounds, "refusals": refusals}
+        data |= {"choice": asdict(self.choice)} if self.choice else {}
         return json.dumps(data, indent=1, allow_nan=False)
 
     @classmethod
@@ -110,7 +116,8 @@ class Plan:
             if data["normfuse_plan"] != _VERSION:
                 raise InvalidPlan(f"this plan has version {data['normfuse_plan']}; this normfuse reads version {_VERSION}")
             rounds = tuple(tuple(map(_rewrite_from_dict, items(rewrites))) for rewrites in items(data["rounds"]))
-            return cls(texts(data["passes"]), rounds, tuple(map(_refusal_from_dict, items(data["refusals"]))))
+            refusals = tuple(map(_refusal_from_dict, items(data["refusals"])))
+            return cls(texts(data["passes"]), rounds, refusals, _choice_from_dict(data.get("choice")))
         except OverLimit as error:
             raise InvalidPlan(f"this is not a plan that normfuse wrote: {error}", hint=error.hint) from error
         except KeyError as error:
@@ -119,7 +126,14 @@ class Plan:
             raise InvalidPlan(f"this is not a plan that normfuse wrote: {error}") from error
 
 
-def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim.ROUNDING, in_place: bool = False) -> Plan:
+def plan(
+    program: Program,
+    passes: Sequence[str | Pass],
+    *,
+    allow: Claim = Claim.ROUNDING,
+    in_place: bool = False,
+    choice: Choice = EVERYTHING,
+) -> Plan:
     """Collect, judge and order what the passes propose for a program.
 
     Args:
@@ -127,19 +141,24 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
         passes: names, or passes themselves.
         allow: the weakest claim that may run.
         in_place: whether the plan is for the modules that were traced, which have no room for new tensors.
+        choice: the norms that may be rewritten.
 
     Returns:
         The plan; it may be empty, and then its refusals say why.
+
+    Raises:
+        InputError: the choice names a norm that the program does not have.
     """
     chosen = [find(each) if isinstance(each, str) else each for each in passes]
     names = tuple(each.name for each in chosen)
     rounds: list[tuple[Rewrite, ...]] = []
     judged: list[Refusal] = []
     first_said: dict[tuple[str, str], Refusal] = {}
-    bodies = analyze(program)
-    inside = tuple(refusal for each in chosen for refusal in _inside_bodies(each, bodies))
+    original = analyze(program, choice=choice)
+    choice.require(_norm_sites(original))
+    inside = tuple(refusal for each in chosen for refusal in (*_inside_bodies(each, original), *_not_chosen(each, original)))
     for _ in range(_ROUNDS):
-        facts = analyze(program, in_place=in_place)
+        facts = analyze(program, in_place=in_place, choice=choice)
         accepted: list[Rewrite] = []
         refusals: list[Refusal] = []
         for each in chosen:
@@ -157,7 +176,7 @@ def plan(program: Program, passes: Sequence[str | Pass], *, allow: Claim = Claim
             done = {site.node for earlier in rounds for each in earlier for site in each.sites}
             open_still = (refusal for refusal in judged if refusal.site.node not in done)
             stands = (each for each in dict.fromkeys((*refusals, *open_still)) if not _overtaken(each, rounds))
-            return Plan(names, tuple(rounds), (*stands, *inside))
+            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*stands, *inside))), choice)
         rounds.append(tuple(accepted))
     raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
 
@@ -169,6 +188,20 @@ def _inside_bodies(by: Pass, facts: Facts) -> Iterator[Refusal]:
             reason = f"it is inside a body of {body.by}, and bodies are not rewritten"
             hint = "take it out of the control flow, or rewrite the branches as models of their own"
             yield Refusal(by.name, site_in(body, norm.out), "NF105", reason, facts.program.site(body.call), hint)
+
+
+def _norm_sites(facts: Facts) -> Iterator[Site]:
+    yield from (facts.program.site(norm.out) for norm in facts.every_norm)
+    yield from (site_in(body, norm.out) for body, norm in facts.norms_in_bodies)
+
+
+def _not_chosen(by: Pass, facts: Facts) -> Iterator[Refusal]:
+    """A refusal for every norm that concerns a pass and is not chosen."""
+    for norm in facts.every_norm:
+        site = facts.program.site(norm.out)
+        why = facts.choice.why_kept(site)
+        if why is not None and (by.norms is None or norm.kind in by.norms):
+            yield Refusal(by.name, site, "NF106", why)
 
 
 def site_in(body: Body, node: Node) -> Site:
@@ -228,6 +261,11 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
     if rewrite.claim > allow:
         claims = f"its claim is '{rewrite.claim.name.lower()}' and only '{allow.name.lower()}' is allowed"
         return refuse("NF102", claims, f"allow '{rewrite.claim.name.lower()}' to run it")
+    if (kept := _changes_kept(rewrite, facts)) is not None:
+        return [
+            Refusal(rewrite.pass_name, site, "NF106", facts.choice.why_kept(site) or f"it cannot be done without '{kept}'")
+            for site in rewrite.sites
+        ]
     tensors = set(facts.program.tensor_names()) - facts.program.written
     made: set[str] = set()
     for edit in rewrite.edits:
@@ -256,6 +294,23 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
                 if stray is not None:
                     return refuse("NF101", f"the size of '{node}' is also met by '{stray}', outside this rewrite")
     return []
+
+
+def _changes_kept(rewrite: Rewrite, facts: Facts) -> Site | None:
+    """What is not chosen and a rewrite would change: one of its sites, a norm's call, or a tensor that a norm reads."""
+    if not facts.choice:
+        return None
+    for site in rewrite.sites:
+        if facts.choice.why_kept(site) is not None:
+            return site
+    stored = facts.program.stored
+    names = {name: node for node in facts.kept for name in (node.name, stored.get(node.name, node.name))}
+    for edit in rewrite.edits:
+        name = edit.name if isinstance(edit, SetTensor | NewTensor) else edit.node
+        beside = isinstance(edit, Reroute) and name in reads(edit.by)  # it is still computed, and others read it changed
+        if name in names and not beside:
+            return facts.program.site(names[name])
+    return None
 
 
 def _stray_reader(name: str, formula: Formula, rewrite: Rewrite, facts: Facts) -> str | None:
@@ -333,6 +388,10 @@ def _rewrite_from_dict(data: Any) -> Rewrite:
         claims[data["claim"]],
         text(data["because"]),
     )
+
+
+def _choice_from_dict(data: Any) -> Choice:
+    return EVERYTHING if data is None else Choice(texts(record(data)["only"]), texts(data["skip"]))
 
 
 def _site_from_dict(data: Any) -> Site:

@@ -61,9 +61,9 @@ class Blind(Facts):
     centrings: tuple[MeanSubtraction, ...] = ()
 
     @cached_property
-    def norms(self) -> tuple[Norm, ...]:
+    def every_norm(self) -> tuple[Norm, ...]:
         """The program's norms, and its mean-subtractions as if each were a LayerNorm of unit deviation."""
-        return (*Facts(self.program).norms, *map(as_norm, self.centrings))
+        return (*Facts(self.program).every_norm, *map(as_norm, self.centrings))
 
 
 def as_norm(each: MeanSubtraction) -> Norm:
