@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from normfuse.report.report import Report
     from normfuse.sources.inputs import Inputs
     from normfuse.sources.loading import load
+    from normfuse.sources.opened import open
+    from normfuse.sources.source import Source
     from normfuse.stripping.calibration import Calibration, calibrate
     from normfuse.stripping.removal import strip
 
@@ -42,8 +44,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Calibration", "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
-    "VerificationFailed", "assert_equivalent", "bisect", "calibrate", "deploy", "export", "inspect", "load", "plan",
-    "recalibrate", "restore", "rewrite", "strip", "tune", "verify",
+    "Source", "VerificationFailed", "assert_equivalent", "bisect", "calibrate", "deploy", "export", "inspect", "load", "open",
+    "plan", "recalibrate", "restore", "rewrite", "strip", "tune", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -60,6 +62,8 @@ _HOMES = {
     "report.report": ("Report",),
     "sources.inputs": ("Inputs",),
     "sources.loading": ("load",),
+    "sources.opened": ("open",),
+    "sources.source": ("Source",),
     "stripping.calibration": ("Calibration", "calibrate"),
     "stripping.removal": ("strip",),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from normfuse.proof.fidelity import traced
 from normfuse.sources.batches import taken
 from normfuse.sources.found_inputs import found_on
 from normfuse.sources.inputs import Inputs, as_inputs, is_loader
-from normfuse.sources.opened import open_source
+from normfuse.sources.opened import open as open_source
 from normfuse.sources.source import Source
 
 Given: TypeAlias = tuple[Any, ...] | list[Any] | dict[str, Any] | torch.Tensor | Inputs | Iterable[Any] | None

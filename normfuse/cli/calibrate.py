@@ -10,7 +10,7 @@ from rich.text import Text
 
 from normfuse.cli.console import tell, working
 from normfuse.cli.files import check_writable
-from normfuse.cli.options import with_answer, with_data
+from normfuse.cli.options import Opening, with_answer, with_data
 from normfuse.escaping import escaped
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, metavar="CAL.json", help="The calibration file to write.")
 @with_data
 @with_answer
-def calibrate(
-    model: str, output: str, data: str, batches: Callable[[], list[Inputs]], trust_pickle: bool, as_json: bool
-) -> int:
+def calibrate(model: str, output: str, data: str, batches: Callable[[], list[Inputs]], opening: Opening, as_json: bool) -> int:
     """Measure on DATA how constant the deviation of each LayerNorm of MODEL is, and write that to a file.
 
     `normfuse strip` removes those that cost little.
@@ -33,7 +31,7 @@ def calibrate(
     with working("loading and tracing", doing="") as progress:
         from normfuse.stripping import calibration
 
-        found = calibration.calibrate(model, batches(), trust_pickle=trust_pickle, progress=progress)
+        found = calibration.calibrate(opening.opened(model), batches(), progress=progress)
         found.save(output)
     data_ = {**found.to_dict(), "written": output}
     return tell(as_json, data_, *found.render(), "", Text(escaped(f"wrote {output}"), "bold"))

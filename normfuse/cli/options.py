@@ -19,26 +19,45 @@ Command: TypeAlias = Callable[..., Any]
 
 
 @dataclass(frozen=True)
+class Opening:
+    """How a model is to be opened, as the options say."""
+
+    architecture: str | None
+    weights: str | None
+    trust_pickle: bool
+    trust_remote_code: bool
+
+    def opened(self, model: str) -> Opened | str:
+        """What the user names, opened; the path itself where only a runtime can open it."""
+        from normfuse.api.verification import is_exported
+        from normfuse.sources.opened import open as open_source
+
+        if is_exported(model):
+            return model
+        return open_source(
+            model, architecture=self.architecture, weights=self.weights, trust_pickle=self.trust_pickle,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Source:
-    """How a model file is to be loaded and what it is to be called with, as the options say."""
+    """How a model is to be opened and what it is to be called with, as the options say."""
 
     specs: tuple[str, ...]
     file: str | None
     seed: int
-    trust_pickle: bool
+    opening: Opening
+
+    def opened(self, model: str) -> Opened | str:
+        """What the user names, opened; the path itself where only a runtime can open it."""
+        return self.opening.opened(model)
 
     @property
     def path(self) -> str | None:
         """The file of inputs itself, without the function that is named in it."""
         script = SCRIPT.fullmatch(self.file or "")
         return script["path"] if script else self.file
-
-    def opened(self, model: str) -> Opened | str:
-        """What the user names, opened; the path itself where only a runtime can open it."""
-        from normfuse.api.verification import is_exported
-        from normfuse.sources.opened import open_source
-
-        return model if is_exported(model) else open_source(model, trust_pickle=self.trust_pickle)
 
     def inputs(self, model: Opened | str) -> Inputs | None:
         """The inputs that the user gave; None leaves it to the model to know them."""
@@ -70,7 +89,29 @@ FILE_HELP = (
     "Example inputs from a .pt, .npy, .npz or .safetensors file; or FILE.py:NAME of your own, which is run: NAME() gives one "
     "example after the other, as a DataLoader does."
 )
+MODEL_HELP = (
+    "What model the weights in MODEL are of, where they come without one: timm:NAME, torchvision:NAME, transformers:FOLDER, or "
+    "FILE.py:NAME of your own, which is run: NAME() gives the model."
+)
 SCRIPT = re.compile(r"(?P<path>.*\.py)(?::(?P<name>\w+))?")
+
+
+def with_opening(command: Command) -> Command:
+    """Add the options that make an `Opening`."""
+
+    @click.option("--model", "architecture", metavar="ARCHITECTURE", help=MODEL_HELP)
+    @click.option(
+        "--weights", metavar="FILE", help="The weights of MODEL, where MODEL is an architecture or a folder without them."
+    )
+    @click.option("--trust-remote-code", is_flag=True, help="Run the code that a folder brings (auto_map) on this machine.")
+    @click.option("--trust-pickle", is_flag=True, help="Let the file run whatever code it contains on this machine.")
+    @functools.wraps(command)
+    def with_opening(
+        *, architecture: str | None, weights: str | None, trust_pickle: bool, trust_remote_code: bool, **rest: Any
+    ) -> Any:
+        return command(opening=Opening(architecture, weights, trust_pickle, trust_remote_code), **rest)
+
+    return with_opening
 
 
 def with_source(command: Command) -> Command:
@@ -79,10 +120,10 @@ def with_source(command: Command) -> Command:
     @click.option("--input", "specs", multiple=True, metavar="SPEC", help=SPEC_HELP)
     @click.option("--inputs", "file", metavar="FILE", help=FILE_HELP)
     @click.option("--seed", default=0, metavar="N", show_default=True, help="Seed of the inputs that --input draws.")
-    @click.option("--trust-pickle", is_flag=True, help="Let the file run whatever code it contains on this machine.")
+    @with_opening
     @functools.wraps(command)
-    def with_source(*, specs: tuple[str, ...], file: str | None, seed: int, trust_pickle: bool, **rest: Any) -> Any:
-        return command(source=Source(specs, file, seed, trust_pickle), **rest)
+    def with_source(*, specs: tuple[str, ...], file: str | None, seed: int, opening: Opening, **rest: Any) -> Any:
+        return command(source=Source(specs, file, seed, opening), **rest)
 
     return with_source
 
@@ -116,7 +157,7 @@ def with_data(command: Command) -> Command:
 
     @click.option("--data", required=True, metavar="FILE", help=DATA)
     @click.option("--batch", default=8, show_default=True, metavar="N", type=click.IntRange(min=1), help="Rows of a batch.")
-    @click.option("--trust-pickle", is_flag=True, help="Let the file run whatever code it contains on this machine.")
+    @with_opening
     @functools.wraps(command)
     def with_data(*, data: str, batch: int, **rest: Any) -> Any:
         def batches() -> list[Inputs]:

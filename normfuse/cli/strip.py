@@ -11,8 +11,8 @@ import rich_click as click
 from rich.text import Text
 
 from normfuse.cli.console import NO, tell, working
-from normfuse.cli.files import check_writable, write_file, wrote
-from normfuse.cli.options import with_answer, with_data
+from normfuse.cli.files import beside, check_writable, write_file, wrote
+from normfuse.cli.options import Opening, with_answer, with_data
 
 if TYPE_CHECKING:
     from normfuse.sources.inputs import Inputs
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @with_answer
 def strip(
     model: str, calibration: str | None, max_loss_increase: float, output: str | None, report: str | None, data: str,
-    batches: Callable[[], list[Inputs]], trust_pickle: bool, as_json: bool,
+    batches: Callable[[], list[Inputs]], opening: Opening, as_json: bool,
 ) -> int:  # fmt: skip
     """Remove, without training, as many LayerNorms of MODEL as a bound on the loss allows, and fold what is left of them.
 
@@ -37,14 +37,13 @@ def strip(
     within the bound, nothing is written and the exit code is 1.
     """
     started = time.perf_counter()
-    target = Path(output) if output else Path(model).parent / f"{Path(model).stem}.stripped.pt2"
-    check_writable((target, report), (model, data, calibration))
     with working("loading and tracing", doing="") as progress:
         from normfuse.stripping import removal
 
-        stripped = removal.strip(
-            model, batches(), calibration, max_loss_increase=max_loss_increase, trust_pickle=trust_pickle, progress=progress
-        )
+        held = opening.opened(model)
+        target = Path(output) if output else beside(held, "stripped", program=True)
+        check_writable((target, report), (model, data, calibration))
+        stripped = removal.strip(held, batches(), calibration, max_loss_increase=max_loss_increase, progress=progress)
         written = str(stripped.save(target)) if stripped.report.removed else None
         write_file(report, stripped.report.to_json())
     ending = wrote(written, started) if written else "no norm can go within the bound; nothing written"

@@ -42,10 +42,10 @@ def verify(a: str, b: str, junit: str | None, html: str | None, bisects: bool, s
 
         one, other = source.opened(a), source.opened(b)
         given = source.inputs(one if not isinstance(one, str) else other)
-        evidence = verification.verify(one, other, given, trust_pickle=source.trust_pickle, progress=progress)
+        evidence = verification.verify(one, other, given, trust_pickle=source.opening.trust_pickle, progress=progress)
         parting = None
         if bisects and evidence.verdict == "disproven":
-            parting = verification.bisect(one, other, given, trust_pickle=source.trust_pickle)
+            parting = verification.bisect(one, other, given, trust_pickle=source.opening.trust_pickle)
         because = None if evidence.ok else evidence.complaint()
         ending = _answered(evidence)
         parts = [escaped(str(parting))] if parting else []

@@ -6,6 +6,7 @@ import os
 import runpy
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +57,32 @@ def from_script(path: str | os.PathLike[str], name: str = "inputs") -> Inputs:
     Raises:
         InputError: there is no such file or function, or the file or the loader fails.
     """
+    made = run_script(path, name)
+    try:
+        return from_loader(made())
+    except InputError:
+        raise
+    except Exception as error:  # the user's own code
+        raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
+
+
+def run_script(path: str | os.PathLike[str], name: str) -> Callable[[], Any]:
+    """The function of a name in a Python file, which is run.
+
+    Raises:
+        InputError: there is no such file or function, or the file fails.
+    """
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}")
     sys.path.insert(0, str(Path(path).parent))  # as `python FILE.py` does, for what the file imports
     try:
         named = runpy.run_path(os.fspath(path))
-        if not callable(named.get(name)):
-            raise InputError(f"{path} has no function '{name}'", hint="write FILE.py:NAME; NAME() gives the examples")
-        return from_loader(named[name]())
-    except InputError:
-        raise
     except Exception as error:  # the user's own code
         raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
+    if not callable(named.get(name)):
+        raise InputError(f"{path} has no function '{name}'", hint="write FILE.py:NAME with the name of a function in it")
+    found: Callable[[], Any] = named[name]
+    return found
 
 
 def _content(path: Path) -> Any:

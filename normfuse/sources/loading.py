@@ -40,6 +40,7 @@ from normfuse.sources.storages import ArchiveStorages, LegacyStorages, pickles_i
 TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
 RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
 BUILD = "build the model in Python, load these weights into it, then pass the module or torch.save(model, path)"
+NAME_IT = "say of which model: --model timm:NAME, torchvision:NAME, transformers:FOLDER or FILE.py:NAME (your own code)"
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 # What is not a model, by its first bytes: (pattern, what it is, what to do). The first that matches is the answer.
@@ -49,7 +50,7 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (rb"GGUF", "is a GGUF file, which holds weights for llama.cpp", BUILD),
     (rb"\x89HDF\r\n", "is an HDF5 file, such as Keras weights", BUILD),
     (rb"(?s).{4}TFL3", "is a TensorFlow Lite model", "normfuse reads PyTorch models"),
-    (rb"(?s).{8}\{\s*\"", "is a safetensors file: weights without a model", BUILD),
+    (rb"(?s).{8}\{\s*\"", "is a safetensors file: weights without a model", NAME_IT),
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file that it points to", "run: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "is a web page", "the download answered with a page; fetch the file again"),
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "looks like an ONNX model", "pass the PyTorch model instead"),
@@ -136,8 +137,8 @@ def _folder(path: Path) -> LoadError:
     if (path / "saved_model.pb").exists():
         return LoadError(f"{path} is a TensorFlow SavedModel", hint="normfuse reads PyTorch models")
     if (path / "config.json").exists():
-        hint = "load it with transformers' from_pretrained, then pass the module or torch.save(model, path)"
-        return LoadError(f"{path} is a folder of transformers' save_pretrained", hint=hint)
+        hint = "normfuse.open(path) opens it, and so does whatever takes a model"
+        return LoadError(f"{path} is a folder of transformers' save_pretrained, not one file", hint=hint)
     return LoadError(f"{path} is a folder, not a model file", hint=RESAVE)
 
 
@@ -306,6 +307,6 @@ def _as_module(path: Path, content: Any) -> nn.Module:
         message = f"{path} is a dictionary; its entry {' and '.join(map(repr, modules))} holds a model"
         raise LoadError(message, hint=f"save that entry alone: torch.save({entry}, 'model.pt')")
     if content and all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise LoadError(f"{path} is a state dict: weights without a model", hint=BUILD)
+        raise LoadError(f"{path} is a state dict: weights without a model", hint=NAME_IT)
     held = ", ".join(map(str, list(content)[:6])) or "nothing"
-    raise LoadError(f"{path} is a checkpoint dictionary ({held}), without a model", hint=BUILD)
+    raise LoadError(f"{path} is a checkpoint dictionary ({held}), without a model", hint=NAME_IT)

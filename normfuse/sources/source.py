@@ -90,6 +90,30 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
+_WEIGHTS = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".npz", ".tflite", ".pkl",
+}  # fmt: skip
+
+
+def files_beside(folder: Path, weights: Weights) -> tuple[Path, ...]:
+    """What of a folder goes along with its tensors: tokenizers, processors, settings, texts.
+
+    Weights in another form stay behind: they are the original's. So does a link that leads out of the folder, unless into the
+    store of the hub's cache, of which snapshots are made.
+    """
+    kept = {each.name for each in weights.files}
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
+    return tuple(
+        each
+        for each in sorted(folder.iterdir())
+        if each.is_file()
+        and each.name not in kept
+        and each.suffix not in _WEIGHTS
+        and not each.name.endswith(".index.json")
+        and any(each.resolve().is_relative_to(home) for home in homes)
+    )
+
+
 def require_fit(
     name: str, missing: Collection[str], unexpected: Collection[str], misshaped: Collection[tuple[str, Any, Any]]
 ) -> None:

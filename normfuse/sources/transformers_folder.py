@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from normfuse.errors import LoadError, MissingExtra, first_line
 from normfuse.limits import OverLimit
-from normfuse.sources.source import Source, Stored, Weights, require_fit, same_memory
+from normfuse.sources.tensor_files import open_weights
+from normfuse.sources.source import Source, Stored, Weights, files_beside, require_fit, same_memory
 from normfuse.strict_json import parsed, read_file, record
 
 CONFIG = "config.json"
@@ -41,7 +42,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def open_transformers(
-    name: str, folder: Path, config: Mapping[str, Any], weights: Weights, *, trust_remote_code: bool = False
+    name: str, folder: Path, config: Mapping[str, Any], weights: Weights, path: Path, *, trust_remote_code: bool = False
 ) -> Source:
     """A transformers model from its configuration and its tensors.
 
@@ -50,6 +51,7 @@ def open_transformers(
         folder: where the configuration and what goes along are.
         config: the configuration.
         weights: the tensors.
+        path: where they are: the folder, or a file that comes without a configuration.
         trust_remote_code: run the folder's own code.
 
     Raises:
@@ -59,16 +61,13 @@ def open_transformers(
     cls, settings = class_of(folder, config, trust_remote_code=trust_remote_code)
     tensors = dict(weights.tensors())
     model = _filled(name, cls, settings, tensors)
-    kept = {each.name for each in weights.files}
-    beside = tuple(sorted(each for each in folder.iterdir() if each.name not in kept and each.is_file()))
+    beside = files_beside(folder, weights) if path.is_dir() and path.samefile(folder) else ()
 
-    def again(path: Path) -> Source:
-        from normfuse.sources.tensor_files import open_weights
+    def again(other: Path) -> Source:
+        return open_transformers(str(other), folder, config, open_weights(other), other, trust_remote_code=trust_remote_code)
 
-        return open_transformers(str(path), path, config, open_weights(path), trust_remote_code=trust_remote_code)
-
-    stored = Stored(folder, weights, same_memory(model, tensors), again, beside)
-    return Source(name, model, (folder, *weights.files), tuple(weights.notes), stored)
+    stored = Stored(path, weights, same_memory(model, tensors), again, beside)
+    return Source(name, model, tuple(dict.fromkeys((path, *weights.files))), tuple(weights.notes), stored)
 
 
 def class_of(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> tuple[Any, Any]:

@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import nn
 
 from normfuse.analysis.facts import norm_counts
-from normfuse.api.opening import to_program
+from normfuse.api.opening import files_of, to_program
 from normfuse.errors import InputError, NormfuseError, VerificationFailed
 from normfuse.escaping import escaped, json_text
 from normfuse.graph.findings import Claim
@@ -218,7 +218,7 @@ def strip(
     if chosen and quality.increase > max_loss_increase:
         said = f"the loss rises by {quality.increase:.4f} nats, more than {max_loss_increase:g}"
         raise TooCostly(said, stripping, hint="nothing was written; allow more, or train the model on without norms")
-    return Stripped(baked, stripping, given, (Path(model),) if isinstance(model, (str, Path)) else ())
+    return Stripped(baked, stripping, given, files_of(model))
 
 
 def _candidates(

@@ -1,0 +1,168 @@
+"""Architectures by name, for weights that come without their model: ``--model`` beside a file of tensors.
+
+    timm:resnet50               a model of timm
+    torchvision:resnet50        a model of torchvision
+    transformers:FOLDER         what a folder's config.json, or a configuration file, describes
+    FILE.py:NAME                what the function NAME of a file of the user's own makes; the file is run
+
+The tensors are put into the model one by one, under its own names: what is missing, left over or of another shape is an error.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from normfuse.errors import InputError, LoadError, MissingExtra, NormfuseError, did_you_mean, first_line
+from normfuse.sources.tensor_files import open_weights
+from normfuse.sources.input_files import run_script
+from normfuse.sources.source import Source, Stored, Weights, require_fit, same_memory
+from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
+
+FORMS = "timm:NAME, torchvision:NAME, transformers:FOLDER, or FILE.py:NAME, a function of yours that makes the model"
+_FORM = re.compile(r"(?P<package>timm|torchvision|transformers):(?P<name>.+)|(?P<file>.+\.py):(?P<function>\w+)")
+Build = Callable[[], nn.Module]
+
+
+def is_architecture(text: str) -> bool:
+    """Whether a text has the form of an architecture's name."""
+    return _FORM.fullmatch(text) is not None
+
+
+def open_architecture(name: str, architecture: str, path: Path, *, trust_remote_code: bool = False) -> Source:
+    """A model of an architecture with the tensors of a file or a folder.
+
+    Args:
+        name: how its owner named it.
+        architecture: one of `FORMS`.
+        path: where the tensors are.
+        trust_remote_code: run the code that a folder of transformers brings.
+
+    Raises:
+        InputError: there is no such architecture.
+        LoadError: the tensors cannot be read, or are not this architecture's.
+        MissingExtra: the package that has it is not installed.
+    """
+    match = _FORM.fullmatch(architecture)
+    if match is None:
+        raise InputError(f"'{architecture}' names no architecture", hint=f"write {FORMS}")
+    weights = open_weights(path)
+    if match["package"] == "transformers":
+        place = Path(match["name"])
+        config = place if place.is_file() else place / CONFIG
+        return open_transformers(name, config.parent, read_config(config), weights, path, trust_remote_code=trust_remote_code)
+    return open_built(name, _builder(match), weights, path)
+
+
+def open_built(name: str, build: Build, weights: Weights, path: Path, beside: tuple[Path, ...] = ()) -> Source:
+    """What `build` makes, with the tensors of a file or a folder.
+
+    Args:
+        name: how its owner named it.
+        build: makes the model.
+        weights: the tensors.
+        path: where they are.
+        beside: files of the folder that are no tensors.
+
+    Raises:
+        LoadError: they are not this model's.
+    """
+    model = build()
+    tensors = dict(weights.tensors())
+    fill(name, model, tensors)
+    stored = Stored(
+        path,
+        weights,
+        same_memory(model, tensors),
+        lambda other: open_built(str(other), build, open_weights(other), other, beside),
+        beside,
+    )
+    return Source(name, model.eval(), tuple(dict.fromkeys((path, *weights.files))), tuple(weights.notes), stored)
+
+
+def fill(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Make a model hold these tensors in place of its own; tied ones stay tied.
+
+    Raises:
+        LoadError: they are not this model's.
+    """
+    own = {key: each for key, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
+    tied: dict[int, list[str]] = {}
+    for key, each in own.items():
+        tied.setdefault(id(each), []).append(key)
+    found = {key: next((other for other in tied[id(each)] if other in tensors), None) for key, each in own.items()}
+    # torch's own loader forgives a batch counter too: checkpoints from before torch 0.4.1 have none, and nothing reads it.
+    missing = [key for key, at in found.items() if at is None and not key.endswith("num_batches_tracked")]
+    both = {key: tensors[at] for key, at in found.items() if at is not None}
+    sizes = [(key, tuple(both[key].shape), tuple(own[key].shape)) for key in both if both[key].shape != own[key].shape]
+    require_fit(name, missing, tensors.keys() - own.keys(), sizes)
+    for keys in tied.values():
+        stored = [tensors[key] for key in keys if key in tensors]
+        if any(not each.equal(stored[0]) for each in stored[1:]):
+            raise LoadError(f"{name} holds two values for one tensor of the model: {' and '.join(keys)}")
+    for key, tensor in both.items():
+        own[key].data = tensor
+
+
+def _builder(match: re.Match[str]) -> Build:
+    if match["package"] == "timm":
+        return timm_builder(match["name"])
+    if match["package"] == "torchvision":
+        return _torchvision_builder(match["name"])
+    return _own_builder(match["file"], match["function"])
+
+
+def timm_builder(name: str, **options: Any) -> Build:
+    """What makes a model of timm, without its trained weights.
+
+    Raises:
+        InputError: timm has no such model.
+        MissingExtra: timm is not installed.
+    """
+    timm = _package("timm")
+    if not name.startswith("local-dir:") and name.partition(".")[0] not in timm.list_models():
+        raise InputError(f"timm has no model '{name}'", hint=did_you_mean(name, timm.list_models(), "see timm.list_models()"))
+    return _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **options))
+
+
+def _torchvision_builder(name: str) -> Build:
+    models = _package("torchvision").models
+    if name not in models.list_models():
+        hint = did_you_mean(name, models.list_models(), "see torchvision.models.list_models()")
+        raise InputError(f"torchvision has no model '{name}'", hint=hint)
+    off = {"weights": None, "weights_backbone": None} if "." in name or name.endswith("fpn") else {"weights": None}
+    return _made(f"torchvision:{name}", lambda: models.get_model(name, **off))
+
+
+def _own_builder(file: str, function: str) -> Build:
+    def build() -> nn.Module:
+        made = run_script(file, function)()
+        if not isinstance(made, nn.Module):
+            raise InputError(f"{file}:{function} makes a {type(made).__name__}, not a model", hint="return an nn.Module")
+        return made
+
+    return _made(f"{file}:{function}", build)
+
+
+def _made(name: str, build: Build) -> Build:
+    def told() -> nn.Module:
+        try:
+            return build()
+        except NormfuseError:
+            raise
+        except Exception as error:  # the package's code, or the user's own
+            raise InputError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)[:200]}") from error
+
+    return told
+
+
+def _package(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtra(name, "zoo") from error
