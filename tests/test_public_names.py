@@ -8,9 +8,9 @@ import sys
 import normfuse
 
 PUBLIC = {
-    "Calibration", "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result", "Source",
-    "VerificationFailed", "assert_equivalent", "bisect", "calibrate", "deploy", "export", "inspect", "load", "open", "plan",
-    "recalibrate", "restore", "rewrite", "strip", "tune", "verify",
+    "Calibration", "Claim", "Evidence", "Inputs", "Inspection", "NormfuseError", "Plan", "Program", "Report", "Result",
+    "Source", "VerificationFailed", "assert_equivalent", "bisect", "calibrate", "deploy", "export", "inspect", "load", "open",
+    "plan", "recalibrate", "restore", "rewrite", "strip", "tune", "verify",
 }  # fmt: skip
 
 

@@ -57,14 +57,18 @@ def wrote(target: str, started: float) -> str:
 
 
 def beside(source: Source | str, what: str, *, program: bool = False) -> Path:
-    """Where to write what is made of a model, if the user does not say: beside it, under a name that tells what was done."""
+    """Where to write what is made of a model, if the user does not say: beside it, under a name that tells what was done.
+
+    What came from a hub has its place in a cache, where nothing is written: it goes into the working directory.
+    """
     path, stored = Path(source if isinstance(source, str) else source.name), getattr(source, "stored", None)
-    if stored is None or program:
-        return path.parent / f"{path.stem}.{what}.pt2"
-    if stored.is_folder:
-        whole = path.resolve()
-        return (path.parent if path.name else whole.parent) / f"{path.name or whole.name}.{what}"
-    return path.parent / f"{path.stem}.{what}{path.suffix}"
+    if stored is not None and not path.exists():
+        path = Path(path.name.partition("@")[0]) if stored.path.is_dir() else stored.path
+    if stored is not None and stored.is_folder:
+        folder = path if stored.path.is_dir() else path.parent
+        path = folder if folder.name else folder.resolve()
+        return path.with_name(f"{path.name}.{what}.pt2" if program else f"{path.name}.{what}")
+    return path.with_name(f"{path.stem}.{what}{path.suffix if stored is not None and not program else '.pt2'}")
 
 
 def writes_back(source: Source | str, target: Path) -> bool:

@@ -76,7 +76,7 @@ def write_back(
     program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes).with_own_handles()
     changed = _as_stored(stored, class_tensors(model, program, plan))
     with _in_place(stored, path, source, changed) as written:
-        again = stored.open(written)
+        again = stored.opened(written)
         evidence = _compared(program, again, given, progress) if prove else None
         if evidence:
             checked(evidence)

@@ -1,7 +1,7 @@
 """Architectures by name, for weights that come without their model: ``--model`` beside a file of tensors.
 
-    timm:resnet50               a model of timm
-    torchvision:resnet50        a model of torchvision
+    timm:resnet50               a model of timm; timm:resnet50,num_classes=7 with settings of its own
+    torchvision:resnet50        a model of torchvision, likewise
     transformers:FOLDER         what a folder's config.json, or a configuration file, describes
     FILE.py:NAME                what the function NAME of a file of the user's own makes; the file is run
 
@@ -10,21 +10,23 @@ The tensors are put into the model one by one, under its own names: what is miss
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from normfuse.errors import InputError, LoadError, MissingExtra, NormfuseError, did_you_mean, first_line
-from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.input_files import run_script
-from normfuse.sources.source import Source, Stored, Weights, require_fit, same_memory
+from normfuse.sources.source import Source, Stored, require_fit, same_memory
+from normfuse.sources.tensor_files import Weights, open_weights
 from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
 
-FORMS = "timm:NAME, torchvision:NAME, transformers:FOLDER, or FILE.py:NAME, a function of yours that makes the model"
+FORMS = "timm:NAME (or timm:NAME,num_classes=7), torchvision:NAME, transformers:FOLDER, or FILE.py:NAME, your own code"
 _FORM = re.compile(r"(?P<package>timm|torchvision|transformers):(?P<name>.+)|(?P<file>.+\.py):(?P<function>\w+)")
 Build = Callable[[], nn.Module]
 
@@ -73,7 +75,8 @@ def open_built(name: str, build: Build, weights: Weights, path: Path, beside: tu
         LoadError: they are not this model's.
     """
     model = build()
-    tensors = dict(weights.tensors())
+    weights = weights.fitted(model.state_dict())
+    tensors = weights.tensors()
     fill(name, model, tensors)
     stored = Stored(
         path,
@@ -110,14 +113,23 @@ def fill(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _builder(match: re.Match[str]) -> Build:
-    if match["package"] == "timm":
-        return timm_builder(match["name"])
-    if match["package"] == "torchvision":
-        return _torchvision_builder(match["name"])
-    return _own_builder(match["file"], match["function"])
+    if match["file"]:
+        return _own_builder(match["file"], match["function"])
+    name, *settings = match["name"].split(",")
+    return (timm_builder if match["package"] == "timm" else _torchvision_builder)(name, **dict(map(_setting, settings)))
 
 
-def timm_builder(name: str, **options: Any) -> Build:
+def _setting(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    if not name.isidentifier():
+        raise InputError(f"'{text}' is no setting of a model", hint="write NAME,SETTING=VALUE, such as resnet50,num_classes=7")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
+
+
+def timm_builder(name: str, **settings: Any) -> Build:
     """What makes a model of timm, without its trained weights.
 
     Raises:
@@ -127,16 +139,20 @@ def timm_builder(name: str, **options: Any) -> Build:
     timm = _package("timm")
     if not name.startswith("local-dir:") and name.partition(".")[0] not in timm.list_models():
         raise InputError(f"timm has no model '{name}'", hint=did_you_mean(name, timm.list_models(), "see timm.list_models()"))
-    return _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **options))
+    return _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **settings))
 
 
-def _torchvision_builder(name: str) -> Build:
+def _torchvision_builder(name: str, **settings: Any) -> Build:
     models = _package("torchvision").models
     if name not in models.list_models():
         hint = did_you_mean(name, models.list_models(), "see torchvision.models.list_models()")
         raise InputError(f"torchvision has no model '{name}'", hint=hint)
-    off = {"weights": None, "weights_backbone": None} if "." in name or name.endswith("fpn") else {"weights": None}
-    return _made(f"torchvision:{name}", lambda: models.get_model(name, **off))
+    off = {each: None for each in ("weights", "weights_backbone") if each in _parameters(models.get_model_builder(name))}
+    return _made(f"torchvision:{name}", lambda: models.get_model(name, **off, **settings))
+
+
+def _parameters(builder: Callable[..., Any]) -> Collection[str]:
+    return inspect.signature(builder).parameters
 
 
 def _own_builder(file: str, function: str) -> Build:

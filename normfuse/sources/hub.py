@@ -8,12 +8,13 @@ from pathlib import Path
 from normfuse.errors import LoadError, MissingExtra, first_line
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
+_ENDINGS = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".py", ".xml", ".engine", ".pte", ".zip")
 _OTHER_FORMS = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "onnx/*", "original/*", "openvino/*", "coreml/*"]
 
 
 def is_hub_id(text: str) -> bool:
     """Whether a text has the form of a hub's id; one of a file or a folder may have it as well."""
-    return _ID.fullmatch(text) is not None
+    return _ID.fullmatch(text) is not None and not text.endswith(_ENDINGS)
 
 
 def from_hub(text: str) -> Path:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from normfuse.errors import InputError
 from normfuse.sources.architectures import is_architecture, open_architecture
-from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.hub import from_hub, is_hub_id
 from normfuse.sources.loading import load
 from normfuse.sources.source import Source
+from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.timm_folder import open_timm
 from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
 

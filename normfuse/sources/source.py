@@ -5,34 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normfuse.errors import LoadError
-
-
-class Weights(Protocol):
-    """The tensors of files, and the way to write the same files with some of them changed (`normfuse.sources.tensor_files`)."""
-
-    @property
-    def names(self) -> Mapping[str, str]:
-        """Name of a tensor in a model -> its name in the file."""
-
-    @property
-    def notes(self) -> Any:
-        """What was done to find the tensors, as sentences."""
-
-    @property
-    def files(self) -> Any:
-        """The files, which are not to be written over."""
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Every tensor, by its name in a model; mapped from the disk where that can be."""
-
-    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
-        """Write the same files elsewhere, with some tensors changed."""
+from normfuse.sources.tensor_files import Weights
 
 
 @dataclass(frozen=True)
@@ -56,7 +35,11 @@ class Stored:
     @property
     def is_folder(self) -> bool:
         """Whether several files belong together."""
-        return self.path.is_dir()
+        return self.path.is_dir() or self.weights.index is not None
+
+    def opened(self, path: Path) -> Source:
+        """What was written there, opened as this was."""
+        return self.open(path if self.path.is_dir() or not self.is_folder else path / self.path.name)
 
 
 @dataclass(frozen=True)

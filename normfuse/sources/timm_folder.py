@@ -8,7 +8,8 @@ from typing import Any
 
 from normfuse.errors import LoadError
 from normfuse.sources.architectures import open_built, timm_builder
-from normfuse.sources.source import Source, Weights, files_beside
+from normfuse.sources.source import Source, files_beside
+from normfuse.sources.tensor_files import Weights
 
 
 def open_timm(name: str, folder: Path, config: Mapping[str, Any], weights: Weights) -> Source:

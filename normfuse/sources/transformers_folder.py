@@ -8,17 +8,17 @@ and ties holds here too; what of a folder the class did not take, or did not get
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from normfuse.errors import LoadError, MissingExtra, first_line
 from normfuse.limits import OverLimit
-from normfuse.sources.tensor_files import open_weights
-from normfuse.sources.source import Source, Stored, Weights, files_beside, require_fit, same_memory
+from normfuse.sources.source import Source, Stored, files_beside, require_fit, same_memory
+from normfuse.sources.tensor_files import Weights, open_weights
 from normfuse.strict_json import parsed, read_file, record
 
 CONFIG = "config.json"
@@ -59,8 +59,13 @@ def open_transformers(
         MissingExtra: transformers is not installed.
     """
     cls, settings = class_of(folder, config, trust_remote_code=trust_remote_code)
-    tensors = dict(weights.tensors())
-    model = _filled(name, cls, settings, tensors)
+    tensors = weights.tensors()
+    model, unfit = _filled(name, cls, settings, tensors)
+    if any(unfit):  # perhaps the names are those of a training's wrapper
+        weights = weights.fitted(model.state_dict())
+        tensors = weights.tensors()
+        model, unfit = _filled(name, cls, settings, tensors)
+    require_fit(name, *unfit)
     beside = files_beside(folder, weights) if path.is_dir() and path.samefile(folder) else ()
 
     def again(other: Path) -> Source:
@@ -117,17 +122,19 @@ def _own_class(folder: Path, config: Mapping[str, Any], name: str) -> tuple[Any,
     return get_class_from_dynamic_module(places[0], str(folder), local_files_only=True), settings
 
 
-def _filled(name: str, cls: Any, settings: Any, tensors: dict[str, Tensor]) -> nn.Module:
+Unfit: TypeAlias = tuple[Collection[str], Collection[str], Collection[tuple[str, Any, Any]]]
+
+
+def _filled(name: str, cls: Any, settings: Any, tensors: dict[str, Tensor]) -> tuple[nn.Module, Unfit]:
+    """The model, and what of it or of the tensors was not used: as for `require_fit`."""
     with _told(Path(name), "the model"), _quietly():
         model, info = cls.from_pretrained(
             None, config=settings, state_dict=dict(tensors), dtype=_dtype_of(tensors), output_loading_info=True,
             ignore_mismatched_sizes=True,
         )  # fmt: skip
-    require_fit(name, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     if info.get("error_msgs"):
         raise LoadError(f"the weights of {name} do not fit its architecture: {info['error_msgs'][0]}")
-    made: nn.Module = model.eval()
-    return made
+    return model.eval(), (info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
 
 
 def _dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
