@@ -17,6 +17,7 @@ from normfuse.errors import InputError, NormfuseError
 from normfuse.graph.program import Program
 from normfuse.proof.fidelity import traced
 from normfuse.sources.batches import taken
+from normfuse.sources.call_signature import require_names, what_forward_takes
 from normfuse.sources.found_inputs import found_on
 from normfuse.sources.inputs import Inputs, as_inputs, is_loader
 from normfuse.sources.opened import open as open_source
@@ -117,7 +118,10 @@ def inputs_for(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inp
     given = taken(model, given) if given is not None and is_loader(inputs) else given
     if given is None:
         raise InputError(
-            f"no example inputs are known for {type(model).__name__}",
+            f"no example inputs are known for {type(model).__name__}, which takes {what_forward_takes(model)}",
             hint='give inputs=(x,) in Python, or --input "float32[batch,3,224,224]" on the command line',
         )
+    if isinstance(model, nn.Module):
+        for each in (given, *given.more):
+            require_names(model, each.args, each.kwargs)
     return given if dynamic_shapes is None else replace(given, dynamic_shapes=dynamic_shapes)

@@ -55,8 +55,8 @@ def rewrite(
         model: an `nn.Module`, an `ExportedProgram`, a `Program`, a `Result`, or the path of a saved one. It is not changed.
         passes: names of passes, or ``"all"`` for those of `normfuse.planning.registry.ALL`, which contain the others.
         inputs: example positional inputs, or a loader of several examples such as a `torch.utils.data.DataLoader`, of whose
-            tuples the arguments that the forward requires are taken (`normfuse.sources.batches`); found on the model (timm,
-            transformers, ``.pt2``) when None.
+            tuples the arguments that the forward requires are taken (`normfuse.sources.batches`); found on the model
+            (`normfuse.sources.found_inputs`) when None.
         kwargs: example keyword inputs.
         dynamic_shapes: as for `torch.export.export`.
         mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters

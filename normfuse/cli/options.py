@@ -61,7 +61,7 @@ class Source:
 
     def inputs(self, model: Opened | str) -> Inputs | None:
         """The inputs that the user gave; None leaves it to the model to know them."""
-        from normfuse.sources.index_limits import integer_limits
+        from normfuse.sources.index_limits import has_integers, integer_limits
         from normfuse.sources.input_files import from_file, from_script
         from normfuse.sources.specs import from_specs
 
@@ -72,9 +72,7 @@ class Source:
                 return from_script(script["path"], script["name"] or "inputs")
             return from_file(self.file) if self.file else None
         drawn = from_specs(self.specs, seed=self.seed)
-        if all(each.is_floating_point() for each in (*drawn.args, *drawn.kwargs.values())):
-            return drawn
-        if isinstance(model, str):
+        if isinstance(model, str) or not has_integers(drawn):
             return drawn
         limits = integer_limits(model.model, drawn)
         return from_specs(self.specs, seed=self.seed, index_limits=limits)
@@ -82,7 +80,8 @@ class Source:
 
 SPEC_HELP = (
     'An example input, such as "float32[batch,3,224,224]" or "ids:int64[batch=4,seq=16:1-512]"; a name in place of a size '
-    "is a dynamic dim. Give it once for every input, or not at all where the model file tells of its inputs."
+    "is a dynamic dim, 32*k a multiple. name=value is an input that is no tensor (use_cache=false), batch.ids:int64[2,16] an "
+    "entry of a dict. Give it once for every input, or not at all where the model tells of its inputs."
 )
 
 FILE_HELP = (

@@ -33,6 +33,7 @@ from normfuse.graph.nodes import constants
 from normfuse.graph.signature import signature_of
 from normfuse.limits import OverLimit
 from normfuse.sources.atomic import late_errors
+from normfuse.sources.call_signature import what_forward_takes
 from normfuse.sources.extents import check_values
 
 Trains = Callable[[nn.Module], bool]
@@ -112,7 +113,7 @@ class Program:
             except Exception as error:  # torch.export raises anything that the user's forward raises
                 raise TraceError(
                     f"torch.export could not trace {type(module).__name__}: {first_line(error)}",
-                    hint=_trace_hint(str(error)),
+                    hint=f"{_trace_hint(str(error))}; its forward takes {what_forward_takes(module)}",
                 ) from error
         return cls._of(_made_functional(exported, functional_in_place), tuple(notes))
 

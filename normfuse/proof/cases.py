@@ -141,15 +141,9 @@ def _opposite(value: Any) -> Any:
 def other_sizes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     """The user's inputs with every dynamic dim one longer, or shorter where it can be no longer; and as short as it may be."""
     nodes = user_inputs(program)
-    given = {
-        dim.node.expr: size
-        for node, value in zip(nodes, flat, strict=True)
-        if isinstance(value, Tensor) and node is not None
-        for dim, size in zip(node.meta["val"].shape, value.shape, strict=True)
-        if isinstance(dim, torch.SymInt)
-    }
+    given = dict(_dynamic(nodes, flat))
     ranges = dict(_ranges(program, nodes, flat))
-    if not ranges or any(not expr.free_symbols <= ranges.keys() for expr in given):
+    if not ranges or not given.keys() <= ranges.keys():
         return
     longer = {symbol: given[symbol] + (1 if given[symbol] < most else -1) for symbol, (_, most) in ranges.items()}
     shortest = {symbol: least for symbol, (least, _) in ranges.items()}
@@ -179,18 +173,26 @@ def _at_sizes(program: Program, flat: Sequence[Any], chosen: Mapping[str, Callab
         yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
 
 
-def _ranges(program: Program, nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """For every dynamic dim that is a plain symbol: the smallest and the largest size to try."""
-    constraints = program.exported.range_constraints
+def _dynamic(nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, int]]:
+    """(symbol, its size) of every dynamic dim that is c times a symbol; of another, the expression as the symbol."""
     for node, value in zip(nodes, flat, strict=True):
         if not isinstance(value, Tensor) or node is None:
             continue
-        for dim, given in zip(node.meta["val"].shape, value.shape, strict=True):
-            symbol = dim.node.expr if isinstance(dim, torch.SymInt) else None
-            if symbol is not None and symbol.is_symbol and symbol in constraints:
-                lower, upper = constraints[symbol].lower, constraints[symbol].upper
-                largest = int(upper) if upper.is_Integer and int(upper) <= 8 * given else 2 * given + 1
-                yield symbol, (max(int(lower), 1), largest)
+        for dim, size in zip(node.meta["val"].shape, value.shape, strict=True):
+            if isinstance(dim, torch.SymInt):
+                factor, rest = dim.node.expr.as_coeff_Mul()
+                whole = factor.is_Integer and factor > 0 and rest.is_symbol
+                yield (rest, size // int(factor)) if whole else (dim.node.expr, size)
+
+
+def _ranges(program: Program, nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """For the symbol of every dynamic dim: the smallest and the largest size to try."""
+    constraints = program.exported.range_constraints
+    for symbol, given in _dynamic(nodes, flat):
+        if symbol.is_symbol and symbol in constraints:
+            lower, upper = constraints[symbol].lower, constraints[symbol].upper
+            largest = int(upper) if upper.is_Integer and int(upper) <= 8 * given else 2 * given + 1
+            yield symbol, (max(int(lower), 1), largest)
 
 
 def _resized(value: Any, node: Node | None, sizes: Mapping[Any, int]) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from normfuse.errors import InputError
+from normfuse.errors import InputError, first_line
+from normfuse.sources.call_signature import require_names, what_forward_takes
 from normfuse.sources.inputs import INTEGERS, InputKey, Inputs
 
 # ---- limits of integer inputs
@@ -23,9 +25,11 @@ def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inpu
     Raises:
         InputError: the model does not run on these inputs.
     """
+    if isinstance(model, nn.Module):
+        require_names(model, inputs.args, inputs.kwargs)
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     modes = [(part, part.training) for part in module.modules()]
-    given: dict[InputKey, Any] = dict(enumerate(inputs.args)) | dict(inputs.kwargs.items())
+    given: dict[InputKey, Any] = {**dict(enumerate(inputs.args)), **dict(_named(inputs.kwargs))}
     lookups = _Lookups(given)
     try:
         for part, _ in modes:
@@ -33,12 +37,26 @@ def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inpu
         with torch.no_grad(), torch.random.fork_rng(devices=()), lookups:
             module(*inputs.args, **inputs.kwargs)
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"the model does not run on these inputs: {reason}", hint="give others with --input") from error
+        takes = f"give others with --input; its forward takes {what_forward_takes(model)}"
+        raise InputError(f"the model does not run on these inputs: {first_line(error)}", hint=takes) from error
     finally:
         for part, mode in modes:
             part.training = mode
     return lookups.limits
+
+
+def _named(inputs: Mapping[str, Any], before: str = "") -> Iterator[tuple[InputKey, Any]]:
+    """Keyword inputs, those of dicts with dots in their names."""
+    for name, value in inputs.items():
+        if isinstance(value, Mapping):
+            yield from _named(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
+
+
+def has_integers(inputs: Inputs) -> bool:
+    """Whether an input might index a table."""
+    return any(isinstance(leaf, Tensor) and leaf.dtype in INTEGERS for leaf in pytree.tree_leaves((inputs.args, inputs.kwargs)))
 
 
 class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -22,12 +22,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from normfuse.errors import InputError
+import normfuse
+from normfuse.errors import InputError, TraceError
+from normfuse.graph.program import Program
+from normfuse.proof import cases
 from normfuse.sources.found_inputs import found_on
 from normfuse.sources.index_limits import integer_limits
 from normfuse.sources.input_files import from_file, from_script
 from normfuse.sources.inputs import EXAMPLES, Inputs, as_inputs, from_loader
-from normfuse.sources.specs import DynamicDim, Spec, from_specs, parse_spec
+from normfuse.sources.specs import DynamicDim, Plain, Spec, from_specs, parse_spec
 
 # ---- specs
 
@@ -43,9 +46,17 @@ from normfuse.sources.specs import DynamicDim, Spec, from_specs, parse_spec
         ("int64[seq=16:1-512]", Spec(None, torch.int64, (DynamicDim("seq", 16, 1, 512),))),
         ("int64[seq:4-]", Spec(None, torch.int64, (DynamicDim("seq", None, 4, None),))),
         (" x : float16 [ n , 3 ] ", Spec("x", torch.float16, (DynamicDim("n"), 3))),
+        ("float32[32*k]", Spec(None, torch.float32, (DynamicDim("k", factor=32),))),
+        ("float32[h=32*k=7:1-16]", Spec(None, torch.float32, (DynamicDim("k", 7, 1, 16, 32, "h"),))),
+        ("batch.ids:int64[2]", Spec("batch.ids", torch.int64, (2,))),
+        ("use_cache=false", Plain("use_cache", False)),
+        (" a = None ", Plain("a", None)),
+        ("n=3", Plain("n", 3)),
+        ("n=-1.5e-3", Plain("n", -1.5e-3)),
+        ("mode=train", Plain("mode", "train")),
     ],
 )
-def test_a_spec_is_read(text: str, spec: Spec) -> None:
+def test_a_spec_is_read(text: str, spec: Spec | Plain) -> None:
     assert parse_spec(text) == spec
 
 
@@ -73,6 +84,10 @@ def test_a_spec_is_read(text: str, spec: Spec) -> None:
         ("a:b:float32[2]", 12),
         ("fl\noat32[2]", 9),
         ("float32[é]", 9),
+        ("float32[32*]", 11),
+        ("float32[h=32*3]", 13),
+        ("x=float32[2]", 2),
+        ("x=", 2),
         (f"float32[{'9' * 5000}]", 27),
     ],
 )
@@ -85,7 +100,7 @@ def test_a_bad_spec_says_where(text: str, position: int) -> None:
 @given(st.text(alphabet="float32int64:[]=,-ab 0é\n", max_size=30))
 def test_any_text_is_a_spec_or_an_input_error(text: str) -> None:
     with contextlib.suppress(InputError):
-        assert isinstance(parse_spec(text), Spec)
+        assert isinstance(parse_spec(text), Spec | Plain)
 
 
 SIZES = st.one_of(st.integers(0, 9), st.builds(DynamicDim, st.sampled_from(["batch", "s", "n_1"])))
@@ -129,6 +144,15 @@ def test_the_size_of_a_dim_in_the_example(dim: str, size: int) -> None:
         ["float32[b:4-1]"],
         ["float32[b=3]", "float32[b:4-]"],
         ["x:float32[2]", "x:float32[3]"],
+        ["x:float32[2]", "x=3"],
+        ["x=2", "x=3"],
+        ["b:float32[2]", "b.x:float32[2]"],
+        ["b.x:float32[2]", "b=3"],
+        ["b.x.y=1", "b.x:float32[2]"],
+        ["float32[h=32*k,h=16*k]"],
+        ["float32[h=32*k,h=64]"],
+        ["float32[0*k]"],
+        ["float32[32*k=999999999999999999]"],
         ["float32[999999999999,999999999]"],
     ],
 )
@@ -183,6 +207,82 @@ def test_torch_export_takes_the_dynamic_shapes(specs: list[str]) -> None:
     bigger = from_specs([spec.replace("batch=3", "batch=7") for spec in specs])
     assert program.module()(*bigger.args, **bigger.kwargs).shape == (7, 4)
     assert sorted((r.lower, r.upper) for r in program.range_constraints.values())[-1] == (2, 9)
+
+
+class Nested(nn.Module):
+    """Takes a dict, a switch, and pictures whose sides are multiples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.patches = nn.Embedding(50, 4), nn.Conv2d(3, 4, 8, 8)
+
+    def forward(self, x: Tensor, *, batch: dict[str, Any], double: bool = False) -> Tensor:
+        pictures = self.patches(x).flatten(2).mean(-1)
+        return pictures * (2.0 if double else 1.0) + self.table(batch["words"]["ids"]).mean(1)
+
+
+NESTED = ["float32[n=3,3,h=8*k,w=8*m=3:1-9]", "batch.words.ids:int64[n,seq=5]", "double=true"]
+
+
+def test_specs_of_dicts_and_of_what_is_no_tensor() -> None:
+    inputs = from_specs(NESTED)
+    assert inputs.args[0].shape == (3, 3, 16, 24)
+    assert inputs.kwargs["batch"]["words"]["ids"].shape == (3, 5)
+    assert inputs.kwargs["double"] is True
+    model = Nested().eval()
+    limits = integer_limits(model, inputs)
+    assert limits == {"batch.words.ids": 50}
+    drawn = from_specs(NESTED, index_limits=limits)
+    assert drawn.kwargs["batch"]["words"]["ids"].max() > 2
+    program = torch.export.export(model, drawn.args, drawn.kwargs, dynamic_shapes=drawn.dynamic_shapes)
+    other = from_specs([spec.replace("8*m=3", "8*m=5").replace("n=3", "n=4") for spec in NESTED], index_limits=limits)
+    torch.testing.assert_close(program.module()(*other.args, **other.kwargs), model(*other.args, **other.kwargs))
+
+
+def test_a_proof_is_made_at_other_multiples() -> None:
+    program = Program.trace(nn.Conv2d(3, 4, 8, 8), *_call(from_specs(["float32[2,3,8*k,8*m=3:1-9]"])))
+    shapes = {case.name: tuple(case.flat[0].shape) for case in cases.other_sizes(program, [torch.randn(2, 3, 16, 24)])}
+    assert shapes["other sizes"] == (2, 3, 24, 32)
+    ends = {case.name: tuple(case.flat[0].shape) for case in cases.sizes_of_ranges(program, [torch.randn(2, 3, 16, 24)])}
+    assert ends["largest dynamic dims"] == (2, 3, 40, 72)
+
+
+def _call(inputs: Inputs) -> tuple[Any, ...]:
+    return inputs.args, inputs.kwargs, inputs.dynamic_shapes
+
+
+def test_one_label_is_one_multiple_everywhere() -> None:
+    inputs = from_specs(["float32[h=4*k]", "float32[h,k]"])
+    assert [tuple(arg.shape) for arg in inputs.args] == [(8,), (8, 2)]
+
+
+def test_dicts_alone_have_dynamic_dims_too() -> None:
+    inputs = from_specs(["b.x:float32[n,3]", "b.flag=true", "scale=2"])
+    shapes: Any = inputs.dynamic_shapes
+    assert inputs.kwargs["b"]["flag"] is True
+    assert (set(shapes["b"]["x"]), shapes["b"]["flag"], shapes["scale"]) == ({0}, None, None)
+
+
+# ---- what a forward takes
+
+
+@pytest.mark.parametrize("specs", [["float32[2,4]"], ["y:float32[2,4]"], ["float32[2,4]"] * 3])
+def test_inputs_without_a_place_say_what_the_forward_takes(specs: list[str]) -> None:
+    given = from_specs(specs)
+    with pytest.raises(InputError, match="do not fit Adds") as caught:
+        normfuse.inspect(Adds(), given)
+    assert caught.value.hint == "its forward takes x, ids, scale (required)"
+
+
+def test_inputs_of_another_size_say_what_the_forward_takes() -> None:
+    with pytest.raises(TraceError) as caught:
+        normfuse.inspect(nn.Linear(3, 3), (torch.randn(2, 4),))
+    assert "its forward takes input (required)" in str(caught.value.hint)
+
+
+def test_a_model_that_tells_nothing_says_what_its_forward_takes() -> None:
+    with pytest.raises(InputError, match=r"no example inputs are known for Adds, which takes x, ids, scale \(required\)"):
+        normfuse.inspect(Adds())
 
 
 # ---- integer limits
@@ -440,6 +540,9 @@ class Telling(nn.Module):
     def get_input_embeddings(self) -> Any:
         return SimpleNamespace(num_embeddings=1000)
 
+    def forward(self, x: Any = None, pixel_values: Any = None, **words: Any) -> Tensor:
+        return self.weight
+
 
 def test_a_model_of_timm_tells_its_input_size() -> None:
     inputs = found_on(Telling(pretrained_cfg={"input_size": (3, 8, 8)}))
@@ -481,11 +584,13 @@ def test_an_exported_program_has_its_example_inputs() -> None:
     [
         nn.Linear(2, 2),
         3,
+        Telling(example_input_array=None),
+        Telling(example_input_array="x"),
         Telling(pretrained_cfg={}),
         Telling(pretrained_cfg=None, config=None),
         Telling(config=SimpleNamespace(image_size=8), main_input_name="input_values"),
     ],
-    ids=["linear", "number", "empty", "none", "sound"],
+    ids=["linear", "number", "no example", "example of text", "empty", "none", "sound"],
 )
 def test_most_models_tell_nothing(model: object) -> None:
     assert found_on(model) is None
@@ -520,19 +625,3 @@ def test_a_name_that_is_no_text_names_nothing() -> None:
 def test_a_model_cannot_ask_for_endless_inputs() -> None:
     with pytest.raises(InputError, match="INPUT_BYTES"):
         found_on(Telling(pretrained_cfg={"input_size": (10**6, 10**6)}))
-
-
-@pytest.mark.zoo
-def test_models_of_the_usual_libraries_run_on_what_they_tell() -> None:
-    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
-    small = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
-    t5 = transformers.T5Config(vocab_size=60, d_model=16, num_layers=1, num_heads=2, d_ff=16)
-    for model, limits in (
-        (timm.create_model("vit_tiny_patch16_224", depth=1), {}),
-        (transformers.BertModel(transformers.BertConfig(**small, vocab_size=60)), {"input_ids": 60}),
-        (transformers.ViTModel(transformers.ViTConfig(**small, image_size=32)), {}),
-        (transformers.T5ForConditionalGeneration(t5), {"input_ids": 60, "decoder_input_ids": 60}),
-    ):
-        inputs = found_on(model)
-        assert inputs is not None
-        assert integer_limits(model, inputs) == limits
