@@ -22,13 +22,13 @@ pytestmark = [pytest.mark.zoo, pytest.mark.filterwarnings("ignore")]
 transformers: Any = pytest.importorskip("transformers")
 
 WORDS = 60
-ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-LAYERS = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
+ENDS: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LAYERS: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
 TEXT = LAYERS | ENDS | {"vocab_size": WORDS}
-PATCHES = LAYERS | {"image_size": 32, "patch_size": 8}
-SIDES = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+PATCHES: dict[str, Any] = LAYERS | {"image_size": 32, "patch_size": 8}
+SIDES: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
 PAIR = SIDES | ENDS | {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": WORDS}
-GPT2 = {"vocab_size": WORDS, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 2}
+GPT2: dict[str, Any] = {"vocab_size": WORDS, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "eos_token_id": 2}
 OPT = TEXT | {"ffn_dim": 16, "word_embed_proj_dim": 16, "max_position_embeddings": 40}
 SOUND = LAYERS | {
     "conv_dim": (8, 8),
@@ -41,9 +41,9 @@ SOUND = LAYERS | {
 WHISPER = PAIR | {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20, "decoder_start_token_id": 1}
 CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32}
 
-SENTENCES = {"input_ids": (2, 16), "attention_mask": (2, 16)}
+SENTENCES: dict[str, tuple[int, ...]] = {"input_ids": (2, 16), "attention_mask": (2, 16)}
 TRANSLATED = SENTENCES | {"decoder_input_ids": (2, 8)}
-PICTURES = {"pixel_values": (2, 3, 32, 32)}
+PICTURES: dict[str, tuple[int, ...]] = {"pixel_values": (2, 3, 32, 32)}
 
 # model class, configuration class, settings, what is found
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, tuple[int, ...]]]] = {
