@@ -50,7 +50,7 @@ def deploy_modules(
         made = plan_for_modules(program, passes, allow, model, choice=choice)
         if not made.plan.rounds and before:
             return  # another deploy has left nothing to do
-        require_rewrites(made.plan)
+        require_rewrites(made)
         _make(made, model, Reference(program, given, level, progress))
     commit(model, keep=keep)
     warn_of_what_stays(made.plan)

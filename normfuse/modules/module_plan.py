@@ -13,9 +13,12 @@ from normfuse.analysis.facts import Facts
 from normfuse.errors import CannotApply, NormfuseWarning, Reason
 from normfuse.graph.edits import Reroute
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
+from normfuse.graph.nodes import draws
+from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.program import Program
 from normfuse.modules.graph_diff import Unplaced
 from normfuse.modules.placement import Adaptation, adapt
+from normfuse.modules.unread_tensors import call_of
 from normfuse.planning.planner import Plan, plan
 from normfuse.planning.registry import Pass, find
 
@@ -107,24 +110,32 @@ def _blamed(chosen: Plan, unplaced: Unplaced) -> Iterator[tuple[str, str]]:
         yield from ((each.pass_name, site.node) for site in each.sites)
 
 
-def require_rewrites(chosen: Plan) -> None:
+def require_rewrites(made: ModulePlan) -> None:
     """Raise where there is nothing to make.
 
     Raises:
         CannotApply: with the reasons of all refusals.
     """
+    chosen = made.plan
     if not chosen.rounds:
-        reasons = [Reason(f"{each.site}: {each.code}: {each.reason}", _hint(each)) for each in chosen.refusals]
+        reasons = [Reason(f"{each.site}: {each.code}: {each.reason}", _hint(made.program, each)) for each in chosen.refusals]
         names = ", ".join(chosen.passes)
         nothing = Reason(f"{names} found nothing to do", "normfuse.inspect(model) shows every norm and what each pass would do")
         raise CannotApply(reasons or [nothing])
 
 
-def _hint(refusal: Refusal) -> str:
+def _hint(program: Program, refusal: Refusal) -> str:
     """What to do about a refusal; where it does not say, what explains it."""
-    if "dropout" in refusal.reason:
+    if _meets_dropout(program, refusal):
         return "set the dropout's p to 0; or call deploy, for which the model is as in evaluation mode"
     return refusal.hint or f"`normfuse explain {refusal.code}` tells what it needs"
+
+
+def _meets_dropout(program: Program, refusal: Refusal) -> bool:
+    """Whether what is in the way, or what the norm reads, is other numbers each time."""
+    at, site = (program.nodes.get(each.node) for each in (refusal.at or refusal.site, refusal.site))
+    norm = operator_norm(site) if site is not None else None
+    return any(draws(call_of(each)) for each in (at, norm.x if norm else None) if each is not None)
 
 
 def warn_of_what_stays(chosen: Plan) -> None:

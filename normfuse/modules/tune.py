@@ -45,10 +45,10 @@ def tune_modules(
         program = traced(model, given, trains=_nowhere, check=level == "full").with_own_handles()
         # plan: twice, as what must be held fixed while the model trains is known by a plan
         first = plan_for_modules(program, passes, allow, model, choice=choice)
-        require_rewrites(first.plan)
+        require_rewrites(first)
         held = {guard for each in guards_of(first, model).values() for guard in each}
         made = plan_for_modules(_traced_in_training(model, given, held), passes, allow, model, choice=choice)
-        require_rewrites(made.plan)
+        require_rewrites(made)
         # make: the modules read formulas, or are what they were while a guard trains
         make_live(made.program, made.changes, model, guards_of(made, model))
         # prove: as it is called from now on, and as its own classes would load what it becomes when it is deployed

@@ -74,7 +74,7 @@ class UnreadTensors:
                 break
             for each in found:
                 numbers |= each or {}
-            readers |= {_call(value)} if wanted else set()
+            readers |= {call_of(value)} if wanted else set()
             if onward is None:
                 break
             norms, value = norms or operator_norm(value) is not None, onward
@@ -84,7 +84,7 @@ class UnreadTensors:
         """The operand that a call gives where others are (constant, number), or None where a norm is left."""
         norm = operator_norm(node)
         if norm is not None:
-            a = arguments(_call(node))
+            a = arguments(call_of(node))
             roles = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0 - norm.eps}
             wanted = [(a[each], number) for each, number in roles.items() if isinstance(a.get(each), Node)]
             return norm.x if norm.kind == NormKind.BATCH_NORM and not a.get("training") and norm.eps < 1 else None, wanted
@@ -167,7 +167,7 @@ class UnreadTensors:
         return name if alone and dtype(layer) == self.program.tensor(name).dtype else None
 
 
-def _call(value: Node) -> Node:
+def call_of(value: Node) -> Node:
     """The call that yields a value, alone or among others."""
     source = value.args[0] if value.target is operator.getitem else value
     return source if isinstance(source, Node) else value

@@ -39,13 +39,9 @@ def nudges(a: Program, b: Program) -> Callable[[float | None, int], Weights]:
         return nudge
 
     def made(size: float | None, draw: int) -> Weights:
-        return nudged(size, draw=draw) if size is not None else (towards if alike else _plain)(unit, draw)
+        return towards(unit, draw) if alike and size is None else nudged(size or unit, draw=draw)
 
     return made
-
-
-def _plain(size: float, draw: int) -> Weights:
-    return nudged(size, draw=draw)
 
 
 def _read(program: Program) -> set[str]:

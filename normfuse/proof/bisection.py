@@ -10,7 +10,7 @@ tensors differ, nor in a file, which holds what one program says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -122,11 +122,12 @@ def _parting(
     parted = {name for name, (error, allowed) in errors.items() if error > allowed}
     (results,) = graph.graph.output_node().args
     tensors = [node for node in results if isinstance(node, Node)]  # type: ignore[union-attr]
-    wrong = _back([tensors[place] for place in wrong_places], parted, errors)
+    wrong = _behind((tensors[place] for place in wrong_places), lambda node: node.name in parted or node.name not in errors)
     first = next((node for node in graph.graph.nodes if node in wrong and node.name in parted), None)
     if first is None:
         return None
-    new = [node.name for node in graph.graph.nodes if node in _unknown_behind(first, errors)]
+    unknown = _behind(first.all_input_nodes, lambda node: node.name not in errors)
+    new = [node.name for node in graph.graph.nodes if node in unknown]
     site = graph.site(first)
     return Parting(first.name, str(first.target), str(site), site.source or "", *errors[first.name], tuple(new))
 
@@ -179,24 +180,13 @@ def _apart(a: Tensor, b: Tensor, allowed: float, centred: set[int]) -> float:
     return min([error, *without_mean])
 
 
-def _back(outputs: Sequence[Node], parted: set[str], known: dict[str, Any]) -> set[Node]:
-    """Every node from which an output is reached through values that differ, or that only one program has."""
-    seen: set[Node] = set()
-    todo = [node for node in outputs if node.name in parted or node.name not in known]
+def _behind(nodes: Iterable[Node], concerned: Callable[[Node], bool]) -> set[Node]:
+    """The calls among some nodes, and among all that they are computed from, as far as these are concerned."""
+    found: set[Node] = set()
+    todo = list(nodes)
     while todo:
         node = todo.pop()
-        if node not in seen and node.op == "call_function":
-            seen.add(node)
-            todo += [each for each in node.all_input_nodes if each.name in parted or each.name not in known]
-    return seen
-
-
-def _unknown_behind(node: Node, known: dict[str, Any]) -> set[Node]:
-    found: set[Node] = set()
-    todo = list(node.all_input_nodes)
-    while todo:
-        each = todo.pop()
-        if each not in found and each.op == "call_function" and each.name not in known:
-            found.add(each)
-            todo += each.all_input_nodes
+        if node not in found and node.op == "call_function" and concerned(node):
+            found.add(node)
+            todo += node.all_input_nodes
     return found

@@ -48,14 +48,14 @@ def sensitivity(
         judge: what was asked whether the two models agree.
     """
     sampled = _spread(list(dict.fromkeys(name for name in names if _has_rows(program, name))))
-    shown = {name: least for name in sampled if (least := _least(judge(outputs(_off(name, TRIED)))))}
+    shown = {name: least for name in sampled if (least := _least(judge(outputs(partial(_one_row_off, name, TRIED)))))}
     if not shown:
         return Sensitivity(TRIED, 0, len(sampled)) if sampled else None
     hardest = max(shown, key=lambda name: shown[name])
     change = shown[hardest]
     for _ in range(TRIES):
         change = min(CLEARLY * change, TRIED)
-        found = judge(outputs(_off(hardest, change)))
+        found = judge(outputs(partial(_one_row_off, hardest, change)))
         if found.verdict is Verdict.DISPROVEN:
             return Sensitivity(change, len(shown), len(sampled))
         change /= max(found.error / found.allowed, 1e-3)
@@ -82,10 +82,6 @@ def _has_rows(program: Program, name: str) -> bool:
     there = value.is_floating_point() and value.dim() > 0 and not value.is_meta  # a new tensor of a plan has a formula only
     filled = there and bool(value.count_nonzero())
     return filled and bool(node.users) and not any(tables)
-
-
-def _off(name: str, change: float) -> Weights:
-    return partial(_one_row_off, name, change)
 
 
 def _one_row_off(wanted: str, change: float, name: str, value: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ and what the first token does to it, which in large language models has a deviat
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, fields, replace
@@ -208,7 +209,7 @@ def calibrate(
     if not norms:
         raise NormfuseError(f"{name} has no LayerNorm over its last axis", hint="normfuse inspect MODEL lists its norms")
     watch, sums, done = _Watch(program, norms), [_Sums() for _ in norms], 0
-    for batch in _chained(first, batches):
+    for batch in itertools.chain([first], batches):
         if progress:
             progress("calibrating", done, total)
         given = taken(program, inputs_of(batch))
@@ -217,11 +218,6 @@ def calibrate(
         done += 1
     found = (each.deviation(program, norm) for each, norm in zip(sums, norms, strict=True))
     return Calibration(name, done, tuple(found), example.left_out)
-
-
-def _chained(first: Batch, rest: Iterator[Batch]) -> Iterator[Batch]:
-    yield first
-    yield from rest
 
 
 def inputs_of(batch: Batch) -> Inputs:

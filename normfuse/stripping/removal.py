@@ -198,7 +198,7 @@ def strip(
         raise InputError("there are no data to measure on", hint="give one batch at least")
     name, program, given = to_program(model, iter([inputs_of(batches[0])]), None, dynamic_shapes, trust_pickle)
     given = replace(given, dynamic_shapes=None)
-    meant, choices, unknown = _candidates(program, model, batches, calibration, trust_pickle, progress)
+    meant, choices, unknown = _candidates(program, batches, calibration, progress)
     base = loss(program, batches)
     ranked = _ranked(program, choices, batches, base, progress)
     chosen = _largest(program, meant, ranked, batches, base, base + max_loss_increase, progress)
@@ -222,7 +222,7 @@ def strip(
 
 
 def _candidates(
-    program: Program, model: Any, batches: Sequence[Batch], calibration: Any, trust_pickle: bool, progress: Progress | None
+    program: Program, batches: Sequence[Batch], calibration: Any, progress: Progress | None
 ) -> tuple[list[Candidate], list[Candidate], tuple[tuple[str, str], ...]]:
     """Norms that are meant to be linear, norms that could be, and those of which nothing is known."""
     norms = last_axis_norms(program)

@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import attrgetter
 
 import networkx as nx
 import torch
@@ -453,6 +454,5 @@ def _is_mean_subtraction(node: Node, axis: int) -> bool:
 
 def _alike(one: Reading, other: Reading) -> bool:
     """Whether two layers ask the same of a weight and bias that they share."""
-    return (one.weight, one.bias, one.dim, one.map) == (
-        other.weight, other.bias, other.dim, other.map,
-    )  # fmt: skip
+    asked = attrgetter("weight", "bias", "dim", "map")
+    return bool(asked(one) == asked(other))

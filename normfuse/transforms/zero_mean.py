@@ -10,7 +10,7 @@ giving up that norm. So a payment is made only where it serves at least two norm
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -60,9 +60,11 @@ def center(facts: Facts, norms: Iterable[Norm]) -> CentredRegions:
     walk = _Centre(facts)
     walk.carry(*((key, ZERO_MEAN) for key in wishes.values()))
     steps = walk.steps
-    kept, paid = _choose(facts, wishes, steps)
-    regions = tuple(_regions(facts, kept, paid, steps))
-    blocked = tuple((norm, _nearest(key, steps)) for norm, key in wishes.items() if norm not in kept)
+    way = nx.DiGraph([(key, operand) for key, step in steps.items() for operand in step.operands])
+    way.add_nodes_from(steps)
+    kept, paid = _choose(facts, wishes, steps, way)
+    regions = tuple(_regions(facts, kept, paid, steps, way))
+    blocked = tuple((norm, _nearest(key, steps, way)) for norm, key in wishes.items() if norm not in kept)
     return CentredRegions(regions, blocked)
 
 
@@ -138,26 +140,19 @@ def _in_the_way(facts: Facts, node: Node) -> Why:
     return Why.GATE if node.target is aten.mul.Tensor else Why.UNCENTRED
 
 
-def _nearest(key: Key, steps: dict[Key, Step]) -> Obstacle:
-    """The first obstacle met on the way back from a norm."""
-    frontier, visited = [key], {key}
-    while frontier:
-        step = steps[frontier.pop(0)]
-        if step.obstacle is not None:
-            return step.obstacle
-        for operand in step.operands:
-            if operand not in visited:
-                visited.add(operand)
-                frontier.append(operand)
-    raise AssertionError("a norm without an obstacle is never given up")
+def _nearest(key: Key, steps: dict[Key, Step], way: nx.DiGraph) -> Obstacle:
+    """The first obstacle met on the way back from a norm, which is given up only where there is one."""
+    met = itertools.chain([key], (operand for _, operand in nx.bfs_edges(way, key)))
+    return next(obstacle for each in met if (obstacle := steps[each].obstacle) is not None)
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
 
 
-def _choose(facts: Facts, wishes: dict[Norm, Key], steps: dict[Key, Step]) -> tuple[set[Norm], set[Key]]:
+def _choose(facts: Facts, wishes: dict[Norm, Key], steps: dict[Key, Step], way: nx.DiGraph) -> tuple[set[Norm], set[Key]]:
     """The norms to convert and the values to centre explicitly: a minimum cut between obstacles and norms."""
-    tainted = _tainted(steps)
+    obstacles = [key for key, step in steps.items() if step.obstacle is not None]
+    tainted = {key for layer in nx.bfs_layers(way.reverse(copy=False), obstacles) for key in layer}
     if not tainted:
         return set(wishes), set()
     worth = len(steps) + 1  # one norm; a payment costs one more, so that it must serve two norms to pay
@@ -184,22 +179,6 @@ def _choose(facts: Facts, wishes: dict[Norm, Key], steps: dict[Key, Step]) -> tu
     return kept, paid
 
 
-def _tainted(steps: dict[Key, Step]) -> set[Key]:
-    """Keys with an obstacle somewhere behind them."""
-    readers: dict[Key, list[Key]] = defaultdict(list)
-    for key, step in steps.items():
-        for operand in step.operands:
-            readers[operand].append(key)
-    frontier = [key for key, step in steps.items() if step.obstacle is not None]
-    tainted = set(frontier)
-    while frontier:
-        for reader in readers[frontier.pop()]:
-            if reader not in tainted:
-                tainted.add(reader)
-                frontier.append(reader)
-    return tainted
-
-
 def _payable(facts: Facts, key: Key) -> bool:
     """Whether an explicit mean-subtraction may stand here: on an activation, never on weights (it would run each call)."""
     node, _ = key
@@ -209,23 +188,11 @@ def _payable(facts: Facts, key: Key) -> bool:
 # -- writing it down ---------------------------------------------------------------------------------------------------
 
 
-def _regions(facts: Facts, kept: set[Norm], paid: set[Key], steps: dict[Key, Step]) -> Iterator[Region]:
+def _regions(facts: Facts, kept: set[Norm], paid: set[Key], steps: dict[Key, Step], way: nx.DiGraph) -> Iterator[Region]:
     """Norms that share a centred value belong together."""
-    links = nx.Graph()
-    for norm in kept:
-        key = (norm.x, norm.axes[0])
-        links.add_edge(norm, key)
-    frontier = [(norm.x, norm.axes[0]) for norm in kept]
-    visited: set[Key] = set(frontier)
-    while frontier:
-        key = frontier.pop()
-        if key in paid:
-            continue
-        for operand in steps[key].operands:
-            links.add_edge(key, operand)
-            if operand not in visited:
-                visited.add(operand)
-                frontier.append(operand)
+    centred = nx.DiGraph(way.out_edges(way.nodes - paid))
+    centred.add_edges_from((norm, (norm.x, norm.axes[0])) for norm in kept)
+    links = centred.subgraph(key for layer in nx.bfs_layers(centred, kept) for key in layer).to_undirected(as_view=True)
     place = {node: order for order, node in enumerate(facts.program.graph.nodes)}
     for members in sorted(nx.connected_components(links), key=lambda each: min(_places(each, place))):
         norms = tuple(sorted((m for m in members if isinstance(m, Norm)), key=lambda norm: place[norm.out]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import pytest
 import torch
@@ -98,3 +98,11 @@ def test_stochastic_depth_scales_whole_branches(form: str) -> None:
         draws.append(live(images))
         torch.testing.assert_close(draws[-1], expected, rtol=1e-11, atol=1e-11)
     assert not torch.equal(draws[0], draws[1])
+
+
+def test_what_to_do_about_a_dropout_is_told_whatever_it_is_called() -> None:
+    layers = {"conv": torch.nn.Conv2d(3, 8, 3), "d": torch.nn.Dropout(0.1), "bn": spread(torch.nn.BatchNorm2d(8))}
+    model = torch.nn.Sequential(OrderedDict(layers)).eval()
+    with pytest.raises(normfuse.NormfuseError) as caught:
+        normfuse.tune(model, "conv_bn", (torch.randn(2, 3, 8, 8),))
+    assert "set the dropout's p to 0" in str(caught.value.hint)
