@@ -8,8 +8,9 @@ file may have at all, by rule and not by model:
     settings classes    dataclasses, enums, transformers' configs: classes that hold values
     tensor functions    `torch.nn.functional.*` and the builtins behind it, such as `torch._C._nn.gelu`
 
-A name outside an installed package is refused before anything is imported: neither the working directory nor
-`__main__` is a package, and a folder there that shadows an installed package is found out by its place on the disk.
+But for a file that the user names (`own_classes`), a name outside an installed package is refused before anything is
+imported: neither the working directory nor `__main__` is a package, and a folder there that shadows an installed package is
+found out by its place on the disk.
 
 While a file is read, classes and functions are values that nothing calls. Afterwards a module's own forward may call what
 it holds: tensor functions and the classes of `torch.nn.modules`, whose constructors only allocate, can be called then; any
@@ -34,6 +35,7 @@ import site
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -93,24 +95,32 @@ PACKAGING_TOOLS = frozenset({"pip", "setuptools", "pkg_resources", "_distutils_h
 CODE_CARRIERS = (torch.fx.GraphModule, torch.jit.ScriptModule)
 
 
-def resolve(names: Iterable[str]) -> dict[str, Any]:
+_NONE: Mapping[str, ModuleType] = {}
+
+
+def resolve(names: Iterable[str], own: Mapping[str, ModuleType] = _NONE) -> dict[str, Any]:
     """The class or function behind each name that a file uses.
+
+    Args:
+        names: as the file has them.
+        own: modules of the user's own (`own_classes`), by the names that the file has for them; the same rules hold for theirs.
 
     Raises:
         NotAllowed: with all names that no rule allows. Unless every name's package is installed, nothing is imported.
         Broken: a package that is needed cannot be imported.
     """
-    installed = {name: is_installed(name.rpartition(".")[0]) for name in sorted(set(names))}
+    ours = {name: own[module] for name in set(names) if (module := name.rpartition(".")[0]) in own}
+    installed = {name: name in ours or is_installed(name.rpartition(".")[0]) for name in sorted(set(names))}
     judged = [
         name
         for name, known in installed.items()
-        if known and (all(installed.values()) or name.rpartition(".")[0] in sys.modules)
+        if known and (all(installed.values()) or name in ours or name.rpartition(".")[0] in sys.modules)
     ]
     found: dict[str, Any] = {}
     broken: Broken | None = None
     for name in judged:
         try:
-            found[name] = _permitted(name)
+            found[name] = _own_class(name, ours[name]) if name in ours else _permitted(name)
         except Broken as error:
             found[name], broken = error, error
     if strangers := [name for name, known in installed.items() if not known or found.get(name, name) is None]:
@@ -169,6 +179,14 @@ def _sources(distributions: Iterable[str], sites: list[Path]) -> list[Path]:
             if link.get("dir_info", {}).get("editable"):
                 found.append(Path(url2pathname(urlparse(link["url"]).path)).resolve())
     return found
+
+
+def _own_class(name: str, module: ModuleType) -> Any | None:
+    """The class of a module of the user's own, made there; None where no rule allows it."""
+    thing = vars(module).get(name.rpartition(".")[2])
+    if not isinstance(thing, type) or thing.__module__ != module.__name__:
+        return None
+    return thing if _is_permitted_class(thing) else None
 
 
 def _permitted(name: str) -> Any | None:

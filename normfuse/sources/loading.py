@@ -20,6 +20,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from normfuse.sources import allowlist, archive
 from normfuse.sources.building import Builder, check_modules, names_in
 from normfuse.sources.constructors import Stored
 from normfuse.sources.extents import check_numbers
+from normfuse.sources.missing_packages import what_to_do
+from normfuse.sources.own_classes import run_file
 from normfuse.sources.pickles import Unreadable, picture
 from normfuse.sources.storages import ArchiveStorages, LegacyStorages, pickles_in, unpacked_size
 
@@ -41,6 +44,8 @@ TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contai
 RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
 BUILD = "build the model in Python, load these weights into it, then pass the module or torch.save(model, path)"
 NAME_IT = "say of which model: --model timm:NAME, torchvision:NAME, transformers:FOLDER or FILE.py:NAME (your own code)"
+
+SCRIPT = "save the nn.Module that it was made of with torch.save(model, path), or export that one with torch.export"
 
 LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 # What is not a model, by its first bytes: (pattern, what it is, what to do). The first that matches is the answer.
@@ -58,20 +63,25 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 
 
-def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Module | torch.export.ExportedProgram:
+def load(
+    path: str | os.PathLike[str], *, code: str | os.PathLike[str] | None = None, trust_pickle: bool = False
+) -> nn.Module | torch.export.ExportedProgram:
     """The model in a file, as saved: on the CPU, in the mode (train or eval) that it was saved in.
 
     Args:
         path: a file of `torch.save(module)` or `torch.export.save(program)`.
+        code: a Python file of your own, which is run: the model may have the classes that are made in it.
         trust_pickle: unpickle without any check. The file can then run code of its own.
 
     Raises:
         LoadError: the file is not a model, or asks for more than `allowlist` allows.
+        InputError: ``code`` is no Python file, or fails.
     """
     path = Path(path)
+    resolve = allowlist.resolve if code is None else partial(allowlist.resolve, own=run_file(code))
     head = first_bytes(path)
     if head.startswith(LEGACY):
-        return _as_module(path, _load_legacy(path, trust_pickle=trust_pickle))
+        return _as_module(path, _load_legacy(path, trust_pickle=trust_pickle, resolve=resolve))
     if not head.startswith(b"PK\x03\x04"):
         raise foreign(path, head)
     reader = archive_reader(path)
@@ -79,10 +89,10 @@ def load(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> nn.Modu
     if "archive_format" in records:
         return _load_exported(path, reader, trust_pickle=trust_pickle)
     if "constants.pkl" in records:
-        raise LoadError(f"{path} is a TorchScript archive, whose code normfuse cannot rewrite", hint=RESAVE)
+        raise LoadError(f"{path} is a TorchScript archive, whose code normfuse cannot rewrite", hint=SCRIPT)
     if "data.pkl" not in records:
         raise LoadError(f"{path} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
-    return _as_module(path, _load_pickled(path, reader, trust_pickle=trust_pickle))
+    return _as_module(path, _load_pickled(path, reader, trust_pickle=trust_pickle, resolve=resolve))
 
 
 def load_data(path: str | os.PathLike[str]) -> Any:
@@ -266,7 +276,7 @@ def told_as_load_error(path: Path) -> Iterator[None]:
     except LoadError:
         raise
     except allowlist.NotAllowed as refused:
-        raise LoadError(f"{path} wants {refused}; refused", hint=_hint(refused.names)) from None
+        raise LoadError(f"{path} wants {refused}; refused", hint=_hint(refused.names, path.parent)) from None
     except allowlist.Broken as broken:
         hint = "repair that installation; the file itself may be fine"
         raise LoadError(f"{path} needs {broken}", hint=hint) from broken
@@ -280,14 +290,16 @@ def told_as_load_error(path: Path) -> Iterator[None]:
         raise LoadError(f"{path} cannot be read: {_reason(error)}", hint="fetch or save the file again") from error
 
 
-def _hint(names: Sequence[str]) -> str:
+def _hint(names: Sequence[str], beside: Path) -> str:
     tops = {name.partition(".")[0] for name in names if allowlist.is_identifier_path(name)}
     if "__main__" in tops:
-        return f"export the model with torch.export, or move its classes into an installed package. {TRUST}"
+        return (
+            f"export the model with torch.export, or name the script of your own that has its classes: --model FILE.py. {TRUST}"
+        )
     if any(name.startswith(("torch.nn.utils.", "torch.nn.modules.module._Wrapped")) for name in names):
         return f"remove its hooks before you save it, for example with torch.nn.utils.remove_spectral_norm. {TRUST}"
     missing = sorted(top for top in tops - sys.stdlib_module_names if not allowlist.is_installed(top))
-    return f"install {', '.join(missing)} if these are model classes. {TRUST}" if missing else TRUST
+    return ". ".join(each for each in (what_to_do(missing, beside), TRUST) if each)
 
 
 def _reason(error: Exception) -> str:

@@ -47,6 +47,8 @@ def open(
         architecture, what = (name if is_architecture(name) else f"transformers:{name}"), weights
     elif weights is not None:
         raise InputError("an architecture, weights and a model were given", hint="give the weights in the model's place")
+    if architecture is not None and Path(architecture).suffix == ".py":
+        return Source(name, load(what, code=architecture, trust_pickle=trust_pickle), (Path(what), Path(architecture)))
     if architecture is not None:
         return open_architecture(name, architecture, Path(what), trust_remote_code=trust_remote_code)
     path = Path(what)

@@ -304,7 +304,8 @@ def test_a_class_of_the_working_directory_is_not_imported(
     path = write_pickle(cwd_package / "evil.pt", pickled(b"c", name.encode(), b"\nNet\n)\x81"))
     error = refused(path)
     assert f"wants {name}.Net; refused" in str(error)
-    assert f"install {name}" in (error.hint or "")
+    assert f"{name} is a folder here" in (error.hint or "")
+    assert "pip install" not in (error.hint or "")
     assert not sentinel.exists()
     assert name not in sys.modules
 
