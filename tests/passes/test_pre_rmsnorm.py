@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 
 import pytest
 import torch
@@ -16,10 +17,14 @@ from normfuse.graph.program import Program
 from tests.models import IDS, TRAPS, D, LayerScaled, Stream, Tied, Trap, noise, tokens
 
 
-@pytest.fixture(scope="module", params=TRAPS)
+@cache  # not a fixture of the module: shuffled tests would rewrite each model again and again
+def rewritten(name: str) -> normfuse.Result:
+    return normfuse.rewrite(TRAPS[name].module(), ["pre_rmsnorm"], inputs=TRAPS[name].inputs)
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in TRAPS])
 def trap(request: pytest.FixtureRequest) -> tuple[Trap, normfuse.Result]:
-    chosen = TRAPS[request.param]
-    return chosen, normfuse.rewrite(chosen.module(), ["pre_rmsnorm"], inputs=chosen.inputs)
+    return TRAPS[request.param], rewritten(request.param)
 
 
 def test_converts_what_it_should(trap: tuple[Trap, normfuse.Result]) -> None:
