@@ -18,6 +18,7 @@ from normfuse.graph.findings import Claim
 from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.kept_tensors import only_read, own_state
 from normfuse.graph.program import Program
+from normfuse.graph.views import NormKind
 from normfuse.modules import live_program
 from normfuse.modules.module_plan import FOR_CLASS, plan_for_modules
 from normfuse.planning.planner import Plan, plan
@@ -93,7 +94,8 @@ def rewrite(
     name, original, given = to_program(start, inputs, kwargs, dynamic_shapes, trust_pickle, trace)
     clock.lap("trace")
     allowed, choice = Claim.named(allow), Choice.of(only, skip)
-    if _for_class(source, same_class, mode):
+    for_class = _for_class(source, same_class, mode)
+    if for_class:
         chosen = _planned_for_class(original, source, requested(passes), allowed, choice)
     else:
         chosen = plan(original, requested(passes), allow=allowed, choice=choice)
@@ -115,13 +117,21 @@ def rewrite(
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (norm_counts(original), norm_counts(planned))
-    notes = (*original.notes, *given.notes, *eager_cpu.notes(original, planned))
+    spelled = _of_its_class(chosen) if for_class else eager_cpu.notes(original, planned)
+    notes = (*original.notes, *given.notes, *spelled)
     report = Report(name, chosen, evidence, before, after, clock.laps, notes)
     checked(evidence, report)
     return Result(
         written, report, given, planned, files_of(start if source else model), mode,
         training=mode == "live" and getattr(model, "training", False), source=source,
     )  # fmt: skip
+
+
+def _of_its_class(chosen: Plan) -> tuple[str, ...]:
+    """What to say of norms that a class goes on computing as it did."""
+    if not any(each.becomes == "rms_norm" and NormKind.LAYER_NORM in each.was for each in chosen.rewrites):
+        return ()
+    return ("the model's own class goes on calling layer_norm, of a mean that is zero: rms_norm, in what it computes",)
 
 
 def _for_class(source: Source | None, same_class: bool | None, mode: str) -> bool:

@@ -58,7 +58,7 @@ def asked(*words: Any) -> Any:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
