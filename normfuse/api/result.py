@@ -18,6 +18,7 @@ from normfuse.proof.proving import Progress
 from normfuse.report.report import Report
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.inputs import Inputs
+from normfuse.sources.modeling_code import WITHOUT
 from normfuse.sources.source import Source
 
 
@@ -78,20 +79,28 @@ class Result:
         apply_plan(model, self.report.plan, self.inputs, keep=keep)
         return model
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, as_code: bool = False) -> Path:
         """Write the same kind that was brought: a folder or a checkpoint as `write_back` does, and ``.pt2`` of all else.
 
         A path that ends in ``.pt2`` is always a program, which `torch.export.load` opens without normfuse. What is live stays
         live. Files are complete, or not there.
+
+        Args:
+            path: where to write.
+            as_code: for a transformers folder: write a modeling file with RMSNorm beside the tensors (docs/as_code.md).
 
         Raises:
             InputError: the path is the input file, or its folder does not exist.
             CannotApply: the model's class cannot hold what was rewritten; nothing is written.
         """
         if self.is_program(path):
+            if as_code:
+                raise InputError(
+                    "code is written beside the tensors of a transformers folder, and this is a program", hint=WITHOUT
+                )
             write_atomically(Path(path), self.program.save, never_over=self.sources)
         else:
-            self.write_back(path)
+            self.write_back(path, as_code=as_code)
         return Path(path)
 
     def is_program(self, path: str | Path) -> bool:
@@ -99,14 +108,15 @@ class Result:
         same = self.mode == "deploy" and self.source is not None and self.source.stored is not None
         return Path(path).suffix == ".pt2" or not same
 
-    def write_back(self, path: str | Path, *, progress: Progress | None = None) -> Written:
+    def write_back(self, path: str | Path, *, as_code: bool = False, progress: Progress | None = None) -> Written:
         """Write the folder or the checkpoint that was brought: the same files, in which only rewritten tensors differ.
 
-        What was written is opened again in the model's own class, strictly, and compared with the original before it takes its
-        place.
+        What was written is opened again in the model's own class (or the one that was written), strictly, and compared with the
+        original before it takes its place.
 
         Args:
             path: where; a folder must not be there yet.
+            as_code: as for `save`.
             progress: called with (what, done, total).
 
         Returns:
@@ -120,7 +130,10 @@ class Result:
         if self.source is None:
             raise InputError("no folder or checkpoint was brought, so a program is written", hint='result.save("model.pt2")')
         level = self.report.evidence.level
-        return write_back(self.source, self.report.plan, self.inputs, Path(path), prove=level == "full", progress=progress)
+        return write_back(
+            self.source, self.report.plan, self.inputs, Path(path),
+            as_code=as_code, prove=level == "full", progress=progress,
+        )  # fmt: skip
 
 
 def in_its_mode(module: nn.Module, training: bool) -> nn.Module:

@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.text import Text
 
 from normfuse.cli.console import NO, YES
-from normfuse.errors import VerificationFailed
+from normfuse.errors import InputError, VerificationFailed
 from normfuse.escaping import escaped
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ from normfuse.cli.options import Source, known_passes, with_answer, with_source
 @click.option("-o", "--output", metavar="OUT",
               help="Where to write: a folder for a folder, a checkpoint for a checkpoint, or OUT.pt2 for a program. "
                    "[default=beside MODEL, MODEL's name + .rewritten]")
+@click.option("--as-code", is_flag=True,
+              help="Of a transformers folder: write a modeling file beside the tensors, in which the norms are RMSNorm; it "
+                   "loads with trust_remote_code=True. Without it the folder is for the stock class.")
 @click.option("--mode", type=click.Choice(["deploy", "live"]), default="deploy", show_default=True, metavar="MODE",
               help="deploy evaluates the new weights; live writes a program to train, which keeps MODEL's own parameters and "
                    "computes the new weights from them at every call.")
@@ -51,8 +54,8 @@ from normfuse.cli.options import Source, known_passes, with_answer, with_source
               help="A plan that --plan wrote: if this model would be rewritten differently, write nothing and exit 1.")
 @with_source
 @with_answer
-def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: bool, strict: bool, verify: str, allow: str,
-            only: tuple[str, ...], skip: tuple[str, ...], keep_unread: bool, report: str | None, plan: str | None,
+def rewrite(model: str, passes: Any, output: str | None, as_code: bool, mode: str, dry_run: bool, strict: bool, verify: str,
+            allow: str, only: tuple[str, ...], skip: tuple[str, ...], keep_unread: bool, report: str | None, plan: str | None,
             locked: str | None, source: Source, as_json: bool) -> int:
     # fmt: on
     """Rewrite the norms of MODEL, prove that its outputs stay the same, and write the result.
@@ -66,10 +69,13 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
         from normfuse import api
         from normfuse.planning.lockfile import drift, read_lock
         from normfuse.report.text import written_lines
+        from normfuse.sources.modeling_code import WITHOUT
 
         held = source.opened(model)
         target = Path(output) if output else beside(held, "rewritten", program=mode == "live")
         back = writes_back(held, target) and mode == "deploy"
+        if as_code and not back:
+            raise InputError("--as-code writes a folder of transformers, and this would be a program", hint=WITHOUT)
         check_writable((None if dry_run or back else target, report, plan), (model, source.path, locked))
         check_absent(target if back and not dry_run else None)
         lock = read_lock(locked) if locked else None
@@ -84,14 +90,14 @@ def rewrite(model: str, passes: Any, output: str | None, mode: str, dry_run: boo
         drifted = drift(lock, result.report.plan) if lock else []
         code, ending = _outcome(result.report, passes == "all", strict, dry_run, drifted)
         if not ending:
-            tensors = result.write_back(target, progress=progress) if back else None
+            tensors = result.write_back(target, as_code=as_code, progress=progress) if back else None
             written = str(tensors.path if tensors else result.save(target))
             ending = wrote(written, started)
         write_file(report, result.report.to_json())
         write_file(plan, result.report.plan.to_json())
     data = {**result.report.to_dict(), "dry_run": dry_run, "written": written, "drift": drifted}
     data |= {"tensors": tensors.to_dict()} if tensors else {}
-    listing: list[RenderableType] = ["", *written_lines(tensors.changed, tensors.kept)] if tensors else []
+    listing: list[RenderableType] = ["", *written_lines(tensors.changed, tensors.kept, tensors.dropped)] if tensors else []
     return tell(as_json, data, *result.report.render(), *listing, "", Text(ending, "bold")) or code
 
 

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from normfuse.errors import CannotApply, InputError
 from normfuse.graph.program import Program
 from normfuse.modules.deploy import class_tensors
-from normfuse.modules.module_plan import FOR_CLASS
+from normfuse.modules.module_plan import FOR_CLASS, cannot_place
+from normfuse.modules.placement import adapt
+from normfuse.modules.swapped_norms import swaps
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
@@ -28,7 +30,10 @@ from normfuse.proof.fidelity import traced
 from normfuse.proof.proving import Progress
 from normfuse.sources.atomic import new_folder, proven_first
 from normfuse.sources.inputs import Inputs
+from normfuse.sources.modeling_code import WITHOUT, Centring, SwappedNorm, add_code, stock_name, unheld
 from normfuse.sources.source import Source, Stored
+from normfuse.sources.tensor_files import open_weights
+from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
 
 
 @dataclass(frozen=True)
@@ -40,20 +45,29 @@ class Written:
         changed: names of the tensors in the files that differ from the original's.
         kept: how many others there are, whose bytes are the original's.
         evidence: that the model's own class computes the same of it; None where the proof was not asked for.
+        dropped: names of tensors that code beside the others does without.
     """
 
     path: Path
     changed: tuple[str, ...]
     kept: int
     evidence: Evidence | None
+    dropped: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The listing as JSON types."""
-        return {"changed": list(self.changed), "kept": self.kept}
+        return {"changed": list(self.changed), "kept": self.kept, "dropped": list(self.dropped)}
 
 
 def write_back(
-    source: Source, plan: Plan, given: Inputs, path: Path, *, prove: bool = True, progress: Progress | None = None
+    source: Source,
+    plan: Plan,
+    given: Inputs,
+    path: Path,
+    *,
+    as_code: bool = False,
+    prove: bool = True,
+    progress: Progress | None = None,
 ) -> Written:
     """Write what was brought, with the plan made on its tensors.
 
@@ -62,6 +76,7 @@ def write_back(
         plan: a plan for its model.
         given: what the model is called with.
         path: where to write; for a folder nothing may be there yet.
+        as_code: write a modeling file with RMSNorm beside the tensors of a transformers folder.
         prove: compare what was written with the original.
         progress: called with (what, done, total).
 
@@ -74,13 +89,48 @@ def write_back(
     if stored is None or not isinstance(model, nn.Module):
         raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
     program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes).with_own_handles()
-    changed = _as_stored(stored, class_tensors(model, program, plan))
-    with _in_place(stored, path, source, changed) as written:
-        again = stored.opened(written)
+    code = _code(stored, model, program, plan) if as_code else None
+    dropped = {key for name in (code.unheld if code else ()) for key in stored.keys.get(name, ())}
+    tensors = {name: each for name, each in class_tensors(model, program, plan).items() if not code or name not in code.unheld}
+    changed = _as_stored(stored, tensors)
+    with _in_place(stored, path, source, changed, dropped, code) as written:
+        again = code.open(written) if code else stored.opened(written)
         evidence = _compared(program, again, given, progress) if prove else None
         if evidence:
             checked(evidence)
-    return Written(path, tuple(sorted(changed)), len(stored.weights.names) - len(changed), evidence)
+    kept = len(stored.weights.names) - len(changed) - len(dropped)
+    return Written(path, tuple(sorted(changed)), kept, evidence, tuple(sorted(dropped)))
+
+
+@dataclass(frozen=True)
+class _Code:
+    """A modeling file in the making."""
+
+    model: nn.Module
+    norms: list[SwappedNorm]
+    centrings: list[Centring]
+
+    @property
+    def unheld(self) -> frozenset[str]:
+        return unheld(self.model, self.norms)
+
+    def write(self, folder: Path) -> None:
+        add_code(folder, self.model, self.norms, self.centrings)
+
+    def open(self, folder: Path) -> Source:
+        """The folder with the class that was just written into it."""
+        config = read_config(folder / CONFIG)
+        return open_transformers(str(folder), folder, config, open_weights(folder), trust_remote_code=True)
+
+
+def _code(stored: Stored, model: nn.Module, program: Program, plan: Plan) -> _Code:
+    if not stored.is_folder or not (stored.path / CONFIG).is_file():
+        raise InputError(f"{stored.path} is no folder of transformers, beside whose tensors code could be", hint=WITHOUT)
+    stock_name(model)
+    changes = adapt(program, plan.apply(program), model, same_keys=True)
+    if changes.unplaced:
+        raise cannot_place(program, changes, FOR_CLASS)
+    return _Code(model, *swaps(changes, model))
 
 
 def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,11 +143,15 @@ def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _in_place(stored: Stored, path: Path, source: Source, changed: dict[str, Tensor]) -> Iterator[Path]:
+def _in_place(
+    stored: Stored, path: Path, source: Source, changed: dict[str, Tensor], dropped: set[str], code: _Code | None
+) -> Iterator[Path]:
     def write(target: Path) -> None:
         for file in stored.beside:
             shutil.copyfile(file, target / file.name)
-        stored.weights.write(target, changed)
+        stored.weights.write(target, changed, dropped)
+        if code:
+            code.write(target)
 
     made = new_folder(path, write) if stored.is_folder else proven_first(path, write, never_over=source.files)
     with made as written:

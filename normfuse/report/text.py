@@ -74,8 +74,10 @@ def _pattern(sentence: str) -> str:
     return re.sub(r"\d+", "0", re.sub(r"'[^']*'", "''", sentence))
 
 
-def written_lines(changed: Sequence[str], kept: int) -> Iterator[Text]:
+def written_lines(changed: Sequence[str], kept: int, dropped: Sequence[str] = ()) -> Iterator[Text]:
     """Which tensors of the written files differ from the original's, and how many do not."""
     tensors = "tensor" if len(changed) == 1 else "tensors"
     yield Text.assemble((f"{len(changed)} {tensors} changed", "green"), escaped(f"  {sites_text(changed)}"))
     yield Text(f"{kept} as they were, byte for byte", style="dim")
+    if dropped:
+        yield Text(escaped(f"{len(dropped)} left out, which the code beside them has no use for: {sites_text(dropped)}"))
