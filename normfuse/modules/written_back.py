@@ -120,7 +120,7 @@ class _Code:
     def open(self, folder: Path) -> Source:
         """The folder with the class that was just written into it."""
         config = read_config(folder / CONFIG)
-        return open_transformers(str(folder), folder, config, open_weights(folder), trust_remote_code=True)
+        return open_transformers(str(folder), folder, config, open_weights(folder), folder, trust_remote_code=True)
 
 
 def _code(stored: Stored, model: nn.Module, program: Program, plan: Plan) -> _Code:
