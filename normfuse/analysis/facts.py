@@ -37,11 +37,14 @@ class Facts:
         program: the program.
         in_place: whether what is planned is for modules, whose classes have tensors of their own and no room for others.
         choice: the norms that may be rewritten.
+        variance_of: the largest variance that a LayerNorm met on data, None where that is above its eps; itself None where
+            nothing was measured.
     """
 
     program: Program
     in_place: bool = False
     choice: Choice = EVERYTHING
+    variance_of: Callable[[Norm], float | None] | None = None
 
     @cached_property
     def every_norm(self) -> tuple[Norm, ...]:
@@ -188,9 +191,15 @@ def _is_less(node: Node, mean: Node) -> bool:
     return node.target is aten.sub.Tensor and arguments(node)["other"] is mean is not arguments(node)["self"]
 
 
-def analyze(program: Program, *, in_place: bool = False, choice: Choice = EVERYTHING) -> Facts:
-    """The facts of a program, each computed when it is first asked for; ``in_place`` and ``choice`` as in `Facts`."""
-    return Facts(program, in_place, choice)
+def analyze(
+    program: Program,
+    *,
+    in_place: bool = False,
+    choice: Choice = EVERYTHING,
+    variance_of: Callable[[Norm], float | None] | None = None,
+) -> Facts:
+    """The facts of a program, each computed when it is first asked for; the other arguments as in `Facts`."""
+    return Facts(program, in_place, choice, variance_of)
 
 
 def norm_counts(program: Program) -> dict[str, int]:

@@ -31,6 +31,7 @@ from normfuse.proof.proving import Progress, checked_level, prove
 from normfuse.report.report import Report
 from normfuse.sources.inputs import Inputs
 from normfuse.sources.source import Source
+from normfuse.transforms.swallowed_variance import measured
 
 
 def rewrite(
@@ -98,7 +99,8 @@ def rewrite(
     if for_class:
         chosen = _planned_for_class(original, source, requested(passes), allowed, choice)
     else:
-        chosen = plan(original, requested(passes), allow=allowed, choice=choice)
+        seen = measured(original, lambda: (case.flat for case in cases_for(original, given))) if verify == "full" else None
+        chosen = plan(original, requested(passes), allow=allowed, choice=choice, variance_of=seen)
     planned = chosen.apply(original)
     rewritten = live_program.alive(planned) if mode == "live" else planned
     clock.lap("plan")

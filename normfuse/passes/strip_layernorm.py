@@ -11,25 +11,31 @@ Formula
     W ← (W diag(γ/σ)) C₀,  b ← b + Wβ (with the W from before; a bias is made where there is none), C₀ = I - 11ᵀ/d.
 
 Needs
-    σ stored, and not updated by the forward pass. All readers, however far, are linear layers or convolutions whose weights
-    nobody else reads. A norm that still measures its input is another function without it: `normfuse.strip` measures on data
-    what that costs, and removes the largest set of norms that stays within a bound.
+    σ stored, and not updated by the forward pass; or an eps that swallows the variance, as in published checkpoints: v + ε
+    rounds to ε while v < ε·2⁻²⁵ in float32, in which torch's operator also works for bfloat16 (ε·2⁻⁵⁴ in float64), and σ = √ε.
+    v is measured on the example inputs and on the hostile variants that the proof makes of them; the proof measures it again.
+    All readers, however far, are linear layers or convolutions whose weights nobody else reads. A norm that
+    still measures its input is another function without it: `normfuse.strip` measures on data what that costs, and removes the
+    largest set of norms that stays within a bound.
 
 Refuses
     NF601  The norm is a LayerNorm that measures its own input, so it is not linear. Train the model on with
            `normfuse.stripping.Recovery`, or let `normfuse.strip` (normfuse strip) remove, on data of yours, those that cost
            little; that result is approximate and never made unasked.
-    NF602  The norm is in the published format of LayerNorm-free checkpoints, an eps so large (10¹²) that the variance vanishes
-           beside it. Exactly that is not linear, only up to var/2ε; `normfuse.strip` reads it as it is meant, and measures.
-    NF603  The norm is in the published format and its weights are in float16, where 10⁶ ≈ √ε overflows: gains of such a size
-           are infinite. Convert the checkpoint from float32 or bfloat16.
+    NF602  The norm may be in the published format of LayerNorm-free checkpoints, an eps so large (10¹²) that the variance
+           vanishes beside it, and nothing was measured that says so: verify in full, on example inputs. `normfuse.strip` reads
+           it as it is meant, and measures.
+    NF603  The norm is in the published format and in float16, where such an eps is infinite, and so are gains that make up
+           for it. Convert the checkpoint from float32 or bfloat16.
     NF604  The mean-subtraction of a removed norm stays: a reader of it is no linear layer of its own, such as a tied head
            (untie it if memory allows), or the first token has a σ of its own, which is no change of weights.
     NF605  A removal without recovery was asked for (`normfuse.strip`), and nothing is known of the norm's deviation: it is
            not in the calibration file. Calibrate the same model.
 
 Claim
-    rounding: the same function of real numbers. With σ from a calibration, or for the published format: approximate.
+    rounding: the same function of real numbers; where eps swallows the variance, of those that the stored dtype computes with,
+    for variances up to the limit that is told. Where some v is above the limit and none above ε: approximate, within the
+    bound 1 - 1/√(1 + v/ε) that is told. With σ from a calibration: approximate.
 
 Reference
     Baroni et al.: Transformers Don't Need LayerNorm at Inference Time, 2025, §3 and appendix (folding).
@@ -47,18 +53,19 @@ from normfuse.analysis.affine import Affine, forms
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, told
 from normfuse.graph.edits import Edit, Reroute
-from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref
+from normfuse.graph.expressions import Ref
 from normfuse.graph.findings import NO_NORM, Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.lookup import rank
-from normfuse.graph.program import Program, Site
+from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, dtype
 from normfuse.transforms.constant_norms import dissolve
 from normfuse.transforms.draft import Absorbed
 from normfuse.transforms.mean_subtraction import MeanSubtraction, as_norm, blind, centrings, into_weights
+from normfuse.transforms.swallowed_variance import linear, off_by, swallowed_up_to
 from normfuse.transforms.zero_mean import Region, center
 
 PUBLISHED_EPS = 1e8
-"""The least eps that is meant to swallow the variance: ten thousand times the deviation of any stream."""
+"""The least eps that is told to be meant to swallow the variance where nothing was measured."""
 
 NORMS = ("layer_norm",)
 
@@ -67,7 +74,7 @@ def strip_layernorm(program: Program, facts: Facts) -> Iterator[Finding]:
     """Propose one rewrite per stored σ, then one per mean-subtraction; refuse every norm that measures its input."""
     for norm in facts.norms:
         if norm.kind == NormKind.LAYER_NORM:
-            yield _measuring(program.site(norm.out), norm)
+            yield _measuring(facts, norm)
     every = centrings(facts)
     found = _along_channels(forms(facts), every) if every else {}
     scaled = {form.base: form for form in found.values() if form.scale is not None or form.shift is not None}
@@ -78,15 +85,28 @@ def strip_layernorm(program: Program, facts: Facts) -> Iterator[Finding]:
         yield from _centrings(program, facts, every, scaled)
 
 
-def _measuring(site: Site, norm: Norm) -> Refusal:
-    if not is_published(norm):
-        hint = "train it on with normfuse.stripping.Recovery, or let normfuse.strip measure what its removal costs"
-        return Refusal("strip_layernorm", site, "NF601", "its deviation is measured on each input", hint=hint)
+def _measuring(facts: Facts, norm: Norm) -> Finding:
+    """What is said of a LayerNorm: linear as it is stored, where its eps swallows the variances that it meets."""
+    site = facts.program.site(norm.out)
     if overflows(norm):
         hint = "convert the checkpoint from float32 or bfloat16"
         return Refusal("strip_layernorm", site, "NF603", f"an eps of {norm.eps:g} overflows float16", hint=hint)
-    hint = "normfuse.strip (normfuse strip) reads it"
-    return Refusal("strip_layernorm", site, "NF602", f"an eps of {norm.eps:g} stands for a stored deviation", hint=hint)
+    if facts.variance_of is None and is_published(norm):
+        hint = "verify in full, or normfuse.strip (normfuse strip) reads it"
+        reason = f"an eps of {norm.eps:g} may swallow the variance, and nothing was measured"
+        return Refusal("strip_layernorm", site, "NF602", reason, hint=hint)
+    variance = None if facts.variance_of is None else facts.variance_of(norm)
+    if variance is None:
+        hint = "train it on with normfuse.stripping.Recovery, or let normfuse.strip measure what its removal costs"
+        return Refusal("strip_layernorm", site, "NF601", "its deviation is measured on each input", hint=hint)
+    limit = swallowed_up_to(norm)
+    met = f"variances reach {variance:.3g} on the example inputs and on what the proof makes of them"
+    if variance < limit:
+        because = f"its eps of {norm.eps:g} swallows variances up to {limit:.3g}, and {met}"
+        return _stored(facts.program, norm, norm.eps**0.5, because, Claim.ROUNDING)
+    bound = off_by(norm, variance)
+    because = f"its eps of {norm.eps:g} stands for a stored deviation up to {bound:.1e}, relative: {met}"
+    return _stored(facts.program, norm, norm.eps**0.5, because, Claim.APPROXIMATE)
 
 
 def is_published(norm: Norm) -> bool:
@@ -95,8 +115,10 @@ def is_published(norm: Norm) -> bool:
 
 
 def overflows(norm: Norm) -> bool:
-    """Whether a norm's tensors are in float16, which cannot hold the published format's gains."""
-    return any(each is not None and dtype(each) == torch.float16 for each in (norm.x, norm.gain, norm.shift))
+    """Whether a norm's eps is infinite in its dtype, float16, which cannot hold gains that make up for such an eps either."""
+    return norm.eps > torch.finfo(torch.float16).max and any(
+        each is not None and dtype(each) == torch.float16 for each in (norm.x, norm.gain, norm.shift)
+    )
 
 
 def _along_channels(found: dict[Node, Affine], every: tuple[MeanSubtraction, ...]) -> dict[Node, Affine]:
@@ -181,26 +203,13 @@ def with_sigmas(sigmas: Mapping[str, float], because: Mapping[str, str]) -> Call
     def propose(program: Program, facts: Facts) -> Iterator[Finding]:
         for norm in facts.norms:
             if norm.out.name in sigmas and norm.kind == NormKind.LAYER_NORM and norm.axes == (rank(norm.x) - 1,):
-                yield _stored(program, norm, sigmas[norm.out.name], because[norm.out.name])
+                yield _stored(program, norm, sigmas[norm.out.name], because[norm.out.name], Claim.APPROXIMATE)
 
     return propose
 
 
-def _stored(program: Program, norm: Norm, sigma: float, because: str) -> Rewrite:
+def _stored(program: Program, norm: Norm, sigma: float, because: str, claim: Claim) -> Rewrite:
     by = linear(norm, sigma)
     region = frozenset(node.name for node in (*norm.inner, norm.x))
     site, edit = program.site(norm.out), Reroute(norm.out.name, by)
-    return Rewrite("strip_layernorm", (site,), (norm.kind,), NO_NORM, (edit,), region, Claim.APPROXIMATE, because)
-
-
-def linear(norm: Norm, sigma: float) -> Expression:
-    """(x - mean x)/σ ⊙ γ + β in place of a LayerNorm over the last axis."""
-    x: Expression = Ref(norm.x.name)
-    half = dtype(norm.x) in (torch.float16, torch.bfloat16)
-    wide = Call("_to_copy.default", (x,), FLOAT32) if half else x
-    value = (wide - Call("mean.dim", (wide, (rank(norm.x) - 1,), True))) / sigma
-    if norm.gain is not None:
-        value = value * Ref(norm.gain.name)
-    if norm.shift is not None:
-        value = value + Ref(norm.shift.name)
-    return Call("type_as.default", (value, x)) if half else value
+    return Rewrite("strip_layernorm", (site,), (norm.kind,), NO_NORM, (edit,), region, claim, because)

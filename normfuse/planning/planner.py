@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from normfuse.graph.expressions import Formula, Read, reads, uncentered
 from normfuse.graph.findings import NO_NORM, Claim, Refusal, Rewrite
 from normfuse.graph.ops.lookup import reads_entries
 from normfuse.graph.program import Program, Site
+from normfuse.graph.views import Norm
 from normfuse.limits import OverLimit
 from normfuse.planning.registry import Pass, find
 from normfuse.strict_json import items, parsed, record, text, texts
@@ -133,6 +134,7 @@ def plan(
     allow: Claim = Claim.ROUNDING,
     in_place: bool = False,
     choice: Choice = EVERYTHING,
+    variance_of: Callable[[Norm], float | None] | None = None,
 ) -> Plan:
     """Collect, judge and order what the passes propose for a program.
 
@@ -142,6 +144,7 @@ def plan(
         allow: the weakest claim that may run.
         in_place: whether the plan is for the modules that were traced, which have no room for new tensors.
         choice: the norms that may be rewritten.
+        variance_of: the largest variance that a LayerNorm of the program met on data, as in `Facts`.
 
     Returns:
         The plan; it may be empty, and then its refusals say why.
@@ -158,7 +161,7 @@ def plan(
     choice.require(_norm_sites(original))
     inside = tuple(refusal for each in chosen for refusal in (*_inside_bodies(each, original), *_not_chosen(each, original)))
     for _ in range(_ROUNDS):
-        facts = analyze(program, in_place=in_place, choice=choice)
+        facts = analyze(program, in_place=in_place, choice=choice, variance_of=variance_of)
         accepted: list[Rewrite] = []
         refusals: list[Refusal] = []
         for each in chosen:
@@ -259,7 +262,7 @@ def _objection(rewrite: Rewrite, facts: Facts, allow: Claim) -> list[Refusal]:
         return [Refusal(rewrite.pass_name, site, code, reason, hint=hint) for site in rewrite.sites]
 
     if rewrite.claim > allow:
-        claims = f"its claim is '{rewrite.claim.name.lower()}' and only '{allow.name.lower()}' is allowed"
+        claims = f"its claim is '{rewrite.claim.name.lower()}' and only '{allow.name.lower()}' is allowed: {rewrite.because}"
         return refuse("NF102", claims, f"allow '{rewrite.claim.name.lower()}' to run it")
     if (kept := _changes_kept(rewrite, facts)) is not None:
         return [

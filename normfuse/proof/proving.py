@@ -11,6 +11,10 @@ A rewritten program is proven on three levels:
 3. rounding: both run in their stored dtypes, as they would be written, each against the float64 truth; the report gives the
    ratio of the errors. More than the roundings of weights and arithmetic explain is a failure too.
 
+Where a rewrite removes a norm because its eps swallows the variance in the stored dtype, which float64 does not show, the
+reference of level 2 is the original without that variance (`normfuse.proof.reference`): only after the variance was measured to
+be below that rounding on every case with the model's own weights. The original as it is stored is still what level 3 runs.
+
 A rewrite that is wrong fails level 2 by many orders of magnitude, so nobody has to choose a tolerance.
 """
 
@@ -39,6 +43,7 @@ from normfuse.proof.coverage import Coverage, Missing, counts
 from normfuse.proof.evidence import MARGIN, Agreement, Evidence, Rounding, Structure, Verdict, verdict_of
 from normfuse.proof.input_conditions import narrower
 from normfuse.proof.judging import Judged, judged
+from normfuse.proof.reference import reference_of
 from normfuse.proof.sensitivity import sensitivity
 from normfuse.proof.steps import Steps, jumping, notes_of_own_dtype
 from normfuse.proof.trial_run import trial_run
@@ -104,7 +109,9 @@ def prove(
         raise NormfuseError("the model does not run: its weights are on the meta device", hint=hint)
     trials = [Trial(case.name, case, None) for case in cases]
     trials += [Trial(name, trials[0].case, change) for name, change in _other_weights(plan).items()]
-    return _measure(original, rewritten, trials, _changed(plan), progress, Evidence(level, structure))
+    reference, notes = reference_of(original, plan, [each.case.flat for each in trials if each.weights is None], distances)
+    so_far = Evidence(level, structure, notes=notes)
+    return _measure(original, reference, rewritten, trials, _changed(plan), progress, so_far)
 
 
 @dataclass(frozen=True)
@@ -166,14 +173,21 @@ def _output_problems(original: Program, rewritten: Program) -> list[str]:
 
 
 def _measure(
-    a: Program, b: Program, trials: Sequence[Trial], changed: Sequence[str], progress: Progress | None, so_far: Evidence
+    stored: Program,
+    a: Program,
+    b: Program,
+    trials: Sequence[Trial],
+    changed: Sequence[str],
+    progress: Progress | None,
+    so_far: Evidence,
 ) -> Evidence:
+    """The rows of all trials: ``a`` is what ``stored`` computes without rounding, as `reference_of` has it."""
     algebra: list[Agreement] = []
     rounding: list[Rounding] = []
-    notes: list[str] = []
+    notes = [*so_far.notes]
     own: set[str] = set()
     baked, coverage = b.baked(), Coverage()
-    usual = trial_run(a, trials[0].case.flat)
+    usual = trial_run(stored, trials[0].case.flat)
     for done, trial in enumerate(trials):
         name, flat, weights = trial.name, trial.case.flat, trial.weights
         if progress:
@@ -198,7 +212,7 @@ def _measure(
             so_far = replace(so_far, sensitivity=sensitivity(a, changed, outputs, judge))
         if weights is None:
             try:
-                before, after = usual if done == 0 and usual is not None else run(a, flat), run(baked, flat)
+                before, after = usual if done == 0 and usual is not None else run(stored, flat), run(baked, flat)
             except RuntimeError as error:  # an operator that this machine does not have in half precision
                 rounding.append(Rounding(name, math.nan, math.nan, Verdict.NOT_COMPARED))
                 notes.append(f"not run in the stored dtype on '{name}': {first_line(error)}")

@@ -249,7 +249,7 @@ def published(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 def test_the_published_format_is_read() -> None:
     model, twin = published()
     torch.testing.assert_close(twin(tokens()), model(tokens()), rtol=1e-4, atol=1e-4)
-    refused = normfuse.rewrite(twin, "strip_layernorm", inputs=(tokens(),))
+    refused = normfuse.rewrite(twin, "strip_layernorm", inputs=(tokens(),), verify="structure")  # nothing runs
     assert {each.code for each in refused.report.plan.refusals} == {"NF602"}
     stripped = normfuse.strip(twin, [tokens(seed) for seed in range(3)], max_loss_increase=1e-4)
     assert not left(stripped.program)
