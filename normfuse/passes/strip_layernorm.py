@@ -92,7 +92,8 @@ def _measuring(facts: Facts, norm: Norm) -> Finding:
         hint = "convert the checkpoint from float32 or bfloat16"
         return Refusal("strip_layernorm", site, "NF603", f"an eps of {norm.eps:g} overflows float16", hint=hint)
     if facts.variance_of is None and is_published(norm):
-        hint = "verify in full, or normfuse.strip (normfuse strip) reads it"
+        program = "a program can do without it, the model's class cannot: normfuse.rewrite(..., same_class=False), -o OUT.pt2"
+        hint = program if facts.in_place else "verify in full, or normfuse.strip (normfuse strip) reads it"
         reason = f"an eps of {norm.eps:g} may swallow the variance, and nothing was measured"
         return Refusal("strip_layernorm", site, "NF602", reason, hint=hint)
     variance = None if facts.variance_of is None else facts.variance_of(norm)
