@@ -19,6 +19,7 @@ from torch.fx import Node
 from normfuse.analysis.choice import EVERYTHING, Choice
 from normfuse.analysis.norms import norms_of
 from normfuse.graph.bodies import Body, bodies
+from normfuse.graph.nodes import computed_from
 from normfuse.graph.ops.lookup import carries, hides, is_mean_of, rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, tensors_in
@@ -60,10 +61,8 @@ class Facts:
     def kept(self) -> frozenset[Node]:
         """The calls of the norms that are not chosen, and the stored tensors that they read."""
         held = {node for norm in self.every_norm if not self.takes(norm.out) for node in norm.inner}
-        behind = [each for node in held for each in node.all_input_nodes if each in self.constant]
-        for each in behind:
-            behind.extend(inner for inner in each.all_input_nodes if inner not in behind)
-        return frozenset((*held, *behind))
+        read = (each for node in held for each in node.all_input_nodes if each in self.constant)
+        return frozenset((*held, *computed_from(*read)))
 
     def takes(self, node: Node) -> bool:
         """Whether a call is at a place that may be rewritten."""

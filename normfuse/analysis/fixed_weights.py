@@ -6,6 +6,7 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Obstacle, Why
+from normfuse.graph.nodes import computed_from
 from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.rounding import rounds
 from normfuse.graph.ops.row import Keeps
@@ -28,11 +29,3 @@ def why_fixed(facts: Facts, weight: Node) -> Obstacle | None:
         if node.op == "placeholder" and kind is not None and not kind.is_floating_point:
             return Obstacle(Why.NO_FLOAT, node, (str(kind).removeprefix("torch."),))
     return None
-
-
-def computed_from(weight: Node) -> list[Node]:
-    """A value, and all that it is computed from, the nearest first."""
-    seen = [weight]
-    for node in seen:
-        seen.extend(each for each in node.all_input_nodes if each not in seen)
-    return seen

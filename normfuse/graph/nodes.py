@@ -53,3 +53,11 @@ def draws(node: Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return True
     return any(draws(inner) for _, module in graphs_of(node) for inner in module.graph.nodes)
+
+
+def computed_from(*values: Node) -> list[Node]:
+    """Values, and all that they are computed from, the nearest first."""
+    seen = list(values)
+    for node in seen:
+        seen.extend(each for each in node.all_input_nodes if each not in seen)
+    return seen

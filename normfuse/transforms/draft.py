@@ -13,10 +13,11 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, constant_formula, moved
 from normfuse.analysis.facts import Facts
-from normfuse.analysis.fixed_weights import computed_from, why_fixed
+from normfuse.analysis.fixed_weights import why_fixed
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.graph.edits import Edit, NewTensor, Reroute, SetTensor
 from normfuse.graph.expressions import Call, Expression, Formula, Read, Ref, reads
+from normfuse.graph.nodes import computed_from
 from normfuse.graph.ops.lookup import layer as layer_of
 from normfuse.graph.ops.lookup import rank, times_read
 from normfuse.graph.views import arguments, aten, dtype, shape

@@ -9,10 +9,10 @@ from torch.fx import Node
 
 from normfuse.analysis.affine import Affine, constant_formula
 from normfuse.analysis.facts import Facts
-from normfuse.analysis.fixed_weights import computed_from
 from normfuse.analysis.obstacles import Obstacle, Why
 from normfuse.analysis.scales import of_each, own_scale, scalable
 from normfuse.graph.expressions import Call, Formula
+from normfuse.graph.nodes import computed_from
 from normfuse.graph.ops.lookup import carries, computes, keeps, layer, passes_shift, rank, reads_entries, same, times_read
 from normfuse.graph.ops.row import MOVES, Computes
 from normfuse.graph.views import arguments, aten, shape
