@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from normfuse.sources.source import Source
 
 
+class Writable(Exception):
+    """Stops a write where only the content is missing."""
+
+
 def check_writable(targets: Iterable[str | Path | None], sources: Iterable[str | None]) -> None:
     """Fail now rather than after minutes of proof: do all that `write_atomically` does, short of putting a file there."""
     from normfuse.sources.atomic import is_stream, write_atomically
-
-    class Writable(Exception):
-        """Stops the write where only the content is missing."""
 
     def probe(temporary: Path) -> None:
         temporary.touch()
@@ -79,9 +80,6 @@ def writes_back(source: Source | str, target: Path) -> bool:
 def check_absent(target: Path | None) -> None:
     """Fail now where a folder cannot be put."""
     from normfuse.sources.atomic import new_folder
-
-    class Writable(Exception):
-        """Stops the write where only the content is missing."""
 
     def probe(_: Path) -> None:
         raise Writable
