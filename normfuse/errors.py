@@ -128,6 +128,12 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
     return otherwise or f"there are {', '.join(by_lower.values())}"
 
 
+def listed(names: Iterable[str], shown: int = 6) -> str:
+    """Names for a message: the first of them, and how many more there are."""
+    names = list(names)
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def one_of(word: str, known: Iterable[str], what: str) -> str:
     """The word, if it is known.
 

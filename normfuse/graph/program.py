@@ -26,7 +26,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
-from normfuse.errors import TraceError, first_line
+from normfuse.errors import TraceError, first_line, listed
 from normfuse.graph.expressions import Formula, rounded
 from normfuse.graph.functional import functional, functional_in_place
 from normfuse.graph.nodes import constants
@@ -393,7 +393,7 @@ def _told_of_training(module: nn.Module) -> list[str]:
             kept.append(path)
     if not kept:
         return []
-    some = ", ".join(f"'{path}'" for path in kept[:3]) + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+    some = listed([f"'{path}'" for path in kept], 3)
     return [
         f"{some} in training mode inside a model in evaluation mode: kept so; model.eval() sets all of it to evaluation mode"
     ]

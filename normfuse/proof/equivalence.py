@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.export.graph_signature import ConstantArgument, InputKind
 from torch.utils import _pytree as pytree
 
-from normfuse.errors import InputError, NormfuseError, first_line
+from normfuse.errors import InputError, NormfuseError, first_line, listed
 from normfuse.graph.interpreter import NARROW, flat_inputs, run
 from normfuse.graph.literals import numbers_cut
 from normfuse.graph.program import Program
@@ -158,8 +158,8 @@ def is_float(value: Any) -> bool:
 def _rounded_numbers(program: Program) -> tuple[str, ...]:
     """What to say of a program in float64 whose code has numbers that float32 does not hold."""
     found = [f"{number:g} of {node.name}" for node in program.graph.nodes for number in numbers_cut(node)]
-    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
-    return (f"files hold the numbers of a model's code as float32, so they were compared so: {shown}",) if found else ()
+    told = f"files hold the numbers of a model's code as float32, so they were compared so: {listed(found, 3)}"
+    return (told,) if found else ()
 
 
 def live_side(name: str, call: Runner) -> Side:

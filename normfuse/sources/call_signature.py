@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from normfuse.errors import InputError, first_line
+from normfuse.errors import InputError, first_line, listed
 
 _SHOWN = 12  # of optional inputs; transformers has thirty
 
@@ -54,8 +54,7 @@ def what_forward_takes(model: Any) -> str:
     optional = [name for name in parameters if name not in needed]
     told = [f"{', '.join(needed)} (required)"] if needed else []
     if optional:
-        more = f" and {len(optional) - _SHOWN} more" if len(optional) > _SHOWN else ""
-        told.append(f"{', '.join(optional[:_SHOWN])}{more} (optional)")
+        told.append(f"{listed(optional, _SHOWN)} (optional)")
     return "; ".join(told) or "any inputs"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from normfuse.errors import LoadError
+from normfuse.errors import LoadError, listed
 from normfuse.sources.allowlist import NotAllowed
 from normfuse.sources.building import Builder, names_in
 from normfuse.sources.loading import told_as_load_error
@@ -241,6 +241,5 @@ def _notes(path: Path, content: Any, within: tuple[str, ...]) -> Iterator[str]:
 
 def _strangers(path: Path, named: Collection[str]) -> Iterator[str]:
     if named:
-        more = f" and {len(named) - 6} more" if len(named) > 6 else ""
-        listed = ", ".join(sorted(named)[:6]) + more
-        yield f"{path.name} names {listed} beside its weights; none of it was read or run, and it is written as it stood"
+        beside = f"{path.name} names {listed(sorted(named))} beside its weights"
+        yield f"{beside}; none of it was read or run, and it is written as it stood"

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normfuse.errors import LoadError
-from normfuse.sources.tensor_files import Weights
+from normfuse.errors import LoadError, listed
+from normfuse.sources.tensor_files import Weights, is_at_home
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,6 @@ def files_beside(folder: Path, weights: Weights) -> tuple[Path, ...]:
     store of the hub's cache, of which snapshots are made.
     """
     kept = {each.name for each in weights.files}
-    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     return tuple(
         each
         for each in sorted(folder.iterdir())
@@ -93,7 +92,7 @@ def files_beside(folder: Path, weights: Weights) -> tuple[Path, ...]:
         and each.name not in kept
         and each.suffix not in _WEIGHTS
         and not each.name.endswith(".index.json")
-        and any(each.resolve().is_relative_to(home) for home in homes)
+        and is_at_home(each)
     )
 
 
@@ -113,21 +112,13 @@ def require_fit(
     """
     sizes = [f"{key} ({_sizes(theirs)}, where the model has {_sizes(ours)})" for key, theirs, ours in sorted(misshaped)]
     told = [
-        f"{what} {_listed(names)}"
+        f"{what} {listed(names, 8)}"
         for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("of another shape", sizes))
         if names
     ]
     if told:
         hint = "are the weights and the configuration of one model? name the architecture that the weights were saved from"
         raise LoadError(f"the weights of {name} do not fit its architecture: {'; '.join(told)}", hint=hint)
-
-
-_SHOWN = 8
-
-
-def _listed(names: Collection[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(list(names)[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _sizes(shape: Any) -> str:

@@ -23,7 +23,7 @@ from typing import Protocol
 from torch import Tensor
 
 from normfuse import limits
-from normfuse.errors import LoadError, first_line
+from normfuse.errors import LoadError, first_line, listed
 from normfuse.limits import OverLimit
 from normfuse.sources.checkpoints import opened_checkpoint
 from normfuse.sources.loading import first_bytes
@@ -197,7 +197,7 @@ def _of_index(path: Path) -> Weights:
     ]:
         raise LoadError(f"{path} names '{strange[0]}', which is no file beside it; it is not read", hint=SAVED)
     if lost := [each for each in files if not (path.parent / each).exists()]:
-        raise LoadError(f"{path} names files that are not there: {_listed(lost)}", hint=SAVED)
+        raise LoadError(f"{path} names files that are not there: {listed(lost)}", hint=SAVED)
     for each in files:
         _check_home(path.parent / each)
     parts = tuple(_opened(path.parent / each) for each in files)
@@ -205,17 +205,21 @@ def _of_index(path: Path) -> Weights:
     for part in parts:
         said = {key for key, file in places.items() if file == part.path.name}
         if lacking := sorted(said - set(part.keys)):
-            raise LoadError(f"{path} says that {part.path.name} holds {_listed(lacking)}, and it does not", hint=SAVED)
+            raise LoadError(f"{path} says that {part.path.name} holds {listed(lacking)}, and it does not", hint=SAVED)
         if unnamed := sorted(set(part.keys) - said):
-            raise LoadError(f"{part.path} holds {_listed(unnamed)}, which {path.name} does not name", hint=SAVED)
+            raise LoadError(f"{part.path} holds {listed(unnamed)}, which {path.name} does not name", hint=SAVED)
     return weights
 
 
-def _check_home(file: Path) -> None:
-    """A link of a folder may lead to a file of that folder, or of the hub's cache that its snapshot is made of."""
+def is_at_home(file: Path) -> bool:
+    """Whether a file of a folder is no link, or one to that folder, or to the hub's cache that its snapshot is made of."""
     folder, real = file.parent.resolve(), file.resolve()
     homes = [folder, *([folder.parent.parent / "blobs"] if folder.parent.name == "snapshots" else [])]
-    if not any(real.is_relative_to(home) for home in homes):
+    return any(real.is_relative_to(home) for home in homes)
+
+
+def _check_home(file: Path) -> None:
+    if not is_at_home(file):
         raise LoadError(
             f"{file} is a link out of its folder; it is not read", hint="copy the file that you mean into the folder"
         )
@@ -224,7 +228,7 @@ def _check_home(file: Path) -> None:
 def _of_parts(parts: tuple[TensorFile, ...], index: Path | None = None) -> Weights:
     times = Counter(key for part in parts for key in part.keys)
     if twice := [key for key, number in times.items() if number > 1]:
-        raise LoadError(f"{index} names files that hold the same tensors: {_listed(twice)}", hint=SAVED)
+        raise LoadError(f"{index} names files that hold the same tensors: {listed(twice)}", hint=SAVED)
     notes = tuple(note for part in parts for note in getattr(part, "notes", ()))
     return Weights(parts, {key: key for key in times}, index, notes)
 
@@ -267,7 +271,7 @@ def _prefix(names: Collection[str], wanted: Collection[str]) -> str:
     best = plain or best
     if len(best) > 1:
         raise LoadError(
-            f"the weights of the model are there {len(best)} times, as {_listed([f'{each}*' for each in best])}",
+            f"the weights of the model are there {len(best)} times, as {listed([f'{each}*' for each in best])}",
             hint="save those that you mean as a file of their own, without the prefix",
         )
     return best[0]
@@ -280,8 +284,3 @@ def _like(key: str, old: Tensor, new: Tensor) -> Tensor:
     if old.shape != new.shape:
         raise ValueError(f"{key} has {tuple(new.shape)} entries now, and {tuple(old.shape)} in its file")
     return new.detach().to("cpu", old.dtype)
-
-
-def _listed(names: Collection[str]) -> str:
-    more = len(names) - 6
-    return ", ".join(list(names)[:6]) + (f" and {more} more" if more > 0 else "")
