@@ -12,6 +12,7 @@ import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -301,7 +302,9 @@ def inputs():
 def test_an_interrupt_is_a_line(model: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     script = tmp_path_factory.mktemp("inputs") / "slow.py"
     script.write_text(f"import time\n{SLOW}")
-    asked = run("rewrite", model, "--pass", "all", "--inputs", script, "-o", tmp_path / "out.pt2")
+    # what a shell starts in the background ignores interrupts, and so would what the tests start there
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    asked = run("rewrite", model, "--pass", "all", "--inputs", script, "-o", tmp_path / "out.pt2", preexec_fn=heard)
     while not script.with_name("slow.py.asked").exists():
         assert asked.poll() is None
         time.sleep(0.05)
