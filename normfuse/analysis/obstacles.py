@@ -99,6 +99,7 @@ class Why(Enum):
     OTHER_SIZE = "the tensor '{}' would get another size"
     UNREAD = "nobody reads '{}' afterwards, but the model's own class would"
     LEAVES = "'{}' would leave the state dict, and from_pretrained would make it up"
+    STAYS = "its class would go on normalizing"
     LEFT_OUT = "'{}' would be a new tensor, which from_pretrained leaves out"
     CALLED_AGAIN = "its module is called several times, and the calls do not change alike"
     READS_TWO = "a new operation would read two values that no single module is given"

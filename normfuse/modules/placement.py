@@ -30,6 +30,7 @@ from torch.fx import Node
 from normfuse.analysis.obstacles import Why
 from normfuse.graph.expressions import Call, Expression, Formula, Ref, literal, reads, substitute
 from normfuse.graph.ops.lookup import reads_entries
+from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.program import Program
 from normfuse.graph.views import shape
 from normfuse.modules.graph_diff import Comparison, Instance, Unplaced, stack_of
@@ -99,6 +100,8 @@ def adapt(program: Program, rewritten: Program, model: nn.Module, *, same_keys: 
     comparison = _Placement(program, rewritten)
     comparison.keep_sizes()
     changes = dict(comparison.agreed(model))
+    if same_keys:
+        comparison.refuse_norms_that_stay()
     neutral, neutralized, leaving, lent = comparison.left_behind(changes, same_keys=same_keys or is_lenient(model))
     formulas = {name: formula for name, formula in rewritten.formulas.items() if name not in neutral.keys() | leaving}
     unplaced = tuple(comparison.unplaced)
@@ -119,6 +122,13 @@ class _Placement(Comparison):
             new = self.new.nodes.get(old.name)
             if old.name in self.old.stored and new is not None and shape(new) != shape(old):
                 self._refuse(Why.OTHER_SIZE, old, self.old.stored[old.name])
+
+    def refuse_norms_that_stay(self) -> None:
+        """A norm that is gone for its readers has no place in a class that computes one whatever its tensors are."""
+        for value, new in self.replaced:
+            bare = self.unread.bare(value, self.same.get(new))
+            if new in self.same and bare.value is not self.same[new] and operator_norm(bare.value) is not None:
+                self._refuse(Why.STAYS, value)
 
     def left_behind(
         self, changes: Mapping[str, Change], *, same_keys: bool

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.analysis.facts import norm_counts
+from normfuse.analysis.obstacles import Why
 from normfuse.errors import VerificationFailed
 from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
+from normfuse.modules.placement import adapt
 from normfuse.planning.planner import plan
 from normfuse.proof.cases import cases
 from normfuse.proof.proving import prove
@@ -186,3 +188,13 @@ def test_nothing_runs_until_a_norm_asks() -> None:
 
     program = Program.trace(nn.Linear(D, 3), (given(),))
     plan(program, ["strip_layernorm"], variance_of=measured(program, never))
+
+
+def test_a_class_of_layer_norms_goes_on_normalizing_whatever_its_tensors_are() -> None:
+    """With gains of 1 the class would give (x - mean)/10⁶ where the plan gives x: it cannot hold the plan."""
+    ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(0))
+    model = gpt2(tied=False)
+    program = Program.trace(model, (), {"input_ids": ids})
+    chosen = plan(program, ["strip_layernorm"], variance_of=measured(program, lambda: [(ids,)]))
+    stays = adapt(program, chosen.apply(program), model, same_keys=True).unplaced
+    assert {each.obstacle.at.name for each in stays if each.obstacle.code is Why.STAYS} >= {"layer_norm", "layer_norm_3"}
