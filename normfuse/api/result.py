@@ -10,10 +10,13 @@ from torch import nn
 
 from normfuse.errors import CannotApply, InputError, NormfuseError
 from normfuse.exporters import eager_cpu
+from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.kept_tensors import own_state
 from normfuse.graph.program import Program
 from normfuse.modules.deploy import apply_plan
 from normfuse.modules.written_back import Written, write_back
+from normfuse.proof.evidence import checked
+from normfuse.proof.loaded_back import called_as_written
 from normfuse.proof.proving import Progress
 from normfuse.report.report import Report
 from normfuse.sources.atomic import write_atomically
@@ -37,6 +40,7 @@ class Result:
         mode: ``deploy`` or ``live``.
         training: the model was traced in training mode, as a live one may be.
         source: what was brought, where it was opened from a file or a folder.
+        original: the program before, where a source was brought: what is written back is compared with it.
     """
 
     program: Program
@@ -47,6 +51,7 @@ class Result:
     mode: str = "deploy"
     training: bool = False
     source: Source | None = None
+    original: Program | None = None
 
     def module(self) -> nn.Module:
         """A module that is called with the same arguments as the original.
@@ -98,6 +103,7 @@ class Result:
                 raise InputError(
                     "code is written beside the tensors of a transformers folder, and this is a program", hint=WITHOUT
                 )
+            self._check_program()
             write_atomically(Path(path), self.program.save, never_over=self.sources)
         else:
             self.write_back(path, as_code=as_code)
@@ -107,6 +113,13 @@ class Result:
         """Whether what `save` writes at a path is a program, and not what was brought."""
         same = self.mode == "deploy" and self.source is not None and self.source.stored is not None
         return Path(path).suffix == ".pt2" or not same
+
+    def _check_program(self) -> None:
+        """Compare a program that was planned for a class, and is written as a program after all, as every other was before."""
+        evidence = self.report.evidence
+        if self.original is not None and evidence.ok and not evidence.unchanged and not evidence.called:
+            flat = flat_inputs(self.original, self.inputs.args, self.inputs.kwargs)
+            checked(called_as_written(self.original, self.planned, self.program, flat, evidence), self.report)
 
     def write_back(self, path: str | Path, *, as_code: bool = False, progress: Progress | None = None) -> Written:
         """Write the folder or the checkpoint that was brought: the same files, in which only rewritten tensors differ.
@@ -127,11 +140,11 @@ class Result:
             CannotApply: the model's class cannot hold what was rewritten; nothing is written.
             VerificationFailed: what was written computes something else; it is not kept.
         """
-        if self.source is None:
+        if self.source is None or self.original is None:
             raise InputError("no folder or checkpoint was brought, so a program is written", hint='result.save("model.pt2")')
         level = self.report.evidence.level
         return write_back(
-            self.source, self.report.plan, self.inputs, Path(path),
+            self.source, self.original, self.report.plan, self.inputs, Path(path),
             as_code=as_code, prove=level == "full", progress=progress,
         )  # fmt: skip
 

@@ -97,7 +97,7 @@ def rewrite(model: str, passes: Any, output: str | None, as_code: bool, mode: st
         write_file(plan, result.report.plan.to_json())
     data = {**result.report.to_dict(), "dry_run": dry_run, "written": written, "drift": drifted}
     data |= {"tensors": tensors.to_dict()} if tensors else {}
-    listing: list[RenderableType] = ["", *written_lines(tensors.changed, tensors.kept, tensors.dropped)] if tensors else []
+    listing: list[RenderableType] = ["", *written_lines(tensors)] if tensors else []
     return tell(as_json, data, *result.report.render(), *listing, "", Text(ending, "bold")) or code
 
 

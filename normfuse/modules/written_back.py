@@ -56,11 +56,13 @@ class Written:
 
     def to_dict(self) -> dict[str, Any]:
         """The listing as JSON types."""
-        return {"changed": list(self.changed), "kept": self.kept, "dropped": list(self.dropped)}
+        evidence = self.evidence.to_dict() if self.evidence else None
+        return {"changed": list(self.changed), "kept": self.kept, "dropped": list(self.dropped), "evidence": evidence}
 
 
 def write_back(
     source: Source,
+    original: Program,
     plan: Plan,
     given: Inputs,
     path: Path,
@@ -73,7 +75,8 @@ def write_back(
 
     Args:
         source: what was brought.
-        plan: a plan for its model.
+        original: the trace of its model.
+        plan: a plan for it.
         given: what the model is called with.
         path: where to write; for a folder nothing may be there yet.
         as_code: write a modeling file with RMSNorm beside the tensors of a transformers folder.
@@ -88,7 +91,7 @@ def write_back(
     stored, model = source.stored, source.model
     if stored is None or not isinstance(model, nn.Module):
         raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
-    program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes).with_own_handles()
+    program = original.with_own_handles()
     code = _code(stored, model, program, plan) if as_code else None
     dropped = {key for name in (code.unheld if code else ()) for key in stored.keys.get(name, ())}
     tensors = {name: each for name, each in class_tensors(model, program, plan).items() if not code or name not in code.unheld}

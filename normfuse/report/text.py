@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 from rich.console import RenderableType
 from rich.table import Column, Table
@@ -12,6 +12,7 @@ from rich.text import Text
 from normfuse.escaping import escaped
 from normfuse.graph.findings import Refusal, Rewrite
 from normfuse.graph.program import Site
+from normfuse.modules.written_back import Written
 from normfuse.report.sites import grouped, sites_text
 
 
@@ -74,10 +75,15 @@ def _pattern(sentence: str) -> str:
     return re.sub(r"\d+", "0", re.sub(r"'[^']*'", "''", sentence))
 
 
-def written_lines(changed: Sequence[str], kept: int, dropped: Sequence[str] = ()) -> Iterator[Text]:
-    """Which tensors of the written files differ from the original's, and how many do not."""
+def written_lines(written: Written) -> Iterator[Text]:
+    """Which tensors of the written files differ from the original's, how many do not, and what their class computes."""
+    changed, kept, dropped = written.changed, written.kept, written.dropped
     tensors = "tensor" if len(changed) == 1 else "tensors"
     yield Text.assemble((f"{len(changed)} {tensors} changed", "green"), escaped(f"  {sites_text(changed)}"))
     yield Text(f"{kept} as they were, byte for byte", style="dim")
     if dropped:
         yield Text(escaped(f"{len(dropped)} left out, which the code beside them has no use for: {sites_text(dropped)}"))
+    if written.evidence:
+        cases = written.evidence.algebra
+        said = f"  what is written, opened in its own class: error {written.evidence.error:.1e} on {len(cases)} cases"
+        yield Text.assemble(("called", "bold"), "  ", ("ok", "green"), said)
