@@ -15,9 +15,10 @@ from normfuse.exporters.lowering import evaluated
 from normfuse.exporters.targets import Target, target_of
 from normfuse.graph.program import Program
 from normfuse.proof.cases import Case, cases_for
-from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
+from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Evidence, checked
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
+from normfuse.proof.sides import artifact_side, ports_of, program_side
 from normfuse.sources.atomic import proven_first, scratch
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from normfuse.graph.findings import Claim
 from normfuse.modules.deploy import deploy_modules, evaluate_formulas, restore_modules
 from normfuse.modules.tune import tune_modules
 from normfuse.planning.registry import requested
-from normfuse.proof.proving import Progress, checked_level
+from normfuse.proof.measuring import Progress
+from normfuse.proof.proving import checked_level
 from normfuse.sources.batches import warn_of
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -17,7 +17,7 @@ from normfuse.modules.deploy import apply_plan
 from normfuse.modules.written_back import Written, write_back
 from normfuse.proof.evidence import checked
 from normfuse.proof.loaded_back import called_as_written
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
 from normfuse.report.report import Report
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.inputs import Inputs

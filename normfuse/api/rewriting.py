@@ -27,7 +27,8 @@ from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.fidelity import traced
 from normfuse.proof.loaded_back import called_as_written
-from normfuse.proof.proving import Progress, checked_level, prove
+from normfuse.proof.measuring import Progress
+from normfuse.proof.proving import checked_level, prove
 from normfuse.report.report import Report
 from normfuse.sources.inputs import Inputs
 from normfuse.sources.source import Source

@@ -26,10 +26,11 @@ from normfuse.proof.artifacts import Artifact, Port
 from normfuse.proof.bisection import Parting
 from normfuse.proof.calling import ModelCall, call_of_module, call_of_program
 from normfuse.proof.cases import Case, cases_for, cases_of, further
-from normfuse.proof.equivalence import WITHOUT_TRUTH, artifact_side, compare, ports_of, program_side
+from normfuse.proof.equivalence import WITHOUT_TRUTH, compare
 from normfuse.proof.evidence import Evidence, Verdict
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
 from normfuse.proof.randomness import uncompared
+from normfuse.proof.sides import artifact_side, ports_of, program_side
 from normfuse.proof.trial_run import trial_run
 from normfuse.sources.batches import taken
 from normfuse.sources.inputs import Inputs, as_inputs, is_loader

@@ -26,7 +26,7 @@ from normfuse.modules.record import rewritten, was_changed
 from normfuse.modules.reference import Reference
 from normfuse.planning.planner import Plan
 from normfuse.proof.fidelity import traced
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
 from normfuse.sources.inputs import Inputs
 
 

@@ -12,9 +12,11 @@ from normfuse.modules.placement import Adaptation
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
-from normfuse.proof.equivalence import compare, live_side, on_cases, program_side
+from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Evidence, checked
-from normfuse.proof.proving import Progress, prove
+from normfuse.proof.measuring import Progress
+from normfuse.proof.proving import prove
+from normfuse.proof.sides import called_side, on_cases, program_side
 from normfuse.sources.inputs import Inputs
 
 
@@ -77,5 +79,5 @@ class Reference:
 
     def _compared(self, model: nn.Module, name: str, progress: Progress | None = None) -> Evidence:
         call = call_of_module(model, self.program, trains=self.trains, as_traced=False)
-        called = live_side(name, on_cases(call, self.program))
+        called = called_side(name, on_cases(call, self.program))
         return compare(program_side("traced", self.program), called, cases_for(self.program, self.given), progress=progress)

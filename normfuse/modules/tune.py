@@ -17,7 +17,7 @@ from normfuse.modules.module_plan import plan_for_modules, require_rewrites, war
 from normfuse.modules.parametrize import bake, put_back
 from normfuse.modules.reference import Reference
 from normfuse.proof.fidelity import traced
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
 from normfuse.sources.inputs import Inputs
 
 

@@ -24,10 +24,11 @@ from normfuse.modules.swapped_norms import swaps
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
-from normfuse.proof.equivalence import compare, program_side
+from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.fidelity import traced
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
+from normfuse.proof.sides import program_side
 from normfuse.sources.atomic import new_folder, proven_first
 from normfuse.sources.inputs import Inputs
 from normfuse.sources.modeling_code import WITHOUT, Centring, SwappedNorm, add_code, stock_name, unheld

@@ -10,7 +10,7 @@ from torch import Tensor
 from normfuse.graph.interpreter import Weights, user_inputs
 from normfuse.graph.program import Program
 from normfuse.graph.views import dtype, is_tensor
-from normfuse.proof.proving import NUDGE, kick, nudged, rounding_of
+from normfuse.proof.noise import NUDGE, kick, nudged, rounding_of
 
 
 def nudges(a: Program, b: Program) -> Callable[[float | None, int], Weights]:

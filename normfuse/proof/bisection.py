@@ -22,8 +22,10 @@ from normfuse.analysis.facts import analyze
 from normfuse.graph.interpreter import NARROW, run
 from normfuse.graph.program import Program
 from normfuse.graph.views import NormKind, shape
+from normfuse.proof.agreement import FLOOR
+from normfuse.proof.differences import distance, distances
 from normfuse.proof.evidence import MARGIN
-from normfuse.proof.proving import FLOOR, distance, distances, nudged, rounding_of
+from normfuse.proof.noise import nudged, rounding_of
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def cases(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     """
     limits = [_rows_indexed(node) if _is_index(value) else None for value, node in zip(flat, user_inputs(program), strict=True)]
     yield from cases_of(flat, limits)
-    yield from _extremes(program, flat)
+    yield from _at_sizes(program, flat, _EXTREMES)
 
 
 def cases_of(flat: Sequence[Any], limits: Sequence[int | None]) -> Iterator[Case]:
@@ -138,61 +138,53 @@ def _opposite(value: Any) -> Any:
     return value.flip(-1) if not value.is_floating_point() else -3.0 * value.flip(-1)
 
 
+Size = Callable[[int, int, int], int]
+"""The size to try of a dynamic dim: of the given one, the smallest and the largest."""
+
+_EXTREMES: Mapping[str, Size] = {
+    "smallest dynamic dims": lambda given, least, most: least,
+    "largest dynamic dims": lambda given, least, most: most,
+}
+_BETWEEN: Mapping[str, Size] = {"dynamic dims between": lambda given, least, most: (least + most) // 2}
+_OTHERS: Mapping[str, Size] = {
+    "other sizes": lambda given, least, most: given + 1 if given < most else given - 1,
+    "smallest sizes": lambda given, least, most: least,
+}
+
+
 def other_sizes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     """The user's inputs with every dynamic dim one longer, or shorter where it can be no longer; and as short as it may be."""
-    nodes = user_inputs(program)
-    given = dict(_dynamic(nodes, flat))
-    ranges = dict(_ranges(program, nodes, flat))
-    if not ranges or not given.keys() <= ranges.keys():
-        return
-    longer = {symbol: given[symbol] + (1 if given[symbol] < most else -1) for symbol, (_, most) in ranges.items()}
-    shortest = {symbol: least for symbol, (least, _) in ranges.items()}
-    for name, sizes in (("other sizes", longer), ("smallest sizes", shortest)):
-        if all(least <= sizes[symbol] for symbol, (least, _) in ranges.items()):
-            yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
-
-
-def _extremes(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
-    yield from _at_sizes(program, flat, {"smallest dynamic dims": min, "largest dynamic dims": max})
+    return _at_sizes(program, flat, _OTHERS)
 
 
 def sizes_of_ranges(program: Program, flat: Sequence[Any]) -> Iterator[Case]:
     """The user's inputs with dynamic dims at both ends of their ranges, and between."""
-    yield from _extremes(program, flat)
-    yield from _at_sizes(program, flat, {"dynamic dims between": lambda bounds: sum(bounds) // 2})
+    return _at_sizes(program, flat, {**_EXTREMES, **_BETWEEN})
 
 
-def _at_sizes(program: Program, flat: Sequence[Any], chosen: Mapping[str, Callable[[tuple[int, int]], int]]) -> Iterator[Case]:
+def _at_sizes(program: Program, flat: Sequence[Any], chosen: Mapping[str, Size]) -> Iterator[Case]:
     nodes = user_inputs(program)
     ranges = dict(_ranges(program, nodes, flat))
     dims = (dim for node in nodes if is_tensor(node) for dim in shape(node) if isinstance(dim, torch.SymInt))  # type: ignore[arg-type]
     if not ranges or any(not dim.node.expr.free_symbols <= ranges.keys() for dim in dims):
         return  # nothing is dynamic, or a dim is 2*batch where no input is as long as the batch
     for name, size in chosen.items():
-        sizes = {symbol: size(bounds) for symbol, bounds in ranges.items()}
-        yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
+        sizes = {symbol: size(*each) for symbol, each in ranges.items()}
+        if all(sizes[symbol] >= least for symbol, (_, least, _) in ranges.items()):
+            yield Case(name, tuple(_resized(value, node, sizes) for value, node in zip(flat, nodes, strict=True)))
 
 
-def _dynamic(nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, int]]:
-    """(symbol, its size) of every dynamic dim that is c times a symbol; of another, the expression as the symbol."""
-    for node, value in zip(nodes, flat, strict=True):
-        if not isinstance(value, Tensor) or node is None:
-            continue
-        for dim, size in zip(node.meta["val"].shape, value.shape, strict=True):
-            if isinstance(dim, torch.SymInt):
-                factor, rest = dim.node.expr.as_coeff_Mul()
-                whole = factor.is_Integer and factor > 0 and rest.is_symbol
-                yield (rest, size // int(factor)) if whole else (dim.node.expr, size)
-
-
-def _ranges(program: Program, nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, int]]]:
-    """For the symbol of every dynamic dim: the smallest and the largest size to try."""
+def _ranges(program: Program, nodes: Sequence[Node | None], flat: Sequence[Any]) -> Iterator[tuple[Any, tuple[int, int, int]]]:
+    """For the symbol of every dynamic dim, be it a multiple of it: its size, the smallest and the largest to try."""
     constraints = program.exported.range_constraints
-    for symbol, given in _dynamic(nodes, flat):
-        if symbol.is_symbol and symbol in constraints:
-            lower, upper = constraints[symbol].lower, constraints[symbol].upper
-            largest = int(upper) if upper.is_Integer and int(upper) <= 8 * given else 2 * given + 1
-            yield symbol, (max(int(lower), 1), largest)
+    for node, value in zip(nodes, flat, strict=True):
+        dims = zip(node.meta["val"].shape, value.shape, strict=True) if node is not None and isinstance(value, Tensor) else ()
+        for dim, size in dims:
+            factor, symbol = dim.node.expr.as_coeff_Mul() if isinstance(dim, torch.SymInt) else (0, None)
+            if factor and factor.is_Integer and factor > 0 and symbol.is_symbol and symbol in constraints:
+                given, limits = size // int(factor), constraints[symbol]
+                fits = limits.upper.is_Integer and int(limits.upper) <= 8 * given
+                yield symbol, (given, max(int(limits.lower), 1), int(limits.upper) if fits else 2 * given + 1)
 
 
 def _resized(value: Any, node: Node | None, sizes: Mapping[Any, int]) -> Any:

@@ -1,10 +1,11 @@
 """How far two outputs are apart, in every measure that people ask for; as data.
 
-`normfuse.proof.proving.distance` alone decides; these figures tell a reader what a difference means for them.
+`difference` tells a reader what a difference means for them; what decides is `normfuse.proof.judging`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -110,3 +111,38 @@ def _ranks(truth: Tensor, got: Tensor) -> tuple[float | None, float | None]:
     a, b = (each.reshape(-1, each.shape[-1]).topk(TOP, dim=-1).indices for each in (truth, got))
     shared = (a.unsqueeze(-1) == b.unsqueeze(-2)).any(-1).double()
     return float((a[:, 0] == b[:, 0]).double().mean()), float(shared.mean())
+
+
+def distances(truth: Sequence[Tensor], other: Sequence[Tensor]) -> list[float]:
+    """`distance` of each output; one inf where there are more or fewer."""
+    if len(truth) != len(other):
+        return [math.inf]
+    return [distance(a, b) for a, b in zip(truth, other, strict=True)]
+
+
+def distance(truth: Tensor, other: Tensor) -> float:
+    """The largest difference of two outputs relative to the largest finite entry of the first.
+
+    NaN and infinity agree only with themselves in the same places; integer outputs must be equal. Returns inf where the
+    outputs cannot be compared at all.
+    """
+    if truth.shape != other.shape:
+        return math.inf
+    if not truth.is_floating_point() and not truth.is_complex():
+        return 0.0 if torch.equal(truth, other.to(truth.dtype)) else math.inf
+    wide = torch.complex128 if truth.is_complex() else torch.float64
+    truth, other = truth.to(wide), other.to(wide)
+    finite = torch.isfinite(truth)
+    if not torch.equal(finite, torch.isfinite(other)) or not _same_where(~finite, truth, other):
+        return math.inf
+    # a mask's finfo.min is no size of this output: beside 1e38 every other difference would vanish
+    masked = finite & ((truth.abs() >= 1e30) | (truth.abs() == torch.finfo(torch.float16).max))
+    plain = finite & ~masked
+    scale = truth[plain].abs().max().item() if plain.any() else 0.0
+    difference = (truth - other)[plain].abs().max().item() if plain.any() else 0.0
+    behind_mask = ((truth - other)[masked].abs() / truth[masked].abs()).max().item() if masked.any() else 0.0
+    return max(behind_mask, difference / scale if scale > 0.0 else (0.0 if difference == 0.0 else math.inf))
+
+
+def _same_where(where: Tensor, a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a[where].nan_to_num(nan=7.0), b[where].nan_to_num(nan=7.0))

@@ -1,4 +1,4 @@
-"""What a comparison found, as data: three levels, a row per case. `normfuse.proof.proving` fills it in."""
+"""What a comparison found, as data: three levels, a row per case. `normfuse.proof.measuring` fills it in."""
 
 from __future__ import annotations
 

@@ -23,10 +23,10 @@ from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program, Trains
 from normfuse.proof.calling import called_once
 from normfuse.proof.cases import Case, other_sizes, other_values
-from normfuse.proof.differences import identical
-from normfuse.proof.equivalence import compare, live_side, program_side
+from normfuse.proof.differences import distances, identical
+from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Verdict
-from normfuse.proof.proving import distances
+from normfuse.proof.sides import called_side, program_side
 from normfuse.proof.trial_run import GIVE_FITTING, lacks_kernel, trial_run
 from normfuse.proof.undisturbed import undisturbed
 from normfuse.sources.inputs import Inputs
@@ -143,7 +143,7 @@ class _Comparison:
             return True
         if theirs.others != ours.others or list(map(_form, theirs.tensors)) != list(map(_form, ours.tensors)):
             return False
-        side = live_side(type(self.module).__name__, lambda _: theirs.tensors)
+        side = called_side(type(self.module).__name__, lambda _: theirs.tensors)
         with contextlib.suppress(Exception):
             return compare(program_side("the trace", self.program), side, [case]).verdict is not Verdict.DISPROVEN
         return False

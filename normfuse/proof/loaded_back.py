@@ -21,13 +21,15 @@ from normfuse.errors import InputError, first_line
 from normfuse.graph.interpreter import run
 from normfuse.graph.kept_tensors import own_state
 from normfuse.graph.program import Program, quiet
+from normfuse.proof.agreement import rounded
 from normfuse.proof.calling import Answer, ModelCall, answer, call_of_program
 from normfuse.proof.cases import Case, sizes_of_ranges
 from normfuse.proof.differences import identical
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.input_conditions import narrower
-from normfuse.proof.proving import rounded_alike
+from normfuse.proof.noise import samples_of_rounding
 from normfuse.proof.randomness import is_random
+from normfuse.proof.steps import jumping
 from normfuse.proof.trial_run import GIVE_FITTING
 
 SMALL = 2**12
@@ -122,7 +124,8 @@ class _Trial:
     def _judge_outputs(self, case: Case, outputs: Sequence[Tensor]) -> None:
         """Other bits than the proven ones: the layout of a tensor may choose another kernel, which rounds otherwise."""
         truth, usual = run(self.original, case.flat, wide=True), run(self.original, case.flat)
-        row = rounded_alike(case.name, self.original, case.flat, truth, usual, outputs)
+        more = partial(samples_of_rounding, self.original, case.flat)
+        row = rounded(case.name, truth, usual, outputs, more=more, jumps=jumping(self.original))
         if row.verdict is not Verdict.DISPROVEN:
             self.called.append(case.name)
             return

@@ -9,32 +9,25 @@ approximate, when the difference it makes is measured and told.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-from torch import Tensor
 
 from normfuse.graph.edits import Reroute
 from normfuse.graph.findings import NO_NORM, Claim
 from normfuse.graph.interpreter import run
 from normfuse.graph.program import Program
 from normfuse.planning.planner import Plan
+from normfuse.proof.differences import distances
 from normfuse.transforms.swallowed_variance import as_linear, largest_variances, over_last_axis, swallowed_up_to
 
-Distances = Callable[[Sequence[Tensor], Sequence[Tensor]], list[float]]
-"""How far outputs are apart."""
 
-
-def reference_of(
-    original: Program, plan: Plan, cases: Sequence[Sequence[Any]], distances: Distances
-) -> tuple[Program, tuple[str, ...]]:
+def reference_of(original: Program, plan: Plan, cases: Sequence[Sequence[Any]]) -> tuple[Program, tuple[str, ...]]:
     """The reference of a proof, and what a reader should know of it.
 
     Args:
         original: the program that the plan was made for.
         plan: the plan.
         cases: flat inputs with the model's own weights, the user's first.
-        distances: of outputs, for what is told.
     """
     removed = _removed(plan)
     norms = [norm for norm in over_last_axis(original) if norm.out.name in removed]

@@ -25,7 +25,7 @@ from normfuse.graph.views import dtype
 from normfuse.proof.evidence import MARGIN
 
 STEP_FLOOR = 2.0**-50
-"""Four roundings of a float64: a single operand of a step, where `normfuse.proof.proving` has whole sums in mind."""
+"""Four roundings of a float64: a single operand of a step, where `normfuse.proof.agreement` has whole sums in mind."""
 MASK = 1e6
 """What is so many times as large as the usual entry is a mask, and says nothing of the noise of the others."""
 

@@ -29,7 +29,7 @@ from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import Norm, NormKind, aten, dtype
 from normfuse.limits import OverLimit
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
 from normfuse.report.text import plain_table
 from normfuse.sources.atomic import write_atomically
 from normfuse.sources.batches import as_batch, taken

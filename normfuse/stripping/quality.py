@@ -16,7 +16,7 @@ from torch import Tensor
 from normfuse.errors import InputError
 from normfuse.graph.interpreter import flat_inputs, run
 from normfuse.graph.program import Program
-from normfuse.proof.proving import Progress
+from normfuse.proof.measuring import Progress
 from normfuse.report.text import plain_table
 from normfuse.sources.batches import taken
 from normfuse.stripping.calibration import TARGETS, Batch, inputs_of, targets_of

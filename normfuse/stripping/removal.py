@@ -30,7 +30,8 @@ from normfuse.planning.planner import plan
 from normfuse.planning.registry import find
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import checked
-from normfuse.proof.proving import Progress, checked_level, prove
+from normfuse.proof.measuring import Progress
+from normfuse.proof.proving import checked_level, prove
 from normfuse.report.report import Report
 from normfuse.report.text import plain_table
 from normfuse.sources.atomic import write_atomically

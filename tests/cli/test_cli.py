@@ -164,7 +164,7 @@ def test_less_than_a_proof_is_said(pre: Path, level: str) -> None:
 
 def test_a_failed_proof_writes_the_report_and_no_model(pre: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfuse.proof.judging.SPREAD", 1e-9)
-    monkeypatch.setattr("normfuse.proof.proving.FLOOR", 0.0)
+    monkeypatch.setattr("normfuse.proof.agreement.FLOOR", 0.0)
     words = "rewrite", pre, "--pass", "all", "--report", tmp_path / "r.json"
     result = ask(*words)
     assert result.exit_code == 1

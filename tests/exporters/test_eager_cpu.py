@@ -14,7 +14,8 @@ from normfuse.exporters.eager_cpu import SLOWER, for_cpu
 from normfuse.graph.interpreter import flat_inputs
 from normfuse.graph.program import Program
 from normfuse.proof.cases import cases
-from normfuse.proof.equivalence import compare, program_side
+from normfuse.proof.equivalence import compare
+from normfuse.proof.sides import program_side
 from tests.models import TRAPS
 from tests.zoo.spread import spread
 

@@ -16,7 +16,7 @@ from normfuse.api.exporting import compared
 from normfuse.exporters import onnx as exporter
 from normfuse.graph.program import Program
 from normfuse.proof.cases import Case
-from normfuse.proof.equivalence import program_side
+from normfuse.proof.sides import program_side
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -17,7 +17,8 @@ from normfuse.exporters import onnx as exporter
 from normfuse.exporters import onnxruntime as runtime
 from normfuse.graph.program import Program
 from normfuse.proof.cases import Case
-from normfuse.proof.equivalence import artifact_side, compare, ports_of, program_side
+from normfuse.proof.equivalence import compare
+from normfuse.proof.sides import artifact_side, ports_of, program_side
 from tests.exporters.agreement import excess
 
 pytest.importorskip("onnx")

@@ -19,8 +19,10 @@ from normfuse.graph.edits import SetTensor
 from normfuse.graph.expressions import Read
 from normfuse.graph.interpreter import run
 from normfuse.proof.cases import Case
-from normfuse.proof.equivalence import Side, compare
-from normfuse.proof.proving import distance, samples_of_rounding
+from normfuse.proof.differences import distance
+from normfuse.proof.equivalence import compare
+from normfuse.proof.noise import samples_of_rounding
+from normfuse.proof.sides import Side
 from tests.models import IDS, TRAPS, Trap, noise
 
 inf, nan = torch.inf, torch.nan

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.proof.proving import distance
+from normfuse.proof.differences import distance
 from normfuse.transforms.constant_norms import WRITERS
 from tests.zoo import trained_conv
 from tests.zoo.trained import FetchFailed

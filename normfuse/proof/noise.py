@@ -1,0 +1,105 @@
+"""A model's own noise: its outputs after changes of the size of a rounding, the same changes in every run."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from normfuse.graph.interpreter import Weights, run
+from normfuse.graph.program import Program
+from normfuse.graph.views import dtype, is_tensor
+from normfuse.proof.steps import Steps
+
+NUDGE = 1e-15
+DRAWS = 2
+
+Samples = Sequence[Sequence[Tensor]]
+"""The outputs of a model under noise, once for each draw."""
+
+
+def rounding_of(program: Program) -> float:
+    """One rounding of the coarsest dtype in which a program stores tensors."""
+    dtypes = {program.tensor(name).dtype for name in program.stored.values()}
+    return max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52)
+
+
+def nudged(size: float, weights: Weights | None = None, draw: int = 0) -> Weights:
+    """A change of all weights by a relative ``size``, on top of another; for one ``draw`` the same one in every run."""
+
+    def nudge(name: str, value: Tensor) -> Tensor:
+        value = value if weights is None else weights(name, value)
+        return value * (1.0 + size * kick(f"nudge {draw or ''}{name}", value))
+
+    return nudge
+
+
+def samples_of_rounding(
+    program: Program,
+    flat: Sequence[Any],
+    *,
+    size: float | None = None,
+    weights: Weights | None = None,
+    steps: Steps | None = None,
+) -> Samples:
+    """The outputs in float64 after each weight and each value on the way was rounded once at random, several times.
+
+    The error of one run is one sample, which can be small by luck. In Whisper's encoder one entry in half a million decides it,
+    and programs that are one function were seen to differ in it by a factor of 24. Whole numbers are left alone: every
+    arithmetic has them exactly, and masks are compared with them.
+
+    Args:
+        program: what is run.
+        flat: its inputs, as `normfuse.graph.interpreter.flat_inputs` orders them.
+        size: of a rounding, relative; None for that of the dtype in which a weight or a value is stored.
+        weights: changes the weights first.
+        steps: of the run that is the truth.
+    """
+
+    def through(node: Node, value: Any, draw: int) -> Any:
+        return _rounded(value, dtype(node), f"{draw} {node.name}", size) if is_tensor(node) else value
+
+    unit = rounding_of(program) if size is None else size
+    return [
+        run(program, nudged_inputs(flat, draw, unit), wide=True, weights=nudged(unit, weights, draw),
+            through=partial(through, draw=draw), beside=steps.measured() if steps else None)
+        for draw in range(DRAWS, 2 * DRAWS + 1)
+    ]  # fmt: skip
+
+
+def _rounded(value: Tensor, stored: torch.dtype | None, name: str, size: float | None) -> Tensor:
+    """A float64 value after one rounding, by default to the dtype that it is stored in."""
+    if stored is None or not stored.is_floating_point or not value.is_floating_point():
+        return value
+    rounded = value * (1.0 + (torch.finfo(stored).eps if size is None else size) * kick(name, value))
+    return torch.where(value == value.round(), value, rounded)
+
+
+def nudged_inputs(flat: Sequence[Any], draw: int, size: float = NUDGE) -> list[Any]:
+    """A large mean in an input costs digits that no change of weights shows."""
+    return [
+        _rounded(value.double(), value.dtype, f"input {draw or ''}{place}", size)
+        if isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for place, value in enumerate(flat)
+    ]
+
+
+def kick(name: str, like: Tensor) -> Tensor:
+    """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name."""
+    drawn = torch.rand(like.shape, generator=_named(name, like), dtype=torch.float64, device=like.device) * 2.0 - 1.0
+    return drawn + torch.where(drawn < 0.0, -0.5, 0.5)
+
+
+def normal(name: str, like: Tensor) -> Tensor:
+    """Standard normal numbers, the same ones for the same name in every run."""
+    return torch.randn(like.shape, generator=_named(name, like), dtype=torch.float64, device=like.device)
+
+
+def _named(name: str, like: Tensor) -> torch.Generator:
+    return torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
