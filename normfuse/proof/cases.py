@@ -179,9 +179,9 @@ def _ranges(program: Program, nodes: Sequence[Node | None], flat: Sequence[Any])
     constraints = program.exported.range_constraints
     for node, value in zip(nodes, flat, strict=True):
         dims = zip(node.meta["val"].shape, value.shape, strict=True) if node is not None and isinstance(value, Tensor) else ()
-        for dim, size in dims:
-            factor, symbol = dim.node.expr.as_coeff_Mul() if isinstance(dim, torch.SymInt) else (0, None)
-            if factor and factor.is_Integer and factor > 0 and symbol.is_symbol and symbol in constraints:
+        for dim, size in ((dim, size) for dim, size in dims if isinstance(dim, torch.SymInt)):
+            factor, symbol = dim.node.expr.as_coeff_Mul()
+            if factor.is_Integer and factor > 0 and symbol.is_symbol and symbol in constraints:
                 given, limits = size // int(factor), constraints[symbol]
                 fits = limits.upper.is_Integer and int(limits.upper) <= 8 * given
                 yield symbol, (given, max(int(limits.lower), 1), int(limits.upper) if fits else 2 * given + 1)
