@@ -37,7 +37,7 @@ def seeds() -> None:
     keep_what_is_gathered()
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed asks for every kind of device
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from normfuse.graph.program import Program
 from normfuse.graph.views import NormKind
 from normfuse.modules import live_program
 from normfuse.modules.module_plan import FOR_CLASS, plan_for_modules
-from normfuse.planning.planner import Plan, plan
+from normfuse.planning.planner import Plan, plan_and_apply
 from normfuse.planning.registry import requested
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import Evidence, checked
@@ -98,11 +98,10 @@ def rewrite(
     allowed, choice = Claim.named(allow), Choice.of(only, skip)
     for_class = _for_class(source, same_class, mode)
     if for_class:
-        chosen = _planned_for_class(original, source, requested(passes), allowed, choice)
+        chosen, planned = _planned_for_class(original, source, requested(passes), allowed, choice)
     else:
         seen = measured(original, lambda: (case.flat for case in cases_for(original, given))) if verify == "full" else None
-        chosen = plan(original, requested(passes), allow=allowed, choice=choice, variance_of=seen)
-    planned = chosen.apply(original)
+        chosen, planned = plan_and_apply(original, requested(passes), allow=allowed, choice=choice, variance_of=seen)
     rewritten = live_program.alive(planned) if mode == "live" else planned
     clock.lap("plan")
     evidence = Evidence("none")
@@ -145,10 +144,13 @@ def _for_class(source: Source | None, same_class: bool | None, mode: str) -> boo
     return is_kept if same_class is None else same_class
 
 
-def _planned_for_class(original: Program, source: Source | None, passes: Sequence[str], allow: Claim, choice: Choice) -> Plan:
+def _planned_for_class(
+    original: Program, source: Source | None, passes: Sequence[str], allow: Claim, choice: Choice
+) -> tuple[Plan, Program]:
     assert source is not None
     assert isinstance(source.model, nn.Module)
-    return plan_for_modules(original, passes, allow, source.model, choice=choice, same_keys=True, hint=FOR_CLASS).plan
+    chosen = plan_for_modules(original, passes, allow, source.model, choice=choice, same_keys=True, hint=FOR_CLASS).plan
+    return chosen, chosen.apply(original)
 
 
 def _unchecked(module: nn.Module, given: Inputs) -> Program:

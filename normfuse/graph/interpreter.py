@@ -29,6 +29,7 @@ from normfuse.graph.literals import counts_short, short_arguments
 from normfuse.graph.nodes import attribute_of, draws, operator_name
 from normfuse.graph.ops.rounding import reads_bits
 from normfuse.graph.program import Program
+from normfuse.graph.seeds import torch_seeded
 from normfuse.graph.views import arguments, aten, default_rms_eps, dtype
 
 NARROW = (torch.float16, torch.bfloat16, torch.float32)
@@ -108,8 +109,7 @@ def run_graph(
         The flat outputs.
     """
     how = _How(wide, width, short, through, beside, torch.get_default_dtype())
-    with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else torch.get_default_dtype()):
-        torch.manual_seed(seed)
+    with torch.no_grad(), torch_seeded(seed), default_dtype(width if wide else torch.get_default_dtype()):
         return list(_values(graph, lambda node: widened(fetch(node), width) if wide else fetch(node), how))
 
 

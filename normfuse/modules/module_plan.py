@@ -19,7 +19,7 @@ from normfuse.graph.program import Program
 from normfuse.modules.graph_diff import Unplaced
 from normfuse.modules.placement import Adaptation, adapt
 from normfuse.modules.unread_tensors import call_of
-from normfuse.planning.planner import Plan, plan
+from normfuse.planning.planner import Plan, plan_and_apply
 from normfuse.planning.registry import Pass, find
 
 HINT = "rewrite the traced program instead: normfuse.rewrite(model, ...)"
@@ -66,8 +66,8 @@ def plan_for_modules(
     excluded: dict[tuple[str, str], str] = {}
     while True:
         mine = [_without(find(name), excluded, hint) for name in passes]
-        chosen = plan(program, mine, allow=allow, in_place=True, choice=choice)
-        changes = adapt(program, chosen.apply(program), model, same_keys=same_keys)
+        chosen, after = plan_and_apply(program, mine, allow=allow, in_place=True, choice=choice)
+        changes = adapt(program, after, model, same_keys=same_keys)
         blamed: dict[tuple[str, str], str] = {}
         for each in changes.unplaced:
             for wanted in _blamed(chosen, each):

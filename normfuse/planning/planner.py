@@ -152,6 +152,19 @@ def plan(
     Raises:
         InputError: the choice names a norm that the program does not have.
     """
+    return plan_and_apply(program, passes, allow=allow, in_place=in_place, choice=choice, variance_of=variance_of)[0]
+
+
+def plan_and_apply(
+    program: Program,
+    passes: Sequence[str | Pass],
+    *,
+    allow: Claim = Claim.ROUNDING,
+    in_place: bool = False,
+    choice: Choice = EVERYTHING,
+    variance_of: Callable[[Norm], float | None] | None = None,
+) -> tuple[Plan, Program]:
+    """As `plan`; the plan, and the program that it makes, which is not made a second time by `Plan.apply`."""
     chosen = [find(each) if isinstance(each, str) else each for each in passes]
     names = tuple(each.name for each in chosen)
     rounds: list[tuple[Rewrite, ...]] = []
@@ -179,7 +192,7 @@ def plan(
             done = {site.node for earlier in rounds for each in earlier for site in each.sites}
             open_still = (refusal for refusal in judged if refusal.site.node not in done)
             stands = (each for each in dict.fromkeys((*refusals, *open_still)) if not _overtaken(each, rounds))
-            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*stands, *inside))), choice)
+            return Plan(names, tuple(rounds), tuple(dict.fromkeys((*stands, *inside))), choice), program
         rounds.append(tuple(accepted))
     raise InvalidPlan(f"the passes {', '.join(names)} found something new in each of {_ROUNDS} rounds")
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfuse.graph.seeds import torch_seeded
+
 Undo = Callable[[], None]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple, frozenset, type, torch.dtype, torch.device)
@@ -41,8 +43,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 def seeded(seed: int) -> Iterator[None]:
     """Torch's, NumPy's and Python's random numbers start from a seed inside, and go on outside as if nothing had been drawn."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch_seeded(seed):
         random.seed(seed)
         np.random.seed(seed)
         try:

@@ -26,7 +26,7 @@ from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program, Site
 from normfuse.graph.views import Norm
 from normfuse.passes.strip_layernorm import is_published, overflows, with_sigmas
-from normfuse.planning.planner import plan
+from normfuse.planning.planner import plan_and_apply
 from normfuse.planning.registry import find
 from normfuse.proof.cases import cases_for
 from normfuse.proof.evidence import checked
@@ -204,8 +204,7 @@ def strip(
     ranked = _ranked(program, choices, batches, base, progress)
     chosen = _largest(program, meant, ranked, batches, base, base + max_loss_increase, progress)
     linear = _with(program, chosen)
-    folding = plan(linear, ["strip_layernorm"])
-    folded = folding.apply(linear)
+    folding, folded = plan_and_apply(linear, ["strip_layernorm"])
     tried = cases_for(linear, given)
     evidence = prove(linear, folded, folding, tried, level=verify, progress=progress)
     notes = (*program.notes, *given.notes)
@@ -261,7 +260,7 @@ def _with(program: Program, chosen: Iterable[Candidate]) -> Program:
     sigmas = {each.site.node: each.sigma for each in chosen}
     because: Mapping[str, str] = {each.site.node: each.because for each in chosen}
     removal = replace(find("strip_layernorm"), propose=with_sigmas(sigmas, because))
-    return plan(program, [removal], allow=Claim.APPROXIMATE).apply(program)
+    return plan_and_apply(program, [removal], allow=Claim.APPROXIMATE)[1]
 
 
 def _ranked(

@@ -44,7 +44,7 @@ from torch.fx import GraphModule, Node
 
 from normfuse.errors import NormfuseError, NormfuseWarning, first_line
 from normfuse.graph.interpreter import flat_inputs
-from normfuse.planning.planner import plan
+from normfuse.planning.planner import plan_and_apply
 from normfuse.planning.registry import find
 from normfuse.proof.cases import Case
 from normfuse.proof.evidence import checked
@@ -146,10 +146,9 @@ def _rewritten(graph_module: GraphModule, inputs: Sequence[Any], chosen: Options
         return None
     program = captured.traced(inputs)
     with _without_autocast(inputs):  # its casts are calls of the program by now
-        made = plan(program, list(chosen.passes))
+        made, after = plan_and_apply(program, list(chosen.passes))
         if not made.rounds:
             return None
-        after = made.apply(program)
         if chosen.verify != "none":
             flat = flat_inputs(program, [inputs[position] for position in captured.given])
             checked(prove(program, after, made, [Case("as given", tuple(flat), given=True)], level=chosen.verify))

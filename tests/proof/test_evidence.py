@@ -98,18 +98,16 @@ def test_a_harmless_change_is_no_alarm() -> None:
 
 def test_a_wrong_rewrite_is_refused_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pass that forgets the biases: the proof stops it."""
-    from dataclasses import replace
-
     from normfuse.planning.planner import Plan, plan
 
-    def forgetful(program: normfuse.Program, names: list[str], **options: object) -> Plan:
+    def forgetful(program: normfuse.Program, names: list[str], **options: object) -> tuple[Plan, normfuse.Program]:
         chosen = plan(program, names)
         biases = [e for r in chosen.rewrites for e in r.edits if isinstance(e, SetTensor) and e.name.endswith("down.bias")]
         for edit in biases:
             chosen = chosen.without(edit)
-        return replace(chosen)
+        return chosen, chosen.apply(program)
 
-    monkeypatch.setattr("normfuse.api.rewriting.plan", forgetful)
+    monkeypatch.setattr("normfuse.api.rewriting.plan_and_apply", forgetful)
     with pytest.raises(VerificationFailed) as caught:
         normfuse.rewrite(TRAPS["plain"].module(), "pre_rmsnorm", inputs=IDS)
     assert caught.value.exit_code == 1
