@@ -61,6 +61,9 @@ OCCURRENCES = _limit("OCCURRENCES", 1_000_000)
 MODULES = _limit("MODULES", 2_000)
 """Modules of a model, each counted as often as it is reached, beyond four times those that the file stores."""
 
+MODEL_ENTRIES = _limit("MODEL_ENTRIES", 1 << 28)
+"""Entries of a model that a configuration describes, beyond eight times those of the weights beside it."""
+
 INFLATION = _limit("INFLATION", 32)
 """How many times its own size an archive may become when it is unpacked (beyond 64 MiB, which are always allowed)."""
 

@@ -11,7 +11,6 @@ The tensors are put into the model one by one, under its own names: what is miss
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -20,9 +19,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from normfuse.errors import InputError, LoadError, MissingExtra, NormfuseError, did_you_mean, first_line
+from normfuse.errors import InputError, LoadError, NormfuseError, did_you_mean, first_line
+from normfuse.limits import OverLimit
 from normfuse.sources.input_files import run_script
-from normfuse.sources.source import Source, Stored, require_fit, same_memory
+from normfuse.sources.packages import package
+from normfuse.sources.source import Source, Stored, require_fit, require_floats, same_memory
 from normfuse.sources.tensor_files import Weights, open_weights
 from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
 
@@ -104,6 +105,7 @@ def fill(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     both = {key: tensors[at] for key, at in found.items() if at is not None}
     sizes = [(key, tuple(both[key].shape), tuple(own[key].shape)) for key in both if both[key].shape != own[key].shape]
     require_fit(name, missing, tensors.keys() - own.keys(), sizes)
+    require_floats(name, model, tensors)
     for keys in tied.values():
         stored = [tensors[key] for key in keys if key in tensors]
         if any(not each.equal(stored[0]) for each in stored[1:]):
@@ -121,7 +123,7 @@ def _builder(match: re.Match[str]) -> Build:
 
 def _setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
-    if not name.isidentifier():
+    if not name.isidentifier() or not value:
         raise InputError(f"'{text}' is no setting of a model", hint="write NAME,SETTING=VALUE, such as resnet50,num_classes=7")
     try:
         return name, ast.literal_eval(value)
@@ -129,21 +131,28 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def timm_builder(name: str, **settings: Any) -> Build:
+def timm_builder(name: str, folder: Path | None = None, **settings: Any) -> Build:
     """What makes a model of timm, without its trained weights.
+
+    Args:
+        name: of the architecture.
+        folder: whose configuration has further settings.
+        settings: of the architecture.
 
     Raises:
         InputError: timm has no such model.
         MissingExtra: timm is not installed.
     """
-    timm = _package("timm")
-    if not name.startswith("local-dir:") and name.partition(".")[0] not in timm.list_models():
+    timm = package("timm")
+    own = folder is None and name.startswith("local-dir:")
+    if not own and name.partition(".")[0] not in timm.list_models():
         raise InputError(f"timm has no model '{name}'", hint=did_you_mean(name, timm.list_models(), "see timm.list_models()"))
-    return _made(f"timm:{name}", lambda: timm.create_model(name, pretrained=False, **settings))
+    place = name if folder is None else f"local-dir:{folder}"
+    return _made(f"timm:{name}", lambda: timm.create_model(place, pretrained=False, **settings))
 
 
 def _torchvision_builder(name: str, **settings: Any) -> Build:
-    models = _package("torchvision").models
+    models = package("torchvision").models
     if name not in models.list_models():
         hint = did_you_mean(name, models.list_models(), "see torchvision.models.list_models()")
         raise InputError(f"torchvision has no model '{name}'", hint=hint)
@@ -162,23 +171,17 @@ def _own_builder(file: str, function: str) -> Build:
             raise InputError(f"{file}:{function} makes a {type(made).__name__}, not a model", hint="return an nn.Module")
         return made
 
-    return _made(f"{file}:{function}", build)
+    return _made(f"{file}:{function}", build, f"the error is in {file}")
 
 
-def _made(name: str, build: Build) -> Build:
+def _made(name: str, build: Build, hint: str = "check the settings that it is given") -> Build:
     def told() -> nn.Module:
         try:
             return build()
-        except NormfuseError:
+        except (NormfuseError, OverLimit):
             raise
-        except Exception as error:  # the package's code, or the user's own
-            raise InputError(f"{name} cannot be built: {type(error).__name__}: {first_line(error)[:200]}") from error
+        except (Exception, SystemExit) as error:  # the package's code, or the user's own
+            said = f"{name} cannot be built: {type(error).__name__}: {first_line(error)[:200]}"
+            raise InputError(said, hint=hint) from error
 
     return told
-
-
-def _package(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtra(name, "zoo") from error

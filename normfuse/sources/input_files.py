@@ -63,7 +63,7 @@ def from_script(path: str | os.PathLike[str], name: str = "inputs") -> Inputs:
     except InputError:
         raise
     except Exception as error:  # the user's own code
-        raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
+        raise InputError(f"{path} fails: {type(error).__name__}: {error}", hint=f"the error is in {path}") from error
 
 
 def run_script(path: str | os.PathLike[str], name: str) -> Callable[[], Any]:
@@ -73,12 +73,12 @@ def run_script(path: str | os.PathLike[str], name: str) -> Callable[[], Any]:
         InputError: there is no such file or function, or the file fails.
     """
     if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
+        raise InputError(f"there is no file {path}", hint="check the path")
     sys.path.insert(0, str(Path(path).parent))  # as `python FILE.py` does, for what the file imports
     try:
         named = runpy.run_path(os.fspath(path))
-    except Exception as error:  # the user's own code
-        raise InputError(f"{path} fails: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the user's own code
+        raise InputError(f"{path} fails: {type(error).__name__}: {error}", hint=f"the error is in {path}") from error
     if not callable(named.get(name)):
         raise InputError(f"{path} has no function '{name}'", hint="write FILE.py:NAME with the name of a function in it")
     found: Callable[[], Any] = named[name]

@@ -58,6 +58,11 @@ FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (rb"(?s).{8}\{\s*\"", "is a safetensors file: weights without a model", NAME_IT),
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file that it points to", "run: git lfs pull"),
     (rb"(?i)\s*<(!doctype|html|\?xml)", "is a web page", "the download answered with a page; fetch the file again"),
+    (
+        rb'\s*\{\s*"',
+        "is a JSON text, not a model",
+        "name the folder that it is in; for an index of weights that has no config.json beside it, say --model too",
+    ),
     (rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]", "looks like an ONNX model", "pass the PyTorch model instead"),
     (rb"(?s)[^\x00-\x08\x0e-\x1a]+$", "is a text file, not a model", RESAVE),
 )
@@ -149,7 +154,9 @@ def _folder(path: Path) -> LoadError:
     if (path / "config.json").exists():
         hint = "normfuse.open(path) opens it, and so does whatever takes a model"
         return LoadError(f"{path} is a folder of transformers' save_pretrained, not one file", hint=hint)
-    return LoadError(f"{path} is a folder, not a model file", hint=RESAVE)
+    if not any(path.iterdir()):
+        return LoadError(f"{path} is an empty folder", hint="check the path")
+    return LoadError(f"{path} is a folder without a config.json, not a model", hint=f"name a file in it, or {NAME_IT}")
 
 
 def foreign(path: Path, head: bytes) -> LoadError:

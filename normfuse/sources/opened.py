@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
-from normfuse.errors import InputError
+from normfuse.errors import InputError, LoadError
 from normfuse.sources.architectures import is_architecture, open_architecture
 from normfuse.sources.hub import from_hub, is_hub_id
 from normfuse.sources.loading import load
@@ -13,6 +14,8 @@ from normfuse.sources.source import Source
 from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.timm_folder import open_timm
 from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
+
+_SHARD = re.compile(r"-\d{5}-of-(?!00001)(\d{5})\.(safetensors|bin)$")
 
 
 def open(
@@ -47,6 +50,9 @@ def open(
         architecture, what = (name if is_architecture(name) else f"transformers:{name}"), weights
     elif weights is not None:
         raise InputError("an architecture, weights and a model were given", hint="give the weights in the model's place")
+    if shard := _SHARD.search(Path(what).name):
+        said = f"{what} is one of {int(shard[1])} files that belong together"
+        raise LoadError(said, hint="name their folder, or their index (….index.json) with --model")
     if architecture is not None and Path(architecture).suffix == ".py":
         return Source(name, load(what, code=architecture, trust_pickle=trust_pickle), (Path(what), Path(architecture)))
     if architecture is not None:
@@ -57,7 +63,7 @@ def open(
             raise InputError(f"{name} is an architecture without weights", hint="name its weights: --weights FILE")
         if is_hub_id(name):
             return _open_folder(name, from_hub(name), trust_remote_code)
-    if (path / CONFIG).is_file():
+    if os.path.lexists(path / CONFIG):
         return _open_folder(name, path, trust_remote_code)
     return Source(name, load(path, trust_pickle=trust_pickle), (path,))
 

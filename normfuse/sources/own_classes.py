@@ -49,7 +49,7 @@ def _imported(file: Path) -> ModuleType:
     module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # the user's own code
+    except (Exception, SystemExit) as error:  # the user's own code
         del sys.modules[file.stem]
-        raise InputError(f"{file} fails: {type(error).__name__}: {error}") from error
+        raise InputError(f"{file} fails: {type(error).__name__}: {error}", hint=f"the error is in {file}") from error
     return module

@@ -111,6 +111,8 @@ def require_fit(
         LoadError: something is missing, unexpected or of another shape; all of it is listed.
     """
     sizes = [f"{key} ({_sizes(theirs)}, where the model has {_sizes(ours)})" for key, theirs, ours in sorted(misshaped)]
+    if methods := [method for key in sorted(unexpected) for ending, method in _ROUNDED.items() if key.endswith(ending)]:
+        raise rounded(name, methods[0])
     told = [
         f"{what} {listed(names, 8)}"
         for what, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("of another shape", sizes))
@@ -119,6 +121,34 @@ def require_fit(
     if told:
         hint = "are the weights and the configuration of one model? name the architecture that the weights were saved from"
         raise LoadError(f"the weights of {name} do not fit its architecture: {'; '.join(told)}", hint=hint)
+
+
+_ROUNDED = {
+    ".qweight": "as gptq and awq do it", ".weight_packed": "as compressed-tensors does it",
+    ".weight_scale": "to 8 bits, with scales beside", ".weight_scale_inv": "to 8 bits, with scales beside",
+    ".SCB": "as bitsandbytes does it", ".absmax": "as bitsandbytes does it", "._packed_params": "as torch does it",
+    "._packed_params._packed_params": "as torch does it", ".weight_zero_point": "to integers, with scales beside",
+}  # fmt: skip
+"""How names of tensors end that lie beside rounded weights -> who rounds so."""
+
+
+def rounded(name: str, method: str) -> LoadError:
+    """The refusal of weights that were quantized."""
+    hint = "rewrite the checkpoint that it was made from, and quantize the result"
+    return LoadError(f"{name} is quantized ({method}), and its norms cannot be folded into rounded weights", hint=hint)
+
+
+def require_floats(name: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a few bits or of integers, where the model has weights to compute with.
+
+    Raises:
+        LoadError: there are such.
+    """
+    trained = {key for key, each in model.named_parameters(remove_duplicate=False) if each.is_floating_point()}
+    for key, each in weights.items():
+        few_bits = each.is_floating_point() and each.dtype.itemsize < 2
+        if few_bits or (key in trained and not each.is_floating_point() and not each.is_complex()):
+            raise rounded(name, f"'{key}' is stored as {str(each.dtype).removeprefix('torch.')}")
 
 
 def _sizes(shape: Any) -> str:

@@ -31,7 +31,7 @@ from normfuse.sources.safetensors_file import opened_safetensors
 from normfuse.strict_json import parsed, read_file, record, text
 
 INDEX = ".index.json"
-LAYOUTS = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What a folder may hold; the first that is there is taken, as transformers does."""
 
 SAVED = "save the folder again with save_pretrained, or fetch the files that are missing"
@@ -175,10 +175,9 @@ def _of_folder(folder: Path) -> Weights:
         there = found
     _check_home(folder / there[0])
     weights = open_weights(folder / there[0])
-    others = [name for name in there[1:] if not name.startswith(there[0].removesuffix(INDEX))]
-    if not others:
+    if not there[1:]:
         return weights
-    return replace(weights, notes=(*weights.notes, f"{there[0]} was read, and {', '.join(others)} was not"))
+    return replace(weights, notes=(*weights.notes, f"{there[0]} was read, and {' and '.join(there[1:])} was not"))
 
 
 def _of_index(path: Path) -> Weights:
@@ -236,7 +235,7 @@ def _of_parts(parts: tuple[TensorFile, ...], index: Path | None = None) -> Weigh
 def _opened(path: Path) -> TensorFile:
     """One file, by what is in it."""
     head = first_bytes(path)
-    if head[:2] != b"PK" and head[8:9] == b"{":
+    if (head[:2] != b"PK" and head[8:9] == b"{") or (path.suffix == ".safetensors" and len(head) <= 8):
         return opened_safetensors(path)
     return opened_checkpoint(path)
 

@@ -6,8 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from normfuse.errors import LoadError
-from normfuse.sources.architectures import open_built, timm_builder
+from normfuse.limits import OverLimit
+from normfuse.sources.architectures import Build, open_built, timm_builder
+from normfuse.sources.configurations import judged
+from normfuse.sources.construction import check_settings, no_larger_than
 from normfuse.sources.source import Source, files_beside
 from normfuse.sources.tensor_files import Weights
 
@@ -25,8 +30,23 @@ def open_timm(name: str, folder: Path, config: Mapping[str, Any], weights: Weigh
         LoadError: it names no architecture, or the tensors are not that one's.
         MissingExtra: timm is not installed.
     """
+    config = judged(folder, config)
     if not isinstance(config.get("architecture"), str):
         raise LoadError(f"{folder / 'config.json'} does not say which architecture it is of", hint="save the folder again")
-    timm_builder(config["architecture"])  # a name that timm does not have is told as such
-    build = timm_builder(f"local-dir:{folder}")  # with the settings of the configuration
-    return open_built(name, build, weights, folder, files_beside(folder, weights))
+    build = timm_builder(config["architecture"], folder)
+    return open_built(name, _bounded(build, folder, config, weights), weights, folder, files_beside(folder, weights))
+
+
+def _bounded(build: Build, folder: Path, config: Mapping[str, Any], weights: Weights) -> Build:
+    """The same model, no larger than its weights could fill."""
+
+    def bounded() -> nn.Module:
+        tensors = weights.tensors()
+        try:
+            check_settings(config, tensors)
+            with no_larger_than(tensors):
+                return build()
+        except OverLimit as over:
+            raise LoadError(f"{folder} is not read: {over}", hint=over.hint) from None
+
+    return bounded

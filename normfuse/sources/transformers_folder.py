@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from normfuse.errors import LoadError, MissingExtra, first_line
+from normfuse.errors import LoadError, NormfuseError, first_line
 from normfuse.limits import OverLimit
-from normfuse.sources.source import Source, Stored, files_beside, require_fit, same_memory
+from normfuse.sources.configurations import judged, offline
+from normfuse.sources.construction import check_settings, no_larger_than
+from normfuse.sources.packages import needed, not_imported, package, wanted_by_code
+from normfuse.sources.source import Source, Stored, files_beside, require_fit, require_floats, same_memory
 from normfuse.sources.tensor_files import Weights, open_weights
 from normfuse.strict_json import parsed, read_file, record
 
 CONFIG = "config.json"
-TRUST = "--trust-remote-code (trust_remote_code=True) runs that code on this machine: your own decision"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -58,14 +61,18 @@ def open_transformers(
         LoadError: the class is not known, wants code of its own, or does not fit the tensors.
         MissingExtra: transformers is not installed.
     """
-    cls, settings = class_of(folder, config, trust_remote_code=trust_remote_code)
     tensors = weights.tensors()
-    model, unfit = _filled(name, cls, settings, tensors)
+    with _told(folder, "the configuration"):
+        check_settings(config, tensors)
+    cls, settings = class_of(folder, config, trust_remote_code=trust_remote_code)
+    fill = partial(_filled, name, cls, settings, online=trust_remote_code)
+    model, unfit = fill(tensors)
     if any(unfit):  # perhaps the names are those of a training's wrapper
         weights = weights.fitted(model.state_dict())
         tensors = weights.tensors()
-        model, unfit = _filled(name, cls, settings, tensors)
+        model, unfit = fill(tensors)
     require_fit(name, *unfit)
+    require_floats(name, model, tensors)
     beside = files_beside(folder, weights) if path.is_dir() and path.samefile(folder) else ()
 
     def again(other: Path) -> Source:
@@ -84,31 +91,37 @@ def class_of(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool
     """
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or not isinstance(named[0], str):
-        said = f"names {len(named)} architectures" if isinstance(named, list) and named else "does not say which class it is of"
+        said = (
+            f"names {len(named)} architectures"
+            if isinstance(named, list) and len(named) > 1
+            else "does not say which class it is of"
+        )
         raise LoadError(f"{folder / CONFIG} {said}", hint='"architectures" in it must name one class, such as GPT2LMHeadModel')
-    if isinstance(quantized := config.get("quantization_config"), Mapping):
-        method = quantized.get("quant_method", "an unnamed method")
-        hint = "rewrite the checkpoint that it was made from, and quantize the result"
-        raise LoadError(f"{folder} is quantized ({method}), and its norms cannot be folded into rounded weights", hint=hint)
-    if config.get("auto_map") and not trust_remote_code:
-        raise LoadError(f"{folder} brings code of its own ({CONFIG}: auto_map); it is not run", hint=TRUST)
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra("transformers", "zoo") from error
-    with _told(folder, "the configuration"):
+    config = judged(folder, config, trust_remote_code=trust_remote_code)
+    transformers = package("transformers")
+    with _told(folder, "the configuration"), contextlib.nullcontext() if trust_remote_code else offline():
         if config.get("auto_map"):
             return _own_class(folder, config, named[0])
-        cls = getattr(transformers, named[0], None) if named[0].isidentifier() else None
-        if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
-            said = f"the installed transformers {transformers.__version__} has no model class '{named[0]}'"
-            raise LoadError(f"{folder}: {said}", hint='pip install -U transformers, or check "architectures" in config.json')
+        cls = _stock_class(folder, transformers, named[0])
         known: Any = cls.config_class
         wanted = known.model_type
         if config.get("model_type", wanted) != wanted:
             said = f"its model_type is '{config['model_type']}', and {named[0]} is for '{wanted}'"
             raise LoadError(f"{folder / CONFIG} names two models: {said}", hint="fetch or save the folder again")
-        return cls, known.from_dict(dict(config))
+        return cls, known.from_dict(config)
+
+
+def _stock_class(folder: Path, transformers: Any, name: str) -> Any:
+    try:
+        cls: Any = getattr(transformers, name, None) if name.isidentifier() else None
+    except ImportError as error:
+        raise not_imported(f"{name} of transformers", error) from error
+    if getattr(type(cls), "is_dummy", False):
+        raise needed(f"{name} of transformers", cls._backends)
+    if not isinstance(cls, type) or not issubclass(cls, transformers.PreTrainedModel):
+        said = f"the installed transformers {transformers.__version__} has no model class '{name}'"
+        raise LoadError(f"{folder}: {said}", hint='pip install -U transformers, or check "architectures" in config.json')
+    return cls
 
 
 def _own_class(folder: Path, config: Mapping[str, Any], name: str) -> tuple[Any, Any]:
@@ -125,9 +138,10 @@ def _own_class(folder: Path, config: Mapping[str, Any], name: str) -> tuple[Any,
 Unfit: TypeAlias = tuple[Collection[str], Collection[str], Collection[tuple[str, Any, Any]]]
 
 
-def _filled(name: str, cls: Any, settings: Any, tensors: dict[str, Tensor]) -> tuple[nn.Module, Unfit]:
+def _filled(name: str, cls: Any, settings: Any, tensors: dict[str, Tensor], *, online: bool) -> tuple[nn.Module, Unfit]:
     """The model, and what of it or of the tensors was not used: as for `require_fit`."""
-    with _told(Path(name), "the model"), _quietly():
+    own = contextlib.nullcontext() if online else offline()
+    with _told(Path(name), "the model"), _quietly(), own, no_larger_than(tensors):
         model, info = cls.from_pretrained(
             None, config=settings, state_dict=dict(tensors), dtype=_dtype_of(tensors), output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -151,11 +165,17 @@ def _told(folder: Path, what: str) -> Iterator[None]:
     """Classes and configurations are code on settings that can be anything: whatever they raise is one line."""
     try:
         yield
-    except (LoadError, MissingExtra):
+    except NormfuseError:
         raise
+    except OverLimit as over:
+        raise LoadError(f"{folder} is not read: {over}", hint=over.hint) from None
+    except ImportError as error:
+        told = wanted_by_code(folder, error) or not_imported(f"{what} of {folder}", error)
+        raise told from error
     except Exception as error:
-        hint = "check that the installed transformers is the one that the folder was saved for"
-        raise LoadError(f"transformers cannot make {what} of {folder}: {first_line(error)[:200]}", hint=hint) from error
+        hint = f"check {CONFIG}, and that the installed transformers is the one that the folder was saved for"
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LoadError(f"transformers cannot make {what} of {folder}: {reason}", hint=hint) from error
 
 
 @contextlib.contextmanager
