@@ -155,7 +155,7 @@ def _folder(path: Path) -> LoadError:
         hint = "normfuse.open(path) opens it, and so does whatever takes a model"
         return LoadError(f"{path} is a folder of transformers' save_pretrained, not one file", hint=hint)
     if not any(path.iterdir()):
-        return LoadError(f"{path} is an empty folder", hint="check the path")
+        return LoadError(f"{path} is a folder with nothing in it", hint="check the path")
     return LoadError(f"{path} is a folder without a config.json, not a model", hint=f"name a file in it, or {NAME_IT}")
 
 

@@ -242,7 +242,7 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "nothing of a shard": (cut(0), "is empty"),
     "more than a shard": (lambda f: shard(f).write_bytes(shard(f).read_bytes() + b"more"), "is damaged"),
     "a header without end": (lambda f: shard(f).write_bytes(b"\xff" * 7 + b"\x00{}"), "limit HEADER_BYTES"),
-    "a folder for a shard": (lambda f: replaced(shard(f).name, Path.mkdir)(f), "is an empty folder"),
+    "a folder for a shard": (lambda f: replaced(shard(f).name, Path.mkdir)(f), "is a folder with nothing in it"),
     "a way up": (leading_to("../x.safetensors"), "no file beside it"),
     "a way from the root": (leading_to("/etc/passwd"), "no file beside it"),
     "a way from another root": (leading_to("C:\\x"), "no file beside it"),
@@ -255,7 +255,7 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "a tensor twice in a header": (twice_in_header, "two entries"),
     "a tensor in two shards": (twice_in_shards, "hold the same tensors"),
     "no weights": (without_weights, "has no weights"),
-    "nothing": (emptied, "is an empty folder"),
+    "nothing": (emptied, "is a folder with nothing in it"),
     "no folder": (lambda f: shutil.rmtree(f) or f.write_text("text"), "is a text file"),  # type: ignore[func-returns-value]
     "nothing there": (shutil.rmtree, "No such file"),
 }  # fmt: skip

@@ -91,7 +91,7 @@ def test_a_placeholder_names_the_package_that_it_needs(
     transformers: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    class Placeholder(metaclass=transformers.utils.DummyObject):
+    class Placeholder(metaclass=transformers.utils.DummyObject):  # type: ignore[metaclass]
         _backends = ("timm",)
 
     monkeypatch.setattr(transformers, "GPT2LMHeadModel", Placeholder)
