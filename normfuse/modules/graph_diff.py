@@ -17,7 +17,8 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from normfuse.analysis.obstacles import Obstacle, Why
-from normfuse.graph.ops.lookup import reads_entries
+from normfuse.graph.ops.lookup import keeps, reads_entries
+from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program, module_path
 from normfuse.graph.views import arguments, aten, shape, tensors_in
 from normfuse.modules.unread_tensors import Bare, UnreadTensors, is_same_without
@@ -110,7 +111,8 @@ class Comparison:
         waiting = list(self.same.items())
         while waiting:
             new, old = waiting.pop()
-            for before, after in _pairs(old, new):
+            for pair in _pairs(old, new):
+                before, after = self._behind_copies(*pair)
                 if after not in self.same and (self._is_same_call(after, before) or self._is_same_without(after, before)):
                     self.same[after] = before  # a view behind a norm, made anew behind what took its place
                     waiting.append((after, before))
@@ -118,6 +120,12 @@ class Comparison:
                     found[before, after].add(old)
                     waiting.extend(self._given_anew(before, after))
         return found
+
+    def _behind_copies(self, before: Node, after: Node) -> tuple[Node, Node]:
+        """What a copy was of that nobody reads any more, such as the same dtype again: what takes its place is read itself."""
+        while keeps(before) is Keeps.COPY and before.name not in self.new.nodes and keeps(after) is not Keeps.COPY:
+            before = before.all_input_nodes[0]
+        return before, after
 
     def _given_anew(self, value: Node, new: Node) -> Iterator[tuple[Node, Node]]:
         """What a module that gives way was given, where the new graph makes it anew of what took another norm's place."""

@@ -42,6 +42,7 @@ VALUE = Ref("·")
 FREE_OF_SIZES = frozenset({
     "rms_norm.default", "layer_norm.default", "mul.Tensor", "add.Tensor", "sub.Tensor", "neg.default", "mean.dim",
     "transpose.int", "permute.default", "type_as.default", "clone.default",
+    "_to_copy.default",
 })  # fmt: skip
 """What may run on modules: a live model meets other sizes than the traced ones, which `view` would have in its arguments."""
 
@@ -222,12 +223,34 @@ class _Placement(Comparison):
         elif by is None:
             self._refuse(Why.HAS_SIZES, value, new=new)
         elif not way or way[-1][1] is not source:
-            self._refuse(Why.NO_MODULE, value, new=new)
+            whole = self._whole_forward(value, seen_as)
+            if whole is None:
+                self._refuse(Why.NO_MODULE, value, new=new)
+            else:
+                yield whole
         else:
             if by == VALUE and self._is_read_beside(*way[-1]):
                 by = Call("clone.default", (VALUE,))
             for place, (instance, _) in enumerate(way):
                 yield instance, value, Change("instead", VALUE if place else by)
+
+    def _whole_forward(self, value: Node, seen_as: dict[Node, Node]) -> tuple[Instance, Node, Change] | None:
+        """A forward that does more than give a value (casts, transpositions, a gain of its own): all of it is made anew."""
+        instance = next(self._owners(value), None)
+        if instance is None or len(self._outputs(instance)) != 1 or len(self._inputs(instance)) != 1:
+            return None
+        (result,), source = self._outputs(instance), self._inputs(instance)
+        anew = {self._now(node): node for node in self.bodies[instance] & self._still_there}
+        new = self._now(result) if result in anew.values() else None
+        if new is None:
+            return None
+        self.same = {node: old for node, old in self.same.items() if node not in anew}
+        by = self._expression(new, seen_as)
+        if by is None or {seen_as.get(leaf) or self.same.get(leaf) for leaf in self._leaves(new, seen_as)} != source:
+            self.same |= anew
+            return None
+        seen_as[new] = result
+        return instance, value, Change("instead", by)
 
     def _neutralizes(self, value: Node, new: Node) -> bool:
         """Whether a value is what takes its place where its tensors are neutral, no norm done for nothing."""
@@ -273,6 +296,8 @@ class _Placement(Comparison):
             return None
         args = [self._expression(each, stops) if isinstance(each, Node) else literal(each) for each in new.args]
         if None in [a for a, b in zip(args, new.args, strict=True) if b is not None]:
+            return None
+        if new.kwargs.keys() - {"dtype"}:
             return None
         in_dtype = ("dtype", str(new.kwargs["dtype"]).removeprefix("torch.")) if "dtype" in new.kwargs else None
         return Call(op, tuple(args), (in_dtype,) if in_dtype else ())

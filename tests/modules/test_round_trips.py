@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normfuse
+from normfuse.errors import NormfuseWarning
 from tests.models import D, noise
 from tests.modules.models import IMAGES
 from tests.modules.test_unread_tensors import Blocks, distance
@@ -22,13 +24,43 @@ from tests.zoo.spread import spread
 pytestmark = pytest.mark.filterwarnings("ignore::normfuse.errors.NormfuseWarning")
 
 
-class Tied(nn.Module):
-    """A table that is the head as well."""
+class ByHand(nn.Module):
+    """A LayerNorm that multiplies its gain last, in two dtypes (Cohere)."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.weight = nn.Parameter(torch.ones(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centred = (y := x.to(torch.float64)) - y.mean(-1, keepdim=True)
+        return (self.weight * (centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5))).to(x.dtype)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """Of images, whose channels are not last (ConvNeXt)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Sliced(nn.Module):
+    """What reads the norm reads all of what it gives, as a slice (GPT-J, Phi)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, D), nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.first(x))[:, slice(0, None)])
+
+
+class Tied(nn.Module):
+    """A table that is the head as well."""
+
+    def __init__(self, norm: Callable[[], nn.Module] = lambda: nn.LayerNorm(D)) -> None:
+        super().__init__()
         self.table, self.body = nn.Embedding(11, D), nn.Linear(D, D)
-        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+        self.norms = nn.ModuleList(norm() for _ in range(2))
         self.head = nn.Linear(D, 11, bias=False)
         self.head.weight = self.table.weight
 
@@ -59,6 +91,9 @@ def _transposed() -> nn.Module:
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "tied": (Tied, (torch.arange(10).reshape(2, 5),)),
+    "gains by hand": (lambda: Tied(ByHand), (torch.arange(10).reshape(2, 5),)),
+    "channels first": (lambda: nn.Sequential(nn.Conv2d(3, 4, 2), ChannelsFirst(4), nn.ReLU()), IMAGES),
+    "a copy is read": (Sliced, (noise(5, 4),)),
     "rows": (Rows, (noise(5, 4),)),
     "rows, cumulative average": (lambda: Rows(momentum=None), (noise(5, 4),)),
     "no gain": (lambda: _conv(bias=True, affine=False), IMAGES),
@@ -111,6 +146,15 @@ def test_there_and_back(name: str, way: Callable[[nn.Module, Any], None], tmp_pa
     assert [type(each) for each in model.modules()] == [type(each) for each in original.modules()]
     assert [*model.state_dict()] == [*original.state_dict()]
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["gains by hand", "channels first", "a copy is read"])
+def test_every_rewrite_has_a_place(name: str) -> None:
+    build, inputs = LAYERS[name]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NormfuseWarning)  # of what has none
+        _deploy(spread(build()).eval(), inputs)
 
 
 def _is_right_elsewhere(model: nn.Module, original: nn.Module, inputs: Any, folder: Path) -> None:
