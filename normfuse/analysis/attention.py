@@ -7,8 +7,6 @@ must be shown to leave each query one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
@@ -17,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfuse.analysis.facts import Facts
 from normfuse.analysis.obstacles import Why
-from normfuse.graph.interpreter import call
+from normfuse.graph.interpreter import computed
 from normfuse.graph.ops.lookup import carries, computes, keeps, rank, weighed
 from normfuse.graph.ops.row import SAME, Computes, Keeps
 from normfuse.graph.program import Program
@@ -67,20 +65,18 @@ def _leaves_a_key(facts: Facts, mask: Node | None) -> bool:
 
 def _constant(program: Program, wanted: Node) -> Tensor | None:
     """The value of what depends on stored tensors alone; None where their numbers are not known."""
-    values: dict[Node, Any] = {}
-    waiting = [wanted]
-    while waiting:
-        node = waiting.pop()
-        if missing := [each for each in node.all_input_nodes if each not in values]:
-            waiting += [node, *missing]
-        elif node.op == "call_function":
-            values[node] = call(node, values, wide=False)
-        else:
-            name = program.stored.get(node.name, "")
-            if not name or name in program.formulas or not _is_known(program.tensor(name)):
-                return None
-            values[node] = program.tensor(name)
-    return values[wanted] if isinstance(values[wanted], Tensor) else None
+
+    def known(node: Node) -> Tensor:
+        name = program.stored.get(node.name, "")
+        if not name or name in program.formulas or not _is_known(program.tensor(name)):
+            raise LookupError(node.name)
+        return program.tensor(name)
+
+    try:
+        value = computed(wanted, {}, known)
+    except LookupError:
+        return None
+    return value if isinstance(value, Tensor) else None
 
 
 def _is_known(tensor: Tensor) -> bool:

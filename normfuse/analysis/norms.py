@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from normfuse.graph.bodies import Body
-from normfuse.graph.interpreter import call, default_dtype
+from normfuse.graph.interpreter import computed
 from normfuse.graph.ops.lookup import computes, keeps, rank, reads_entries, same, same_sizes, varies_along
 from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.ops.row import ALGEBRAIC, ROOTS, STATISTICS, Keeps
@@ -200,7 +200,7 @@ def _prove(
     gain: Tensor | float = next((value for node, value in given.items() if value is not None and not _is_number(node)), 1.0)
     samples = list(_samples(rank(x), axis, size, constants))
     try:
-        results = [_replay({**given, x: sample}, out, inner) for sample in samples]
+        results = [computed(out, {**given, x: sample}, wide=True) for sample in samples]
     except (RuntimeError, TypeError, KeyError, ValueError):
         return None  # literal sizes inside: not a norm that works on any batch
     for kind, norm in _KINDS:
@@ -263,11 +263,3 @@ _KINDS = (
 
 def _agree(a: object, b: Tensor) -> bool:
     return isinstance(a, Tensor) and a.shape == b.shape and bool(torch.allclose(a, b, rtol=1e-9, atol=1e-9))
-
-
-def _replay(given: Mapping[Node, object], out: Node, inner: list[Node]) -> object:
-    values: dict[Node, object] = dict(given)
-    with torch.no_grad(), default_dtype(torch.float64):
-        for node in inner:
-            values[node] = call(node, values, wide=True)
-    return values[out]

@@ -19,7 +19,7 @@ from normfuse.analysis.facts import analyze
 from normfuse.errors import ExportError
 from normfuse.graph.edits import Edit, Reroute, apply
 from normfuse.graph.expressions import FLOAT32, Call, Ref, literal
-from normfuse.graph.interpreter import call, default_dtype, widened
+from normfuse.graph.interpreter import computed, widened
 from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
@@ -43,13 +43,13 @@ def evaluated(program: Program) -> Program:
         where = f"{site} ({site.source or 'source unknown'})"
         raise ExportError(f"the program was traced in training mode: see {where}", hint="trace it after model.eval()")
     baked = program.baked()
-    computed = _computed(baked)
-    if not computed:
+    wanted = _computed(baked)
+    if not wanted:
         return baked
     draft = apply(baked, ())
     graph, state = draft.graph, dict(baked.exported.state_dict)
     last = [node for node in graph.nodes if node.name in baked.stored][-1]
-    for node, value in zip(computed, _values(baked, computed), strict=True):
+    for node, value in zip(wanted, _values(baked, wanted), strict=True):
         name = f"computed.{node.name}"
         state[name] = nn.Parameter(value, requires_grad=False)
         with graph.inserting_after(last):
@@ -101,16 +101,9 @@ def _computed(program: Program) -> list[Node]:
 def _values(program: Program, wanted: Sequence[Node]) -> Iterator[Tensor]:
     """What the graph computes, in float64, rounded once to the dtype that it has there."""
     values: dict[Node, Tensor] = {}
-    needed = set(wanted)
-    for node in reversed(list(program.graph.nodes)):
-        needed |= set(node.all_input_nodes) if node in needed else set()
-    with torch.no_grad(), default_dtype(torch.float64):
-        for node in program.graph.nodes:
-            if node in needed and node.op == "placeholder":
-                values[node] = widened(program.tensor(program.stored[node.name]).detach())
-            elif node in needed:
-                values[node] = call(node, values, wide=True)
-    return (values[node].to(node.meta["val"].dtype).clone(memory_format=torch.contiguous_format) for node in wanted)
+    for node in wanted:
+        computed(node, values, lambda each: widened(program.tensor(program.stored[each.name]).detach()), wide=True)
+        yield values[node].to(node.meta["val"].dtype).clone(memory_format=torch.contiguous_format)
 
 
 def with_operators(program: Program) -> Program:

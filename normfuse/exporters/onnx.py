@@ -37,6 +37,7 @@ from normfuse.errors import ExportError, InputError, NormfuseWarning
 from normfuse.exporters import onnx_translations
 from normfuse.exporters.extras import package
 from normfuse.exporters.lowering import evaluated, in_float32, with_operators
+from normfuse.exporters.onnx_walk import nodes_of, values_of
 from normfuse.exporters.onnxruntime import Array, as_array, without_prefix
 from normfuse.graph.program import Program, Site, quiet
 from normfuse.sources.atomic import scratch, write_atomically
@@ -181,7 +182,7 @@ def _shield_small_numbers(model: Any) -> None:
     It would drop ``+ 1e-12`` as it drops ``+ 0``, and a row of zeros would become NaN; it looks at scalars only.
     """
     ir = package("onnx_ir", "onnx")
-    for node in [node for node in _nodes(model) if node.op_type in ("Add", "Sub", "Mul", "Div")]:
+    for node in [node for node in nodes_of(model) if node.op_type in ("Add", "Sub", "Mul", "Div")]:
         for index, value in enumerate(node.inputs):
             tensor, other = ir.convenience.get_const_tensor(value), node.inputs[1 - index]
             if tensor is None or tensor.shape.rank() or other.shape is None or not other.shape.rank():
@@ -205,7 +206,7 @@ def _folded(node: Any) -> bool | None:
 @contextlib.contextmanager
 def _kept(model: Any, op: str) -> Iterator[None]:
     """Hide an operator from torch.onnx's optimizer, which folds BatchNorms in float32: the file would hold other weights."""
-    nodes = [node for node in _nodes(model) if node.op_type == op and not node.domain]
+    nodes = [node for node in nodes_of(model) if node.op_type == op and not node.domain]
     for node in nodes:
         node.domain = KEY
     yield
@@ -233,7 +234,7 @@ def _strip(model: Any, translated: ExportedProgram, program: Program) -> dict[st
     """Replace torch's metadata (stack traces, reprs) by the module path and our tag; gives what they told, by node."""
     tags = {node.name: node.meta.get("custom") or {} for node in translated.graph.nodes}
     sites: dict[str, Site] = {}
-    for node in _nodes(model):
+    for node in nodes_of(model):
         scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
         custom = tags.get(scopes[-1], {})
         origin = program.nodes.get(custom.get(ORIGIN, scopes[-1]))
@@ -243,27 +244,14 @@ def _strip(model: Any, translated: ExportedProgram, program: Program) -> dict[st
         node.metadata_props.clear()
         node.metadata_props.update({key: value for key, value in kept.items() if value})
         node.doc_string = None
-    for holder in (model, model.graph, *model.functions.values(), *_values(model)):
+    for holder in (model, model.graph, *model.functions.values(), *values_of(model)):
         holder.metadata_props.clear()
         holder.doc_string = None
     return sites
 
 
-def _nodes(model: Any) -> Iterator[Any]:
-    for graph in (model.graph, *model.functions.values()):
-        yield from graph.all_nodes()
-
-
-def _values(model: Any) -> Iterator[Any]:
-    for graph in (model.graph, *model.functions.values()):
-        yield from graph.inputs
-    yield from model.graph.initializers.values()
-    for node in _nodes(model):
-        yield from node.outputs
-
-
 def _count(model: Any) -> dict[str, int]:
-    return dict(sorted(Counter(node.op_type for node in _nodes(model)).items()))
+    return dict(sorted(Counter(node.op_type for node in nodes_of(model)).items()))
 
 
 def _inputs(exported: ExportedProgram) -> list[Any]:
@@ -277,7 +265,7 @@ def _rename(model: Any, values: Sequence[Any], names: Sequence[str]) -> None:
     if len(names) != len(values) or len(set(names)) != len(names):
         raise ExportError(f"{len(values)} distinct names are needed, for {', '.join(value.name for value in values)}")
     for value, name in zip(values, names, strict=True):
-        for holder in [each for each in _values(model) if each.name == name]:
+        for holder in [each for each in values_of(model) if each.name == name]:
             holder.name = value.name
         value.name = name
 

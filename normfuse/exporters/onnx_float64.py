@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from normfuse.errors import ExportError
 from normfuse.exporters.extras import package
+from normfuse.exporters.onnx_walk import attributes_of, bodies_of
 from normfuse.graph.literals import shortened
 from normfuse.proof.artifacts import Run
 
@@ -139,7 +140,7 @@ def assembled(model: Any, opened: Callable[[Any], Run]) -> Run:
         ExportError: what is left after `KERNELS` cannot be opened either, or is computed in float32 all the same.
     """
     graph = model.graph
-    if any(node.op_type == "Resize" and _attributes(node).get("mode") in SINGLE for node in graph.all_nodes()):
+    if any(node.op_type == "Resize" and attributes_of(node).get("mode") in SINGLE for node in graph.all_nodes()):
         raise ExportError("ONNX Runtime resizes in float32")
     if any(value.dtype is None for node in graph for value in node.outputs):  # the inputs of a piece have types
         package("onnx_ir.passes.common", "onnx").ShapeInferencePass()(model)
@@ -171,7 +172,7 @@ def _is_ours(node: Any) -> bool:
     """Whether torch has the operator with these attributes."""
     if node.op_type not in KERNELS or node.domain:
         return False
-    named = _attributes(node)
+    named = attributes_of(node)
     if node.op_type == "LayerNormalization":  # one that gives its statistics too has them to give as it computes them
         return not any(map(_users, node.outputs[1:]))
     if node.op_type == "Attention":  # of four axes, from nothing but these inputs
@@ -207,20 +208,14 @@ def _users(value: Any) -> set[Any]:
 def _read(node: Any) -> Iterator[Any]:
     """What a node reads, itself and in its subgraphs."""
     yield from (value for value in node.inputs if value is not None)
-    for attribute in node.attributes.values():
-        for graph in attribute.value if attribute.type.name == "GRAPHS" else [attribute.value]:
-            if attribute.type.name.startswith("GRAPH"):
-                yield from (value for inner in graph.all_nodes() for value in inner.inputs if value is not None)
-                yield from graph.outputs
+    for graph in bodies_of(node):
+        yield from (value for inner in graph.all_nodes() for value in inner.inputs if value is not None)
+        yield from graph.outputs
 
 
 def _filled(node: Any, held: dict[str, Tensor]) -> Tensor:
     values = [None if value is None else _value(value, held) for value in node.inputs]
-    return KERNELS[node.op_type](*values, **_attributes(node))
-
-
-def _attributes(node: Any) -> dict[str, Any]:
-    return {name: attribute.value for name, attribute in node.attributes.items()}
+    return KERNELS[node.op_type](*values, **attributes_of(node))
 
 
 def _value(value: Any, held: dict[str, Tensor]) -> Tensor:

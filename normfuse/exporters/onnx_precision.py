@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from normfuse.exporters.extras import package
+from normfuse.exporters.onnx_walk import graphs_of, nodes_of, values_of
 
 DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precision")
 """Attributes that hold a dtype as a number."""
@@ -29,7 +30,7 @@ def wider(model: Any) -> list[Any]:
 
 def dtypes_of(model: Any) -> set[Any]:
     """Every dtype of a stored tensor or value of an ``onnx_ir.Model``."""
-    held = {value.dtype for value in _values(model)} | {tensor.dtype for _, tensor, _ in _tensors(model)}
+    held = {value.dtype for value in values_of(model)} | {tensor.dtype for _, tensor, _ in _tensors(model)}
     return held - {None}
 
 
@@ -40,10 +41,10 @@ def widen(model: Any, wide: Any) -> None:
     for _, tensor, put in list(_tensors(model)):
         if tensor.dtype in narrow:
             put(ir.tensor(tensor.numpy().astype(wide.numpy()), dtype=wide, name=tensor.name))
-    for value in _values(model):
+    for value in values_of(model):
         if value.dtype in narrow:
             value.dtype = wide
-    for node in _nodes(model):
+    for node in nodes_of(model):
         _widen_attributes(node, narrow, wide)
 
 
@@ -76,41 +77,13 @@ def _dtypes() -> Any:
     return package("onnx_ir", "onnx").DataType
 
 
-def _graphs(model: Any) -> Iterator[Any]:
-    for graph in (model.graph, *model.functions.values()):
-        yield graph
-        yield from (subgraph for node in graph.all_nodes() for subgraph in _subgraphs(node))
-
-
-def _subgraphs(node: Any) -> Iterator[Any]:
-    kinds = package("onnx_ir", "onnx").AttributeType
-    for attribute in node.attributes.values():
-        if attribute.type == kinds.GRAPH:
-            yield attribute.as_graph()
-        elif attribute.type == kinds.GRAPHS:
-            yield from attribute.as_graphs()
-
-
-def _nodes(model: Any) -> Iterator[Any]:
-    for graph in (model.graph, *model.functions.values()):
-        yield from graph.all_nodes()
-
-
-def _values(model: Any) -> Iterator[Any]:
-    for graph in _graphs(model):
-        yield from graph.inputs
-        yield from getattr(graph, "initializers", {}).values()
-    for node in _nodes(model):
-        yield from node.outputs
-
-
 def _tensors(model: Any) -> Iterator[tuple[str, Any, Callable[[Any], None]]]:
     """Every stored tensor, also those in attributes: its name, itself, and what puts another one in its place."""
     ir = package("onnx_ir", "onnx")
-    for graph in _graphs(model):
+    for graph in graphs_of(model):
         for name, value in getattr(graph, "initializers", {}).items():
             yield name, value.const_value, partial(setattr, value, "const_value")
-    for node in _nodes(model):
+    for node in nodes_of(model):
         for name, attribute in node.attributes.items():
             if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
 

@@ -25,6 +25,7 @@ from normfuse.errors import ExportError, InputError
 from normfuse.exporters import engine_kernels, onnx
 from normfuse.exporters.engine_kernels import Kernel, NormKernels
 from normfuse.exporters.extras import package
+from normfuse.exporters.onnx_walk import nodes_of
 from normfuse.graph.interpreter import flat_inputs, user_inputs
 from normfuse.graph.program import Program, Site
 from normfuse.graph.views import is_tensor, shape
@@ -147,9 +148,7 @@ def dry_run(program: Program, *, opset: int = 20) -> list[Support]:
         parser = trt.OnnxParser(network, log)
         parser.parse_from_file(str(info.path))
         errors = [parser.get_error(place) for place in range(parser.num_errors)]
-        model = ir.load(info.path)
-        graphs = (model.graph, *model.functions.values())
-        nodes = [(node.op_type, node.name or "") for graph in graphs for node in graph.all_nodes()]
+        nodes = [(node.op_type, node.name or "") for node in nodes_of(ir.load(info.path))]
     reasons = {error.node_name(): str(error.desc()) for error in errors}
     known = {op: bool(parser.supports_operator(op)) for op, _ in nodes}
     return [

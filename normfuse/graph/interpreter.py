@@ -78,6 +78,30 @@ def call(
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
+def computed(wanted: Node, values: dict[Node, Any], fetch: Callable[[Node], Any] | None = None, *, wide: bool = False) -> Any:
+    """The value of one node, computed of others that are known; those on the way are known afterwards.
+
+    Args:
+        wanted: the node.
+        values: what is known.
+        fetch: gives the value of a placeholder; None where all that are needed are known.
+        wide: compute in float64, as `call` does.
+    """
+    waiting = [wanted]
+    with torch.no_grad(), default_dtype(torch.float64 if wide else torch.get_default_dtype()):
+        while waiting:
+            node = waiting.pop()
+            if node in values:
+                continue
+            if missing := [each for each in node.all_input_nodes if each not in values]:
+                waiting += [node, *missing]
+            elif node.op == "call_function":
+                values[node] = call(node, values, wide=wide)
+            else:
+                values[node] = fetch(node) if fetch else values[node]
+    return values[wanted]
+
+
 Beside = Callable[[Node, Sequence[Any], Any, bool], Any]
 """Told of every call: its node, what it read, its result, whether it ran in its own dtype; gives the result to go on with."""
 

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from normfuse.analysis.facts import Facts, analyze
 from normfuse.errors import NormfuseError
-from normfuse.graph.interpreter import call
+from normfuse.graph.interpreter import computed
 from normfuse.graph.ops.lookup import keeps, layer, product, rank
 from normfuse.graph.ops.row import MOVES, SAME, Keeps
 from normfuse.graph.program import Program
@@ -237,10 +237,8 @@ def _reader(program: Program, maker: Node, way: list[Node]) -> Reader | None:
         return None
     size = shape(maker)[-1]
     numbered = torch.arange(size, dtype=torch.float64).expand([int(each) for each in shape(maker)])
-    values: dict[Node, Any] = {maker: numbered}
-    for node in way:
-        values[node] = call(node, values, wide=True)
-    columns = tuple(sorted({int(each) for each in values[way[-1] if way else maker].unique()}))
+    values = computed(way[-1] if way else maker, {maker: numbered}, wide=True)
+    columns = tuple(sorted({int(each) for each in values.unique()}))
     return Reader(path, None if len(columns) == size else columns)
 
 
