@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from normfuse.errors import ExportError, InputError, first_line
-from normfuse.exporters.extras import package
 from normfuse.exporters.lowering import evaluated
 from normfuse.graph.program import Program, quiet
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.sources.atomic import write_atomically
+from normfuse.sources.packages import package
 
 # as PyTorch and ExecuTorch count dtypes
 DTYPES = {0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32,

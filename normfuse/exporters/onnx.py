@@ -35,12 +35,12 @@ from torch.export.graph_signature import ConstantArgument, InputKind
 
 from normfuse.errors import ExportError, InputError, NormfuseWarning
 from normfuse.exporters import onnx_translations
-from normfuse.exporters.extras import package
 from normfuse.exporters.lowering import evaluated, in_float32, with_operators
 from normfuse.exporters.onnx_walk import nodes_of, values_of
 from normfuse.exporters.onnxruntime import Array, as_array, without_prefix
 from normfuse.graph.program import Program, Site, quiet
 from normfuse.sources.atomic import scratch, write_atomically
+from normfuse.sources.packages import package
 
 OLDEST_OPSET, NEWEST_OPSET = 18, 25
 WIDE_GROUP_NORM_OPSET = 21

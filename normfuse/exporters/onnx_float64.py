@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from normfuse.errors import ExportError
-from normfuse.exporters.extras import package
 from normfuse.exporters.onnx_walk import attributes_of, bodies_of
 from normfuse.graph.literals import shortened
 from normfuse.proof.artifacts import Run
+from normfuse.sources.packages import package
 
 EPSILON, SLOPE, GATE = (shortened(each) for each in (1e-5, 0.01, 0.2))
 """Attributes that a file leaves to ONNX: of the norms, LeakyRelu and HardSigmoid."""

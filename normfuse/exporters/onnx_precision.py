@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from normfuse.exporters.extras import package
 from normfuse.exporters.onnx_walk import graphs_of, nodes_of, values_of
+from normfuse.sources.packages import package
 
 DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "stash_type", "softmax_precision")
 """Attributes that hold a dtype as a number."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.exporters.extras import package
+from normfuse.sources.packages import package
 
 GELU_OPSET = 20
 RMS_OPSET = 23

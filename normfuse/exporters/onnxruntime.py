@@ -14,10 +14,10 @@ import torch
 
 from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseError
 from normfuse.exporters import onnx_float64, onnx_precision
-from normfuse.exporters.extras import package
 from normfuse.exporters.onnx_signature import ports
 from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.sources.atomic import scratch
+from normfuse.sources.packages import package
 
 BFLOAT16 = 16  # as ONNX counts dtypes
 Array = np.ndarray[Any, Any]

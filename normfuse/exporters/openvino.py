@@ -18,10 +18,10 @@ from torch import Tensor
 
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import onnx
-from normfuse.exporters.extras import package
 from normfuse.graph.program import Program
 from normfuse.proof.artifacts import Artifact, Port, Run
 from normfuse.sources.atomic import scratch, write_atomically
+from normfuse.sources.packages import package
 
 PRECISION = "INFERENCE_PRECISION_HINT"
 NORM_LAYERS = ("RMS", "MVN", "BatchNormInference", "GroupNormalization", "NormalizeL2")

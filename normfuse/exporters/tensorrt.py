@@ -24,13 +24,13 @@ from torch import Tensor
 from normfuse.errors import ExportError, InputError
 from normfuse.exporters import engine_kernels, onnx
 from normfuse.exporters.engine_kernels import Kernel, NormKernels
-from normfuse.exporters.extras import package
 from normfuse.exporters.onnx_walk import nodes_of
 from normfuse.graph.interpreter import flat_inputs, user_inputs
 from normfuse.graph.program import Program, Site
 from normfuse.graph.views import is_tensor, shape
 from normfuse.proof.artifacts import Artifact, Port
 from normfuse.sources.atomic import scratch, write_atomically
+from normfuse.sources.packages import package
 
 UNBOUNDED = 8
 """A profile needs a largest size: where the program has none, this many times the example's."""

@@ -78,7 +78,7 @@ def proven_first(path: Path, write: Callable[[Path], None], *, never_over: Seque
             _check(goal, goal, never_over)
             if goal.exists():
                 shutil.copymode(goal, file)
-            _to_disk(file)
+            to_disk(file)
         _place(files, target.parent, folder)
 
 
@@ -102,7 +102,7 @@ def new_folder(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
         yield new
         for file in new.rglob("*"):
             if file.is_file():
-                _to_disk(file)
+                to_disk(file)
         os.rename(new, path)
 
 
@@ -170,7 +170,8 @@ def _pour(file: Path, path: Path) -> None:
         shutil.copyfileobj(content, stream, _PIECE)
 
 
-def _to_disk(path: Path) -> None:
+def to_disk(path: Path) -> None:
+    """Wait until a file is on the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
 

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from normfuse.errors import LoadError, listed
 from normfuse.sources.allowlist import NotAllowed
+from normfuse.sources.atomic import to_disk
 from normfuse.sources.building import Builder, names_in
 from normfuse.sources.loading import told_as_load_error
 from normfuse.sources.pickles import Made, Name, Outside
 from normfuse.sources.safetensors_file import bytes_of
 from normfuse.sources.storages import storage_of
-from normfuse.sources.torch_files import TorchFile, opened_torch_file, outsides, to_disk
+from normfuse.sources.torch_files import TorchFile, opened_torch_file, outsides
 
 WEIGHTS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params", "weights", "generator",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from normfuse.errors import LoadError, MissingExtra, first_line
+from normfuse.errors import LoadError, first_line
+from normfuse.sources.packages import package
 
 _ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
 _ENDINGS = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".py", ".xml", ".engine", ".pte", ".zip")
@@ -24,25 +25,21 @@ def from_hub(text: str) -> Path:
         LoadError: there is no such id, or it is not in the cache and the hub is not reached.
         MissingExtra: huggingface_hub is not installed.
     """
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-    except ImportError as error:
-        raise MissingExtra("huggingface_hub", "zoo") from error
+    hub, errors = (package(name) for name in ("huggingface_hub", "huggingface_hub.errors"))
     match = _ID.fullmatch(text)
     assert match is not None, "the caller asks of what `is_hub_id` knows"
     repo, revision = match["repo"], match["revision"]
     cached: Path | None = None
     try:
-        cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except LocalEntryNotFoundError:
+        cached = Path(hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except errors.LocalEntryNotFoundError:
         pass
     except Exception as error:
         raise LoadError(f"{text} cannot be looked up: {first_line(error)}", hint="check the name") from error
     if cached is not None and _is_whole(cached):
         return cached
     try:
-        return Path(snapshot_download(repo, revision=revision, ignore_patterns=_OTHER_FORMS))
+        return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_OTHER_FORMS))
     except Exception as error:  # of the network, or of the hub
         hint = f"check the name and the network; or fetch it elsewhere (hf download {repo}) and give its folder"
         why = first_line(error)[:200]

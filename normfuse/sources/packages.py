@@ -16,8 +16,12 @@ from normfuse.errors import LoadError, MissingExtra, NormfuseError, first_line, 
 from normfuse.sources.missing_packages import KNOWN, own_files, what_to_do
 
 
-def package(name: str) -> Any:
-    """An optional package.
+def package(name: str, extra: str = "zoo") -> Any:
+    """An optional package, or a module of one.
+
+    Args:
+        name: of the package or module.
+        extra: of normfuse, which brings it.
 
     Raises:
         MissingExtra: it is not installed.
@@ -26,8 +30,8 @@ def package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:  # an import may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == name:
-            raise MissingExtra(name, "zoo") from error
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            raise MissingExtra(name, extra) from error
         raise not_imported(name, error) from error
 
 

@@ -8,7 +8,6 @@ entries of one name are an attack or an accident, and never one tensor.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from normfuse import limits
 from normfuse.errors import LoadError, first_line
 from normfuse.limits import OverLimit
+from normfuse.sources.atomic import to_disk
 from normfuse.strict_json import parsed, record
 
 DAMAGED = "fetch or save the file again"
@@ -81,8 +81,7 @@ class SafetensorsFile:
                 if key in without.header:
                     file.seek(without.start + without.header[key]["data_offsets"][0])
                     file.write(bytes_of(value))
-            file.flush()
-            os.fsync(file.fileno())
+        to_disk(target)
 
     def _write_without(self, target: Path, dropped: Collection[str]) -> None:
         kept = sorted((key for key in self.keys if key not in dropped), key=lambda key: self.header[key]["data_offsets"])

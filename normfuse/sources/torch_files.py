@@ -6,7 +6,6 @@ Since torch 1.6 a zip archive with a record for every storage; before, pickles i
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +149,3 @@ def _protocol(data: bytes) -> int:
 def bytes_of_storage(storage: torch.UntypedStorage) -> bytes:
     """The bytes of a storage."""
     return bytes(torch.empty(0, dtype=torch.uint8).set_(storage).numpy())  # type: ignore[call-overload]
-
-
-def to_disk(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from normfuse.errors import MissingExtra, NormfuseError
+from normfuse.errors import NormfuseError
+from normfuse.sources.packages import package
 from normfuse.stripping.recovery import Recovery
 
 
@@ -23,12 +24,9 @@ def trainer_callback(recovery: Recovery) -> Any:
     Raises:
         MissingExtra: transformers is not installed.
     """
-    try:
-        from transformers import TrainerCallback
-    except ImportError as error:
-        raise MissingExtra("transformers", "zoo") from error
+    base: Any = package("transformers").TrainerCallback
 
-    class RecoveryCallback(TrainerCallback):  # type: ignore[misc]
+    class RecoveryCallback(base):  # type: ignore[misc]
         """Follows the schedule; the steps are the optimizer's, whatever gradient accumulation does."""
 
         def __init__(self) -> None:
