@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfuse import limits
 from normfuse.errors import LoadError, NormfuseWarning
 from normfuse.limits import OverLimit, check_inflation
 from normfuse.sources import allowlist, archive
@@ -38,7 +37,7 @@ from normfuse.sources.extents import check_numbers
 from normfuse.sources.missing_packages import what_to_do
 from normfuse.sources.own_classes import run_file
 from normfuse.sources.pickles import Unreadable, picture
-from normfuse.sources.storages import ArchiveStorages, LegacyStorages, pickles_in, unpacked_size
+from normfuse.sources.storages import archived, in_a_row, unpacked_size
 
 TRUST = "--trust-pickle (trust_pickle=True) lets the file run whatever it contains on this machine: your own decision"
 RESAVE = "save the module with torch.save(model, path), or export it with torch.export and torch.export.save"
@@ -235,8 +234,8 @@ def _checked_archive(path: Path, reader: torch._C.PyTorchFileReader) -> dict[str
         content = reader.get_record(record) if record.startswith("data/sample_inputs/") else b""
         if content:
             inside = torch._C.PyTorchFileReader(BytesIO(content))  # type: ignore[arg-type]
-            check_inflation(unpacked_size(inside), len(content))
-            examples[record] = _built(picture(inside.get_record("data.pkl")), ArchiveStorages(inside, None), allowlist.resolve)
+            root, storages = archived(inside, None, len(content))
+            examples[record] = _built(picture(root), storages, allowlist.resolve)
     return examples
 
 
@@ -244,10 +243,7 @@ def _load_legacy(path: Path, *, trust_pickle: bool, resolve: Resolve = allowlist
     with told_as_load_error(path):
         if trust_pickle:
             return torch.load(path, map_location="cpu", weights_only=False)
-        (_magic, _protocol, system, root, keys), behind = pickles_in(path.read_bytes(), 5)
-        if picture(system).get("little_endian") is not True:
-            raise Unreadable("it was written on a machine of another byte order")
-        storages = LegacyStorages(behind)
+        (_magic, _version, _machine, root, keys), storages = in_a_row(path.read_bytes())
         content = _built(picture(root), storages, resolve)
         storages.fill(picture(keys))
         return content
@@ -259,10 +255,8 @@ def _load_pickled(
     with told_as_load_error(path):
         if trust_pickle:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-        check_inflation(unpacked_size(reader), path.stat().st_size)
-        if reader.get_record_size("data.pkl") > limits.PICKLE_BYTES:
-            raise OverLimit(f"a pickle of {reader.get_record_size('data.pkl'):,} bytes", "PICKLE_BYTES")
-        return _built(picture(reader.get_record("data.pkl")), ArchiveStorages(reader, path), resolve)
+        root, storages = archived(reader, path, path.stat().st_size)
+        return _built(picture(root), storages, resolve)
 
 
 def _built(root: Any, stored: Callable[[Any], Stored], resolve: Resolve) -> Any:

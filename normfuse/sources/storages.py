@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from normfuse import limits
+from normfuse.limits import OverLimit, check_inflation
 from normfuse.sources.archive import NO_ZIP
 from normfuse.sources.constructors import Stored
-from normfuse.sources.pickles import Name, Unreadable
+from normfuse.sources.pickles import Name, Unreadable, picture
 
 # The names of storages in pickles, such as torch.FloatStorage, and what they hold.
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -85,6 +87,23 @@ def unpacked_size(reader: Any) -> int:
     return sum(map(reader.get_record_size, reader.get_all_records()))
 
 
+def archived(reader: Any, path: Path | None, packed: int) -> tuple[bytes, ArchiveStorages]:
+    """The pickle of an archive, and the storages that it refers to.
+
+    Args:
+        reader: of the archive.
+        path: where it lies on the disk; None where it lies in another file.
+        packed: its bytes.
+
+    Raises:
+        OverLimit: it is larger than is allowed, packed or unpacked.
+    """
+    check_inflation(unpacked_size(reader), packed)
+    if reader.get_record_size("data.pkl") > limits.PICKLE_BYTES:
+        raise OverLimit(f"a pickle of {reader.get_record_size('data.pkl'):,} bytes", "PICKLE_BYTES")
+    return reader.get_record("data.pkl"), ArchiveStorages(reader, path)
+
+
 class LegacyStorages:
     """Storages behind the pickle of a file from before torch 1.6: a list of their keys, then each with its size before it."""
 
@@ -121,7 +140,19 @@ class LegacyStorages:
             raise Unreadable("it does not hold all of its tensors")
 
 
-def pickles_in(data: bytes, count: int) -> tuple[list[bytes], bytes]:
+def in_a_row(data: bytes) -> tuple[list[bytes], LegacyStorages]:
+    """The pickles of a file from before torch 1.6 (magic number, version, machine, content, keys), and its storages.
+
+    Raises:
+        Unreadable: it is of another kind of machine.
+    """
+    parts, behind = _pickles_in(data, 5)
+    if picture(parts[2]).get("little_endian") is not True:
+        raise Unreadable("it was written on a machine of another byte order")
+    return parts, LegacyStorages(behind)
+
+
+def _pickles_in(data: bytes, count: int) -> tuple[list[bytes], bytes]:
     """The first `count` pickles of a stream, and what follows them."""
     found = []
     for _ in range(count):

@@ -13,15 +13,13 @@ from typing import Any
 
 import torch
 
-from normfuse import limits
 from normfuse.errors import LoadError
-from normfuse.limits import OverLimit, check_inflation
 from normfuse.sources.atomic import late_errors
 from normfuse.sources.constructors import Stored
 from normfuse.sources.loading import LEGACY, RESAVE, archive_reader, first_bytes, foreign
 from normfuse.sources.pickle_writing import pickled
 from normfuse.sources.pickles import Outside, Unreadable, children, picture
-from normfuse.sources.storages import ArchiveStorages, LegacyStorages, pickles_in, storage_of, unpacked_size
+from normfuse.sources.storages import archived, in_a_row, storage_of
 
 _OWN_RECORDS = ("version", ".data/serialization_id")  # torch's writer adds them itself
 
@@ -86,11 +84,7 @@ def _archive(path: Path) -> TorchFile:
         )
     if "data.pkl" not in records:
         raise LoadError(f"{path} is a zip file, but not one of torch.save", hint=RESAVE)
-    check_inflation(unpacked_size(reader), path.stat().st_size)
-    if reader.get_record_size("data.pkl") > limits.PICKLE_BYTES:
-        raise OverLimit(f"a pickle of {reader.get_record_size('data.pkl'):,} bytes", "PICKLE_BYTES")
-    data = reader.get_record("data.pkl")
-    storages = ArchiveStorages(reader, path)
+    data, storages = archived(reader, path, path.stat().st_size)
     if storages.swapped:
         raise Unreadable("it was written on a machine of another byte order")
 
@@ -120,11 +114,8 @@ class _Ended:
 
 
 def _legacy(path: Path) -> TorchFile:
-    parts, behind = pickles_in(path.read_bytes(), 5)
+    parts, storages = in_a_row(path.read_bytes())
     root, keys = picture(parts[3]), picture(parts[4])
-    if picture(parts[2]).get("little_endian") is not True:
-        raise Unreadable("it was written on a machine of another byte order")
-    storages = LegacyStorages(behind)
     for each in outsides(root):
         storages(each.reference)
     storages.fill(keys)
