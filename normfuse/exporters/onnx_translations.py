@@ -7,6 +7,7 @@ function to the last digit; runtimes evaluate it once, when they load the file.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ def translations(opset: int) -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.aten.logit.default: _spelled_logit,
         torch.ops.aten.celu.default: _spelled_celu,
         torch.ops.aten.linalg_vector_norm.default: _spelled_vector_norm,
+        torch.ops.aten.scaled_dot_product_attention.default: partial(_attention, _theirs_of_attention(opset)),
     }
     return table if opset >= GELU_OPSET else {**table, torch.ops.aten.gelu.default: _spelled_gelu}
 
@@ -89,6 +91,32 @@ def _spelled_vector_norm(self: Any, ord: float = 2.0, dim: Any = None, keepdim: 
     axes = [] if dim is None else [op.Constant(value_ints=list(dim))]
     total = op.ReduceSum(op.Pow(op.Abs(self), degree), *axes, keepdims=keepdim)
     return op.Pow(total, op.Div(one, degree))
+
+
+def _theirs_of_attention(opset: int) -> Callable[..., Any]:
+    if opset >= RMS_OPSET:
+        newer: Callable[..., Any] = package(
+            "torch.onnx._internal.exporter._torchlib.ops.nn", "onnx"
+        ).aten_scaled_dot_product_attention_23
+        return newer
+    older: Callable[..., Any] = package("onnxscript.function_libs.torch_lib.ops.nn", "onnx").aten_scaled_dot_product_attention
+    return older
+
+
+def _attention(
+    theirs: Callable[..., Any], query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any
+) -> Any:
+    """``aten.scaled_dot_product_attention``; a query that may see no key, as in front of a text that is padded, gives zeros.
+
+    torch.onnx masks with the smallest number, so that such a query gives the mean of all values.
+    """
+    ir, op = package("onnx_ir", "onnx"), package("onnxscript", "onnx").opset18
+    y = theirs(query, key, value, attn_mask, *rest, **options)
+    if attn_mask is None or attn_mask.dtype != ir.DataType.BOOL:
+        return y
+    sees = op.ReduceMax(op.Cast(attn_mask, to=query.dtype), op.Constant(value_ints=[-1]), keepdims=1)
+    zero = op.Constant(value=ir.tensor(0.0, dtype=query.dtype))
+    return op.Where(op.Cast(sees, to=ir.DataType.BOOL), y, zero)
 
 
 def _spelled_rms_norm(input: Any, normalized_shape: Sequence[Any], weight: Any = None, eps: float | None = None) -> Any:
