@@ -9,7 +9,6 @@ and exporters get ``rms_norm``: they have kernels for it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,8 +18,9 @@ from normfuse.analysis.facts import analyze
 from normfuse.graph.edits import Edit, NewTensor, Reroute, apply
 from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref, evaluate
 from normfuse.graph.ops.lookup import rank
+from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.program import Program
-from normfuse.graph.views import arguments, aten, default_rms_eps, dtype, shape
+from normfuse.graph.views import Norm, NormKind, aten, dtype, shape
 
 SLOWER = (
     "operator by operator on a CPU, torch's rms_norm is slower than its layer_norm; "
@@ -46,7 +46,8 @@ def for_cpu(planned: Program, program: Program) -> Program:
 
 def notes(original: Program, rewritten: Program) -> tuple[str, ...]:
     """What the reader of a report should know of the speed of the norms that were made."""
-    before, after = (sum(norm.rms for norm in map(_norm, each.graph.nodes) if norm) for each in (original, rewritten))
+    norms = ([norm.kind for norm in map(_norm, each.graph.nodes) if norm] for each in (original, rewritten))
+    before, after = (kinds.count(NormKind.RMS_NORM) for kinds in norms)
     return (SLOWER,) if after > before else ()
 
 
@@ -55,44 +56,31 @@ def _respelled(program: Program, centred: dict[str, frozenset[int]]) -> Iterator
     like = _like(program)
     for node in program.graph.nodes:
         norm = _norm(node)
-        if norm is None or not norm.is_slow(centred):
+        if norm is None or not _is_slow(norm, centred):
             continue
-        if norm.gain is None and norm.width not in ones:
-            name = f"normfuse.ones_{norm.width}"
-            ones[norm.width] = Ref(name) if like else Call("ones.default", ((norm.width,),), FLOAT32)
+        width = shape(node)[-1]
+        if norm.gain is None and width not in ones:
+            name = f"normfuse.ones_{width}"
+            ones[width] = Ref(name) if like else Call("ones.default", ((width,),), FLOAT32)
             if like:
-                yield NewTensor(name, Call("ones.default", ((norm.width,),)), like)
-        out, shift = (node, norm.shift) if norm.shift is not None else _shifted(program, node, norm.width)
-        gain = ones[norm.width] if norm.gain is None else Ref(norm.gain.name)
-        by = Call("layer_norm.default", (Ref(norm.x.name), (norm.width,), gain, shift and Ref(shift.name), norm.eps))
+                yield NewTensor(name, Call("ones.default", ((width,),)), like)
+        out, shift = (node, norm.shift) if norm.shift is not None else _shifted(program, node, width)
+        gain = ones[width] if norm.gain is None else Ref(norm.gain.name)
+        by = Call("layer_norm.default", (Ref(norm.x.name), (width,), gain, shift and Ref(shift.name), norm.eps))
         yield Reroute(out.name, by)
 
 
-@dataclass(frozen=True)
-class _Norm:
-    """A call of one of the two operators, over the last axis."""
-
-    x: Node
-    width: int
-    gain: Node | None
-    shift: Node | None
-    eps: float
-    rms: bool
-
-    def is_slow(self, centred: dict[str, frozenset[int]]) -> bool:
-        """Whether ``layer_norm`` with a gain is the same function, and faster."""
-        return rank(self.x) - 1 in centred.get(self.x.name, ()) if self.rms else self.gain is None
-
-
-def _norm(node: Node) -> _Norm | None:
-    if node.target not in (aten.rms_norm.default, aten.layer_norm.default):
+def _norm(node: Node) -> Norm | None:
+    """A call of one of the two operators, over the last axis in float32 on a CPU."""
+    norm = operator_norm(node) if node.target in (aten.rms_norm.default, aten.layer_norm.default) else None
+    if norm is None or norm.axes != (rank(node) - 1,) or dtype(node) is not torch.float32:
         return None
-    value, given = node.meta["val"], arguments(node)
-    x, width = given["input"], shape(node)[-1]
-    if value.dtype is not torch.float32 or value.device.type != "cpu" or list(given["normalized_shape"]) != [width]:
-        return None
-    eps = default_rms_eps(dtype(x)) if given["eps"] is None else given["eps"]
-    return _Norm(x, width, given.get("weight"), given.get("bias"), eps, node.target is aten.rms_norm.default)
+    return norm if node.meta["val"].device.type == "cpu" else None
+
+
+def _is_slow(norm: Norm, centred: dict[str, frozenset[int]]) -> bool:
+    """Whether ``layer_norm`` with a gain is the same function, and faster."""
+    return norm.axes[0] in centred.get(norm.x.name, ()) if norm.kind == NormKind.RMS_NORM else norm.gain is None
 
 
 def _shifted(program: Program, node: Node, width: int) -> tuple[Node, Node | None]:

@@ -23,9 +23,8 @@ from normfuse.graph.interpreter import computed, widened
 from normfuse.graph.ops.lookup import keeps
 from normfuse.graph.ops.row import Keeps
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape
+from normfuse.graph.views import HALVES, Norm, NormKind, arguments, aten, dtype, shape
 
-HALVES = (torch.float16, torch.bfloat16)
 OPERATOR_DTYPES = (*HALVES, torch.float32)
 """An operator's eps is a float32 in ONNX: float64 norms stay in arithmetic."""
 

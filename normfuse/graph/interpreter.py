@@ -30,9 +30,9 @@ from normfuse.graph.nodes import attribute_of, draws, operator_name
 from normfuse.graph.ops.rounding import reads_bits
 from normfuse.graph.program import Program
 from normfuse.graph.seeds import torch_seeded
-from normfuse.graph.views import arguments, aten, default_rms_eps, dtype
+from normfuse.graph.views import HALVES, arguments, aten, default_rms_eps, dtype
 
-NARROW = (torch.float16, torch.bfloat16, torch.float32)
+NARROW = (*HALVES, torch.float32)
 """Dtypes in which torch's kernels compute with numbers of float32."""
 
 

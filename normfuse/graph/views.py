@@ -18,6 +18,9 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
+HALVES = (torch.float16, torch.bfloat16)
+"""Dtypes of half precision."""
+
 
 def arguments(node: Node) -> dict[str, Any]:
     """Every argument of an aten call by its schema name, defaults filled in.

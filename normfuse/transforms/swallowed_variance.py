@@ -21,12 +21,10 @@ from normfuse.graph.expressions import FLOAT32, Call, Expression, Ref
 from normfuse.graph.interpreter import run
 from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, NormKind, dtype
+from normfuse.graph.views import HALVES, Norm, NormKind, dtype
 
 DUST = 2.0**-8
 """A norm whose gain does not bring its output to this size anywhere was not seen at work: its input was constant by chance."""
-
-HALF = (torch.float16, torch.bfloat16)
 
 
 def swallowed_up_to(norm: Norm) -> float:
@@ -34,7 +32,7 @@ def swallowed_up_to(norm: Norm) -> float:
     kinds = [dtype(node) for node in (norm.x, *norm.inner)]
     floats = [each for each in kinds if each is not None and each.is_floating_point]
     if not norm.by_hand:
-        floats = [torch.float32 if each in HALF else each for each in floats]
+        floats = [torch.float32 if each in HALVES else each for each in floats]
     return norm.eps * min(torch.finfo(each).eps for each in floats) / 4
 
 
@@ -113,7 +111,7 @@ def _works(program: Program, norm: Norm, variance: float) -> bool:
 def linear(norm: Norm, sigma: float) -> Expression:
     """(x - mean x)/σ ⊙ γ + β in place of a LayerNorm over the last axis."""
     x: Expression = Ref(norm.x.name)
-    half = dtype(norm.x) in HALF
+    half = dtype(norm.x) in HALVES
     wide = Call("_to_copy.default", (x,), FLOAT32) if half else x
     value = (wide - Call("mean.dim", (wide, (rank(norm.x) - 1,), True))) / sigma
     if norm.gain is not None:

@@ -28,7 +28,7 @@ from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.lookup import carries, is_mean_of, rank
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, NormKind, arguments, aten, dtype, shape, tensors_in
+from normfuse.graph.views import HALVES, Norm, NormKind, arguments, aten, dtype, shape, tensors_in
 from normfuse.transforms.backward import Backward, Key, Step
 from normfuse.transforms.basis import Basis
 from normfuse.transforms.forward import is_size_blind
@@ -434,14 +434,11 @@ class _Streams:
         (axis,) = norm.axes
         x = Ref(stream.entries.get((norm.x, axis), norm.x.name))
         d = _width(norm.x, axis)
-        return Reroute(norm.out.name, self.basis.normalized(x, axis, rank(norm.x), d, norm.eps, dtype(norm.x) in _HALVES))
-
-
-_HALVES = (torch.float16, torch.bfloat16)
+        return Reroute(norm.out.name, self.basis.normalized(x, axis, rank(norm.x), d, norm.eps, dtype(norm.x) in HALVES))
 
 
 def _is_half(node: Node) -> bool:
-    return dtype(node) in _HALVES
+    return dtype(node) in HALVES
 
 
 def _width(node: Node, axis: int) -> int:
