@@ -8,7 +8,7 @@ from pathlib import Path
 from normfuse.errors import LoadError, first_line
 from normfuse.sources.packages import package
 
-_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>[\w.][\w./-]*))?")
+_ID = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>(?!.*\.\.)[\w.][\w./-]*))?")
 _ENDINGS = (".pt", ".pth", ".pt2", ".bin", ".ckpt", ".safetensors", ".json", ".onnx", ".py", ".xml", ".engine", ".pte", ".zip")
 _OTHER_FORMS = ["*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.ot", "*.tflite", "onnx/*", "original/*", "openvino/*", "coreml/*"]
 
@@ -38,12 +38,16 @@ def from_hub(text: str) -> Path:
         raise LoadError(f"{text} cannot be looked up: {first_line(error)}", hint="check the name") from error
     if cached is not None and _is_whole(cached):
         return cached
+    hint = f"check the name and the network; or fetch it elsewhere (hf download {repo}) and give its folder"
     try:
-        return Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_OTHER_FORMS))
+        found = Path(hub.snapshot_download(repo, revision=revision, ignore_patterns=_OTHER_FORMS))
     except Exception as error:  # of the network, or of the hub
-        hint = f"check the name and the network; or fetch it elsewhere (hf download {repo}) and give its folder"
-        why = first_line(error)[:200]
+        away = hub.constants.HF_HUB_OFFLINE and isinstance(error, errors.LocalEntryNotFoundError)
+        why = "it is not in the cache, and HF_HUB_OFFLINE is set" if away else first_line(error)[:200]
         raise LoadError(f"there is no file or folder {text}, and the hub does not give it: {why}", hint=hint) from error
+    if not _is_whole(found):
+        raise LoadError(f"of {text} only a part without weights is in the cache, or it has none", hint=hint)
+    return found
 
 
 def _is_whole(folder: Path) -> bool:

@@ -63,6 +63,9 @@ def open(
             raise InputError(f"{name} is an architecture without weights", hint="name its weights: --weights FILE")
         if is_hub_id(name):
             return _open_folder(name, from_hub(name), trust_remote_code)
+        if path.name == name and not path.suffix:
+            said = "check the path; a model of the hub is named by its owner too, such as openai-community/gpt2"
+            raise LoadError(f"there is no file or folder {name}", hint=said)
     if os.path.lexists(path / CONFIG):
         return _open_folder(name, path, trust_remote_code)
     return Source(name, load(path, trust_pickle=trust_pickle), (path,))
