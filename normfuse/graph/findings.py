@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import Any, TypeAlias
 
 from normfuse.errors import one_of
-from normfuse.graph.edits import Edit
+from normfuse.graph.edits import Edit, NewTensor, SetTensor
 from normfuse.graph.program import Site
 
 NO_NORM = "no norm"
@@ -53,6 +53,16 @@ class Rewrite:
     region: frozenset[str]
     claim: Claim
     because: str
+
+    @property
+    def formed(self) -> list[SetTensor | NewTensor]:
+        """The edits that give stored tensors their values."""
+        return [edit for edit in self.edits if isinstance(edit, SetTensor | NewTensor)]
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the stored tensors and nodes that are edited."""
+        return {edit.name if isinstance(edit, SetTensor | NewTensor) else edit.node for edit in self.edits}
 
 
 @dataclass(frozen=True)

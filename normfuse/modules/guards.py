@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from normfuse.graph.edits import NewTensor, SetTensor
 from normfuse.graph.expressions import Formula, reads
 from normfuse.graph.program import Program
 from normfuse.modules.make_live import names_of, place_of
@@ -45,9 +44,8 @@ def _groups(made: ModulePlan, model: nn.Module, statistics: set[nn.Module]) -> l
         groups[:] = [group for group in groups if group not in touched] + [members.union(*touched)]
 
     for each in made.plan.rewrites:
-        formed = [edit for edit in each.edits if isinstance(edit, (SetTensor, NewTensor))]
-        held: set[Any] = set().union(*(_holders(edit.formula, model) for edit in formed))
-        owners: set[Any] = {place_of(model, name)[0] for edit in formed for name in names_of(made.program, edit.name)}
+        held: set[Any] = set().union(*(_holders(edit.formula, model) for edit in each.formed))
+        owners: set[Any] = {place_of(model, name)[0] for edit in each.formed for name in names_of(made.program, edit.name)}
         together(owners | (held or {_NO_STATISTICS}))
     for name in made.changes.neutralized:
         together({place_of(model, name)[0], _NO_STATISTICS})

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from normfuse.errors import InputError, InvalidPlan, first_line
-from normfuse.graph.edits import NewTensor, SetTensor
 from normfuse.graph.findings import Finding, Refusal, Rewrite
-from normfuse.graph.program import Site
 from normfuse.limits import OverLimit
 from normfuse.planning.planner import Plan
 from normfuse.strict_json import read_file
@@ -72,9 +70,9 @@ def _fates(plan: Plan) -> Iterator[tuple[Where, str]]:
 
 def _each(finding: Finding) -> Iterable[tuple[str, str]]:
     if isinstance(finding, Refusal):
-        return [(_place(finding.site), f"refused ({finding.code})")]
+        return [(str(finding.site), f"refused ({finding.code})")]
     return [
-        (_place(site), f"{was} → {finding.becomes} ({finding.claim.name.lower()})")
+        (str(site), f"{was} → {finding.becomes} ({finding.claim.name.lower()})")
         for site, was in zip(finding.sites, _padded(finding), strict=False)
     ]
 
@@ -83,13 +81,9 @@ def _padded(rewrite: Rewrite) -> tuple[str, ...]:
     return rewrite.was + rewrite.was[-1:] * (len(rewrite.sites) - len(rewrite.was))
 
 
-def _place(site: Site) -> str:
-    return site.module or site.node
-
-
 def _at(where: Where) -> str:
     return f"{where[1]} ({where[0]})"
 
 
 def _tensors(plan: Plan) -> set[str]:
-    return {edit.name for rewrite in plan.rewrites for edit in rewrite.edits if isinstance(edit, (SetTensor, NewTensor))}
+    return {edit.name for rewrite in plan.rewrites for edit in rewrite.formed}

@@ -228,15 +228,11 @@ def site_in(body: Body, node: Node) -> Site:
 def _overtaken(refusal: Refusal, rounds: Sequence[Sequence[Rewrite]]) -> bool:
     """Whether another pass has made something else of the norm, so that it does not matter why this one did not."""
     return any(
-        each.pass_name != refusal.pass_name and was != each.becomes and _place(site) == _place(refusal.site)
+        each.pass_name != refusal.pass_name and was != each.becomes and str(site) == str(refusal.site)
         for rewrites in rounds
         for each in rewrites
         for site, was in zip(each.sites, each.was, strict=True)
     )
-
-
-def _place(site: Site) -> str:
-    return site.module or site.node
 
 
 def _made(program: Program, rewrites: list[Rewrite]) -> tuple[list[Rewrite], Program, list[Refusal]]:
@@ -358,17 +354,12 @@ def _centered_dims(formula: Formula) -> frozenset[int] | None:
 
 
 def _conflict(one: Rewrite, other: Rewrite) -> bool:
-    return bool(_changed(one) & _touched(other) or _changed(other) & _touched(one))
-
-
-def _changed(rewrite: Rewrite) -> set[str]:
-    return {edit.name if isinstance(edit, SetTensor | NewTensor) else edit.node for edit in rewrite.edits}
+    return bool(one.changed & _touched(other) or other.changed & _touched(one))
 
 
 def _touched(rewrite: Rewrite) -> set[str]:
-    formed = (edit.formula for edit in rewrite.edits if isinstance(edit, SetTensor | NewTensor))
-    read = {name for formula in formed for name in reads(formula)}
-    return _changed(rewrite) | rewrite.region | read
+    read = {name for edit in rewrite.formed for name in reads(edit.formula)}
+    return rewrite.changed | rewrite.region | read
 
 
 # -- JSON --------------------------------------------------------------------------------------------------------------

@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError, TraceError, first_line
 from normfuse.graph.interpreter import flat_inputs, run
-from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program, Trains
 from normfuse.proof.calling import called_once
 from normfuse.proof.cases import Case, other_sizes, other_values
 from normfuse.proof.differences import distances, identical
 from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Verdict
+from normfuse.proof.randomness import drawn
 from normfuse.proof.sides import called_side, program_side
 from normfuse.proof.trial_run import GIVE_FITTING, lacks_kernel, trial_run
 from normfuse.proof.undisturbed import undisturbed
@@ -105,9 +105,9 @@ class _Comparison:
         """What to tell of one case."""
         ours = self._trace(case, seed, theirs)
         if _same(theirs, ours):
-            drawn = case.given and _draws(self.program) and not _same(theirs, self._module(case, _SEED - 1))
-            return [RANDOM] if drawn else []
-        if _draws(self.program):
+            varies = case.given and drawn(self.program.graph) and not _same(theirs, self._module(case, _SEED - 1))
+            return [RANDOM] if varies else []
+        if drawn(self.program.graph):
             again = self._module(case, _SEED - 1)
             if not _same(theirs, again):  # both are random
                 return [UNCOMPARED]
@@ -159,10 +159,6 @@ class _Comparison:
         return (
             f"the trace of {name} is not the model: on '{case.name}' output {worst} differs by {errors[worst]:.1e} (relative)"
         )
-
-
-def _draws(program: Program) -> bool:
-    return any(draws(node) for node in program.graph.nodes)
 
 
 def _form(value: Tensor) -> tuple[Any, ...]:

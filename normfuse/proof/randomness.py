@@ -18,7 +18,7 @@ _HINT = "compare the models without what is random: call eval() on them, or set 
 
 def is_random(program: Program, flat: Sequence[Any]) -> bool:
     """Whether two runs of a program differ."""
-    if not _drawn(program.graph):
+    if not drawn(program.graph):
         return False
     return not identical(*(run(program, flat, seed=seed) for seed in (0, 1)))
 
@@ -35,12 +35,12 @@ def uncompared(reference: Program, other: Program | None, flat: Sequence[Any]) -
         return None  # if the other is, it is another function
     if other is None:
         return Missing("nothing was compared: the outputs are random, and another runtime draws other numbers", _HINT)
-    if _drawn(reference.graph) != _drawn(other.graph) and _drawn(other.graph):
+    if drawn(reference.graph) != drawn(other.graph) and drawn(other.graph):
         return Missing("nothing was compared: the outputs are random, and the models draw in different orders", _HINT)
     return None
 
 
-def _drawn(graph: Graph) -> list[str]:
+def drawn(graph: Graph) -> list[str]:
     """The calls that draw, in order."""
     found: list[str] = []
     for node in graph.nodes:
@@ -48,5 +48,5 @@ def _drawn(graph: Graph) -> list[str]:
         if draws(node) and not inner:
             found.append(operator_name(node))
         for _, body in inner:
-            found += _drawn(body.graph)
+            found += drawn(body.graph)
     return found

@@ -27,7 +27,7 @@ from normfuse.escaping import escaped, json_text
 from normfuse.graph.interpreter import flat_inputs, run_graph, user_inputs
 from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
-from normfuse.graph.views import Norm, NormKind, aten, dtype
+from normfuse.graph.views import HALVES, Norm, NormKind, aten, dtype
 from normfuse.limits import OverLimit
 from normfuse.proof.measuring import Progress
 from normfuse.report.text import plain_table
@@ -274,7 +274,7 @@ class _Watch:
         self.graph.owning_module = program.exported.graph_module
 
     def _variance(self, x: Node, kind: torch.dtype | None) -> Node:
-        if kind in (torch.float16, torch.bfloat16):
+        if kind in HALVES:
             x = self.graph.call_function(aten._to_copy.default, (x,), {"dtype": torch.float32})
         return self.graph.call_function(aten.var.correction, (x, [-1]), {"correction": 0})
 
