@@ -220,7 +220,10 @@ def _find(nodes: Mapping[str, Node], name: str) -> Node:
 
 
 class _Emitter:
-    """Emits an expression behind a node; its calls get their values when all edits are made (`normfuse.graph.shapes`)."""
+    """Emits an expression behind a node; its calls get their values when all edits are made (`normfuse.graph.shapes`).
+
+    What stands in an expression twice is computed once, so that x - mean x is of one x.
+    """
 
     def __init__(self, graph: Graph, nodes: Mapping[str, Node], at: Node, origin: tuple[str, str] | None) -> None:
         self.graph, self.nodes, self.at = graph, nodes, at
@@ -228,11 +231,18 @@ class _Emitter:
         kept["stands_for"] = at.meta.get("stands_for", at.name)  # what messages call it: a node of the user's model
         self.meta = {**kept, "normfuse": origin} if origin else kept
         self.cursor = at
+        self.made: dict[tuple[Any, ...], Node] = {}
 
     def emit(self, by: Expression) -> Any:
         return interpret(by, lambda leaf: _find(self.nodes, leaf.name), self._call)
 
     def _call(self, call: Call, args: list[Any]) -> Node:
+        key = (call.target(), repr(args), repr(call.keywords()))
+        if key not in self.made:
+            self.made[key] = self._new(call, args)
+        return self.made[key]
+
+    def _new(self, call: Call, args: list[Any]) -> Node:
         with self.graph.inserting_after(self.cursor):
             self.cursor = self.graph.call_function(call.target(), tuple(args), call.keywords())
         self.cursor.meta = dict(self.meta)
