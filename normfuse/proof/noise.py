@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def nudged(size: float, weights: Weights | None = None, draw: int = 0) -> Weight
 
     def nudge(name: str, value: Tensor) -> Tensor:
         value = value if weights is None else weights(name, value)
-        return value * (1.0 + size * kick(f"nudge {draw or ''}{name}", value))
+        return torch.addcmul(value, value, kick(f"nudge {draw or ''}{name}", value), value=size)
 
     return nudge
 
@@ -92,14 +92,34 @@ def nudged_inputs(flat: Sequence[Any], draw: int, size: float = NUDGE) -> list[A
 
 def kick(name: str, like: Tensor) -> Tensor:
     """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name."""
-    drawn = torch.rand(like.shape, generator=_named(name, like), dtype=torch.float64, device=like.device) * 2.0 - 1.0
-    return drawn + torch.where(drawn < 0.0, -0.5, 0.5)
+    return _stretch(_kicks, name, like)
 
 
 def normal(name: str, like: Tensor) -> Tensor:
     """Standard normal numbers, the same ones for the same name in every run."""
-    return torch.randn(like.shape, generator=_named(name, like), dtype=torch.float64, device=like.device)
+    return _stretch(_normals, name, like)
 
 
-def _named(name: str, like: Tensor) -> torch.Generator:
-    return torch.Generator(like.device).manual_seed(zlib.crc32(name.encode()))
+PERIOD = 1_048_573
+"""Numbers that are drawn once: drawing as many as a model has weights, for every run, took most of a proof's time. A prime, so
+that no two rows of a weight begin at the same one."""
+
+
+def _stretch(drawn: Callable[[torch.device], Tensor], name: str, like: Tensor) -> Tensor:
+    """As many numbers as a tensor has entries, from a place that its name tells, again from the start where they end."""
+    numbers, size = drawn(like.device), like.numel()
+    begin = zlib.crc32(name.encode()) % PERIOD
+    if begin + size <= PERIOD:
+        return numbers[begin : begin + size].view(like.shape)
+    return numbers.roll(-begin).repeat(-(-size // PERIOD))[:size].view(like.shape)
+
+
+@cache
+def _kicks(device: torch.device) -> Tensor:
+    drawn = torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2.0 - 1.0
+    return (drawn + torch.where(drawn < 0.0, -0.5, 0.5)).to(device)
+
+
+@cache
+def _normals(device: torch.device) -> Tensor:
+    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
