@@ -279,7 +279,7 @@ class _Placement(Comparison):
     def _given(self, instance: Instance, value: Node) -> Node | None:
         """The one value that a module call is given, if it computes this value and nothing that is still there."""
         body = self.bodies[instance]
-        computes = any(node in self._still_there and reads_entries(node) for node in body)
+        computes = any(reads_entries(node) for node in body & self._still_there - self.old.constant)
         inputs = self._inputs(instance)
         return next(iter(inputs)) if not computes and self._outputs(instance) == {value} and len(inputs) == 1 else None
 

@@ -11,6 +11,7 @@ The tensors are put into the model one by one, under its own names: what is miss
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -117,18 +118,28 @@ def fill(name: str, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def _builder(match: re.Match[str]) -> Build:
     if match["file"]:
         return _own_builder(match["file"], match["function"])
-    name, *settings = match["name"].split(",")
-    return (timm_builder if match["package"] == "timm" else _torchvision_builder)(name, **dict(map(_setting, settings)))
+    name, settings = _named(match["name"])
+    return (timm_builder if match["package"] == "timm" else _torchvision_builder)(name, **settings)
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    if not name.isidentifier() or not value:
-        raise InputError(f"'{text}' is no setting of a model", hint="write NAME,SETTING=VALUE, such as resnet50,num_classes=7")
+def _named(text: str) -> tuple[str, dict[str, Any]]:
+    """The name of an architecture and its settings, which are Python's literals or words that stand for themselves."""
+    name, _, rest = text.partition(",")
+    source = f"dict({rest})"
+    with contextlib.suppress(ValueError, SyntaxError):
+        call = ast.parse(source, mode="eval").body
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args:
+            settings = {each.arg: _setting(each.value, source) for each in call.keywords}
+            if None not in settings:
+                return name, {str(key): value for key, value in settings.items()}
+    raise InputError(f"'{rest}' is no setting of a model", hint="write NAME,SETTING=VALUE, such as resnet50,num_classes=7")
+
+
+def _setting(value: ast.expr, source: str) -> Any:
     try:
-        return name, ast.literal_eval(value)
+        return ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return name, value
+        return ast.get_source_segment(source, value)
 
 
 def timm_builder(name: str, folder: Path | None = None, **settings: Any) -> Build:

@@ -18,7 +18,7 @@ import normfuse
 from normfuse.errors import NormfuseWarning
 from tests.models import D, noise
 from tests.modules.models import IMAGES
-from tests.modules.test_unread_tensors import Blocks, distance
+from tests.modules.test_unread_tensors import Blocks, Plus1, distance
 from tests.zoo.spread import spread
 
 pytestmark = pytest.mark.filterwarnings("ignore::normfuse.errors.NormfuseWarning")
@@ -92,6 +92,7 @@ def _transposed() -> nn.Module:
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "tied": (Tied, (torch.arange(10).reshape(2, 5),)),
     "gains by hand": (lambda: Tied(ByHand), (torch.arange(10).reshape(2, 5),)),
+    "gains less one": (lambda: Tied(lambda: Plus1(D)), (torch.arange(10).reshape(2, 5),)),
     "channels first": (lambda: nn.Sequential(nn.Conv2d(3, 4, 2), ChannelsFirst(4), nn.ReLU()), IMAGES),
     "a copy is read": (Sliced, (noise(5, 4),)),
     "rows": (Rows, (noise(5, 4),)),
@@ -148,7 +149,7 @@ def test_there_and_back(name: str, way: Callable[[nn.Module, Any], None], tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["gains by hand", "channels first", "a copy is read"])
+@pytest.mark.parametrize("name", ["gains by hand", "gains less one", "channels first", "a copy is read"])
 def test_every_rewrite_has_a_place(name: str) -> None:
     build, inputs = LAYERS[name]
     torch.manual_seed(0)
