@@ -15,13 +15,12 @@ from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import (
     FOR_CLASS,
     ModulePlan,
-    cannot_place,
+    placed,
     plan_for_modules,
     require_rewrites,
     warn_of_what_stays,
 )
 from normfuse.modules.parametrize import bake, commit, put_back, undo
-from normfuse.modules.placement import adapt
 from normfuse.modules.record import rewritten, was_changed
 from normfuse.modules.reference import Reference
 from normfuse.planning.planner import Plan
@@ -62,13 +61,8 @@ def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> No
     with put_back(model):
         restore_modules(model)
         program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes).with_own_handles()
-        changes = adapt(program, plan.apply(program), model)
-        if changes.unplaced:
-            hint = (
-                f"normfuse.deploy(model, {list(plan.passes)}) plans for modules; or save the result itself: result.save(path)"
-            )
-            raise cannot_place(program, changes, hint)
-        _make(ModulePlan(program, plan, changes), model, Reference(program, given, "full"))
+        hint = f"normfuse.deploy(model, {list(plan.passes)}) plans for modules; or save the result itself: result.save(path)"
+        _make(ModulePlan(program, plan, placed(program, plan, model, hint)), model, Reference(program, given, "full"))
     commit(model, keep=keep)
 
 
@@ -85,16 +79,13 @@ def class_tensors(model: nn.Module, program: Program, plan: Plan) -> dict[str, T
     """
     before = model.state_dict()
     with put_back(model, always=True):
-        changes = adapt(program, plan.apply(program), model, same_keys=True)
-        if changes.unplaced:
-            raise cannot_place(program, changes, FOR_CLASS)
-        make_live(program, changes, model, {})
+        make_live(program, placed(program, plan, model, FOR_CLASS, same_keys=True), model, {})
         bake(model)
         after = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return {name: tensor for name, tensor in after.items() if not same_bits(tensor, before[name])}
+    return {name: tensor for name, tensor in after.items() if not _same_bytes(tensor, before[name])}
 
 
-def same_bits(one: Tensor, other: Tensor) -> bool:
+def _same_bytes(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors are one and the same to the last bit."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False

@@ -75,11 +75,30 @@ def plan_for_modules(
         if not changes.unplaced:
             return ModulePlan(program, chosen, changes)
         if not blamed.keys() - excluded.keys():
-            raise cannot_place(program, changes, hint)
+            raise _cannot_place(program, changes, hint)
         excluded |= blamed
 
 
-def cannot_place(program: Program, changes: Adaptation, hint: str) -> CannotApply:
+def placed(program: Program, plan: Plan, model: nn.Module, hint: str, *, same_keys: bool = False) -> Adaptation:
+    """The changes of modules that a plan means, which can all be made.
+
+    Args:
+        program: the trace of the model, which the plan is for.
+        plan: the plan.
+        model: the model.
+        hint: what to do where it cannot be made.
+        same_keys: as for `adapt`.
+
+    Raises:
+        CannotApply: part of it has no place on modules.
+    """
+    changes = adapt(program, plan.apply(program), model, same_keys=same_keys)
+    if changes.unplaced:
+        raise _cannot_place(program, changes, hint)
+    return changes
+
+
+def _cannot_place(program: Program, changes: Adaptation, hint: str) -> CannotApply:
     """The error for changes that have no place on modules, which says why."""
     return CannotApply([f"{program.site(each.obstacle.at)}: {each.obstacle}" for each in changes.unplaced], hint=hint)
 

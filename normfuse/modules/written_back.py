@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from normfuse.errors import CannotApply, InputError
 from normfuse.graph.program import Program
 from normfuse.modules.deploy import class_tensors
-from normfuse.modules.module_plan import FOR_CLASS, cannot_place
-from normfuse.modules.placement import adapt
+from normfuse.modules.module_plan import FOR_CLASS, placed
 from normfuse.modules.swapped_norms import swaps
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
@@ -131,10 +130,7 @@ def _code(stored: Stored, model: nn.Module, program: Program, plan: Plan) -> _Co
     if not stored.is_folder or not (stored.path / CONFIG).is_file():
         raise InputError(f"{stored.path} is no folder of transformers, beside whose tensors code could be", hint=WITHOUT)
     stock_name(model)
-    changes = adapt(program, plan.apply(program), model, same_keys=True)
-    if changes.unplaced:
-        raise cannot_place(program, changes, FOR_CLASS)
-    return _Code(model, *swaps(changes, model))
+    return _Code(model, *swaps(placed(program, plan, model, FOR_CLASS, same_keys=True), model))
 
 
 def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
