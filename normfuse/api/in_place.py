@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 from normfuse.analysis.choice import Choice
 from normfuse.api.opening import Given, inputs_for
+from normfuse.errors import InputError
 from normfuse.graph.findings import Claim
 from normfuse.modules.deploy import deploy_modules, evaluate_formulas, restore_modules
 from normfuse.modules.tune import tune_modules
@@ -16,8 +18,9 @@ from normfuse.planning.registry import requested
 from normfuse.proof.measuring import Progress
 from normfuse.proof.proving import checked_level
 from normfuse.sources.batches import warn_of
+from normfuse.sources.source import Source
 
-Module = TypeVar("Module", bound=nn.Module)
+Module = TypeVar("Module", bound=nn.Module | Source)
 
 
 def tune(
@@ -39,7 +42,7 @@ def tune(
     modes are as before. A BatchNorm that is set to train turns its rewrite off by itself, and on again.
 
     Args:
-        model: the model; its class, its parameters and its state dict stay.
+        model: the model, or what `normfuse.open` made of a folder or a file; its class, its parameters and its state dict stay.
         passes: names of passes, or ``"all"`` for those of `normfuse.planning.registry.ALL`, which contain the others.
         inputs: as for `rewrite`.
         kwargs: as for `rewrite`.
@@ -59,10 +62,11 @@ def tune(
         CannotApply: nothing can be rewritten; the error lists the reasons.
         VerificationFailed: the result is not equivalent; the model is put back.
     """
-    given = inputs_for(model, inputs, kwargs, dynamic_shapes)
+    live = _live(model)
+    given = inputs_for(live, inputs, kwargs, dynamic_shapes)
     warn_of(given)
     tune_modules(
-        model, requested(passes), given,
+        live, requested(passes), given,
         allow=Claim.named(allow), choice=Choice.of(only, skip), level=checked_level(verify), progress=progress,
     )  # fmt: skip
     return model
@@ -88,7 +92,7 @@ def deploy(
     are ones, statistics do nothing. A second deploy goes on from the first.
 
     Args:
-        model: the model; its class stays.
+        model: the model, or what `normfuse.open` made of a folder or a file; its class stays.
         passes: names of passes, or ``"all"``; None to evaluate the formulas of a tuned model.
         inputs: as for `rewrite`.
         kwargs: as for `rewrite`.
@@ -109,13 +113,14 @@ def deploy(
         CannotApply: nothing can be rewritten; the error lists the reasons.
         VerificationFailed: the result is not equivalent; the model is put back.
     """
+    live = _live(model)
     if passes is None:
-        evaluate_formulas(model, keep=keep)
+        evaluate_formulas(live, keep=keep)
         return model
-    given = inputs_for(model, inputs, kwargs, dynamic_shapes)
+    given = inputs_for(live, inputs, kwargs, dynamic_shapes)
     warn_of(given)
     deploy_modules(
-        model, requested(passes), given,
+        live, requested(passes), given,
         allow=Claim.named(allow), choice=Choice.of(only, skip), level=checked_level(verify), keep=keep, progress=progress,
     )  # fmt: skip
     return model
@@ -127,5 +132,20 @@ def restore(model: Module) -> Module:
     Raises:
         NormfuseError: the model was deployed and its own tensors were not kept.
     """
-    restore_modules(model)
+    restore_modules(_live(model))
     return model
+
+
+def _live(model: Any) -> nn.Module:
+    """The module that is changed in place."""
+    live = model.model if isinstance(model, Source) else model
+    if isinstance(live, nn.Module):
+        return live
+    if isinstance(live, str | Path):
+        raise InputError(
+            f"{live} is a path, and a live module is changed in place", hint=f"open it first: normfuse.open({str(live)!r})"
+        )
+    what = f"the model of {model.name}" if isinstance(model, Source) else f"a {type(live).__name__}"
+    raise InputError(
+        f"{what} is no module that could be changed in place", hint="normfuse.rewrite(model, passes) makes another one"
+    )
