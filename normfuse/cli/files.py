@@ -43,11 +43,8 @@ def write_file(path: str | None, text: str) -> None:
     """Write a text whole, if a path was given."""
     from normfuse.sources.atomic import write_atomically
 
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
     if path:
-        write_atomically(Path(path), write)
+        write_atomically(Path(path), lambda file: file.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
 
 def wrote(target: str, started: float) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from normfuse.errors import ExportError, InputError, MissingExtra, NormfuseError
+from normfuse.errors import ExportError, InputError, NormfuseError
 from normfuse.exporters import onnx_float64, onnx_precision
 from normfuse.exporters.onnx_signature import ports
 from normfuse.proof.artifacts import Artifact, Port, Run
@@ -162,7 +162,7 @@ def _opened(model: Any, *, name: str, optimized: bool, provider: str) -> Run:
 def _read(path: Path) -> Any:
     try:
         return package("onnx_ir", "onnx").load(path)
-    except MissingExtra:
+    except NormfuseError:
         raise
     except Exception as error:  # protobuf's own exceptions among them
         raise ExportError(f"{path.name} is no ONNX file: {without_prefix(error)}") from error

@@ -127,7 +127,7 @@ def export(
         raise _refused(log.errors(), info.sites)
     content = bytes(engine)
     found = engine_kernels.from_log(log.lines) or _inspected(trt, log, content)
-    write_atomically(path, lambda file: _write(file, content))
+    write_atomically(path, lambda file: file.write_bytes(content))
     norms = None if found is None else engine_kernels.of_norms(program, info.sites, found)
     return EngineInfo(path, _title(trt), tuple(map(_dotted, capabilities)), profiles, found, norms)
 
@@ -302,10 +302,6 @@ def _inspected(trt: Any, log: Any, engine: bytes) -> tuple[Kernel, ...] | None:
         return None
     layers = loaded.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
     return engine_kernels.from_inspector(layers)
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

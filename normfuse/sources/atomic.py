@@ -38,7 +38,7 @@ _DESCRIPTORS = re.compile(r"/dev/std(out|err)|/proc/[^/]+/fd/\d+")
 _PIECE = 1 << 20
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], *, never_over: Sequence[Path] = ()) -> None:
     """Let `write` fill a file elsewhere, then put it at `path` in one step.
 
     Raises:
@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[Path], None], *, never_over: S
 
 
 @contextlib.contextmanager
-def proven_first(path: Path, write: Callable[[Path], None], *, never_over: Sequence[Path] = ()) -> Iterator[Path]:
+def proven_first(path: Path, write: Callable[[Path], object], *, never_over: Sequence[Path] = ()) -> Iterator[Path]:
     """Let `write` fill a file in a scratch folder beside `path`, yield it, and put it at `path` if nothing was raised.
 
     Files that `write` makes beside its own (external data) go along. Whatever stood at `path` stays until then. A terminal, a
@@ -83,7 +83,7 @@ def proven_first(path: Path, write: Callable[[Path], None], *, never_over: Seque
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, write: Callable[[Path], None]) -> Iterator[Path]:
+def new_folder(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
     """Let `write` fill a folder in a scratch folder beside `path`, yield it, and put it at `path` if nothing was raised.
 
     Raises:

@@ -5,7 +5,6 @@ Since torch 1.6 a zip archive with a record for every storage; before, pickles i
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +90,7 @@ def _archive(path: Path) -> TorchFile:
     def write(stream: Any, root: Any, new: Mapping[str, bytes]) -> None:
         used = {f"data/{storage_of(each.reference)[1]}" for each in outsides(root)}
         writer = torch._C.PyTorchFileWriter(stream)
-        with contextlib.closing(_Ended(writer)):
+        try:
             for record in reader.get_all_records():
                 if record in _OWN_RECORDS or (record.startswith("data/") and record not in used):
                     continue
@@ -102,15 +101,10 @@ def _archive(path: Path) -> TorchFile:
             for key, content in new.items():
                 if f"data/{key}" not in records:
                     writer.write_record(f"data/{key}", content, len(content))
+        finally:  # torch's writer has to be ended in any case
+            writer.write_end_of_file()
 
     return TorchFile(path, picture(data), storages, write)
-
-
-class _Ended:
-    """Torch's writer, which has to be ended in any case."""
-
-    def __init__(self, writer: Any) -> None:
-        self.close = writer.write_end_of_file
 
 
 def _legacy(path: Path) -> TorchFile:

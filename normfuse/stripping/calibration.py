@@ -115,11 +115,7 @@ class Calibration:
     def save(self, path: str | Path) -> Path:
         """Write JSON, atomically."""
         content = json_text(self.to_dict(), indent=1) + "\n"
-
-        def write(file: Path) -> None:
-            file.write_text(content, encoding="utf-8")
-
-        write_atomically(Path(path), write)
+        write_atomically(Path(path), lambda file: file.write_text(content, encoding="utf-8"))
         return Path(path)
 
     @classmethod
