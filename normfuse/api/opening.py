@@ -16,6 +16,7 @@ from normfuse.api.result import Result
 from normfuse.errors import InputError, NormfuseError
 from normfuse.graph.program import Program
 from normfuse.proof.fidelity import traced
+from normfuse.proof.torchscript import traced_script
 from normfuse.sources.batches import taken
 from normfuse.sources.call_signature import require_names, what_forward_takes
 from normfuse.sources.found_inputs import found_on
@@ -94,7 +95,7 @@ def to_program(
     given = inputs_for(loaded, inputs, kwargs, dynamic_shapes)
     if isinstance(loaded, nn.Module):
         given = _in_dtype_of(loaded, given) if fit else given
-        program = trace(loaded, given)
+        program = traced_script(loaded, given) if isinstance(loaded, torch.jit.ScriptModule) else trace(loaded, given)
         return name, replace(program, notes=(*(source.notes if source else ()), *program.notes)), given
     return name, loaded if isinstance(loaded, Program) else Program.from_exported(loaded), given
 

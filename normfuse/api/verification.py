@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -116,6 +117,8 @@ def _call_of(model: nn.Module | ExportedProgram | Program | Result | Source, pro
     if not isinstance(model, nn.Module):
         with quiet():
             return call_of_program(model.module(), program)
+    if isinstance(model, torch.jit.ScriptModule):  # which was compared with its program already
+        return None
     return None if any(map(draws, program.graph.nodes)) else call_of_module(model, program)
 
 

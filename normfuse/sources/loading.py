@@ -93,7 +93,7 @@ def load(
     if "archive_format" in records:
         return _load_exported(path, reader, trust_pickle=trust_pickle)
     if "constants.pkl" in records:
-        raise LoadError(f"{path} is a TorchScript archive, whose code normfuse cannot rewrite", hint=SCRIPT)
+        return _load_script(path, trust_pickle=trust_pickle)
     if "data.pkl" not in records:
         raise LoadError(f"{path} is a zip file, but not one of torch.save or torch.export.save", hint=RESAVE)
     return _as_module(path, _load_pickled(path, reader, trust_pickle=trust_pickle, resolve=resolve))
@@ -237,6 +237,15 @@ def _checked_archive(path: Path, reader: torch._C.PyTorchFileReader) -> dict[str
             root, storages = archived(inside, None, len(content))
             examples[record] = _built(picture(root), storages, allowlist.resolve)
     return examples
+
+
+def _load_script(path: Path, *, trust_pickle: bool) -> nn.Module:
+    if not trust_pickle:  # its code can run while it is loaded, and write files
+        said = f"{path} is a TorchScript archive: code, which is not run unasked"
+        raise LoadError(said, hint=f"{SCRIPT}. {TRUST}, and torch's converter then makes a program of it")
+    with told_as_load_error(path), warnings.catch_warnings(action="ignore"):
+        script: nn.Module = torch.jit.load(os.fspath(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        return script
 
 
 def _load_legacy(path: Path, *, trust_pickle: bool, resolve: Resolve = allowlist.resolve) -> Any:
