@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +29,6 @@ from normfuse.graph.literals import counts_short, short_arguments
 from normfuse.graph.nodes import attribute_of, draws, operator_name
 from normfuse.graph.ops.rounding import reads_bits
 from normfuse.graph.program import Program
-from normfuse.graph.seeds import torch_seeded
 from normfuse.graph.views import HALVES, arguments, aten, default_rms_eps, dtype
 
 NARROW = (*HALVES, torch.float32)
@@ -106,48 +105,28 @@ Beside = Callable[[Node, Sequence[Any], Any, bool], Any]
 """Told of every call: its node, what it read, its result, whether it ran in its own dtype; gives the result to go on with."""
 
 
-def run_graph(
-    graph: Graph,
-    fetch: Callable[[Node], Any],
-    *,
-    wide: bool = False,
-    width: torch.dtype = torch.float64,
-    short: Sequence[torch.dtype] = (),
-    through: Callable[[Node, Any], Any] | None = None,
-    beside: Beside | None = None,
-    seed: int = 0,
-) -> list[Any]:
-    """Run a lifted graph.
+@dataclass(frozen=True)
+class How:
+    """How a graph is run; see `run`."""
 
-    Args:
-        graph: the graph.
-        fetch: gives the value of a placeholder.
-        wide: run in ``width``: casts to narrower floating types inside the graph become casts to it.
-        width: float64, or float32 for a graph in half precision.
-        short: round the numbers of calls in these dtypes to float32.
-        through: what the value of every call that is read goes through.
-        beside: see `Beside`.
-        seed: of the random numbers that the graph draws: the same ones in every run with the same seed.
+    wide: bool = False
+    width: torch.dtype = torch.float64
+    short: Sequence[torch.dtype] = ()
+    through: Callable[[Node, Any], Any] | None = None
+    beside: Beside | None = None
+    seed: int = 0
+    default: torch.dtype = field(default_factory=torch.get_default_dtype)
 
-    Returns:
-        The flat outputs.
-    """
-    how = _How(wide, width, short, through, beside, torch.get_default_dtype())
-    with torch.no_grad(), torch_seeded(seed), default_dtype(width if wide else torch.get_default_dtype()):
+
+def run_graph(graph: Graph, fetch: Callable[[Node], Any], how: How) -> list[Any]:
+    """The flat outputs of a lifted graph, whose placeholders ``fetch`` gives the values of."""
+    wide, width = how.wide, how.width
+    with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else how.default):
+        torch.manual_seed(how.seed)
         return list(_values(graph, lambda node: widened(fetch(node), width) if wide else fetch(node), how))
 
 
-@dataclass(frozen=True)
-class _How:
-    wide: bool
-    width: torch.dtype
-    short: Sequence[torch.dtype]
-    through: Callable[[Node, Any], Any] | None
-    beside: Beside | None
-    default: torch.dtype
-
-
-def _values(graph: Graph, fetch: Callable[[Node], Any], how: _How) -> Any:
+def _values(graph: Graph, fetch: Callable[[Node], Any], how: How) -> Any:
     """The outputs of a graph, be it a program's own or a body's."""
     last_reader: dict[Node, Node] = {}
     for node in graph.nodes:
@@ -178,7 +157,7 @@ _NUMBERS = re.compile(r"(rand|normal|bernoulli|multinomial|poisson|uniform|expon
 _LACKS = re.compile(r"not implemented for '(Half|BFloat16)'")
 
 
-def _called(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, bool]:
+def _called(node: Node, values: Mapping[Node, Any], how: How) -> tuple[Any, bool]:
     """The result of a call, and whether it ran in another dtype than the run, for want of a kernel."""
     if not how.wide:
         return _with_kernel(node, values, how)
@@ -199,7 +178,7 @@ def _called(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, boo
     return pytree.tree_map(lambda each: widened(each, how.width), value), True
 
 
-def _with_kernel(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any, bool]:
+def _with_kernel(node: Node, values: Mapping[Node, Any], how: How) -> tuple[Any, bool]:
     """The result in the stored dtype; where this machine has no kernel for half precision, of float32 and rounded."""
     try:
         return call(node, values, wide=False, short=how.short), False
@@ -210,7 +189,7 @@ def _with_kernel(node: Node, values: Mapping[Node, Any], how: _How) -> tuple[Any
     return _as_traced(call(node, operands, wide=True, width=torch.float32, short=how.short), node), True
 
 
-def _in_own_dtype(node: Node, values: Mapping[Node, Any], how: _How) -> Any:
+def _in_own_dtype(node: Node, values: Mapping[Node, Any], how: How) -> Any:
     operands = {each: _as_traced(values[each], each) for each in node.all_input_nodes}
     with default_dtype(how.default):
         value = call(node, operands, wide=False, short=how.short)
@@ -235,14 +214,14 @@ def _is_batched(value: Any) -> bool:
     return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
-def _attribute(node: Node, how: _How) -> Any:
+def _attribute(node: Node, how: How) -> Any:
     value = attribute_of(node)
     if isinstance(value, GraphModule):
         return _body(value.graph, how)
     return widened(value, how.width) if how.wide else value
 
 
-def _body(graph: Graph, how: _How) -> Callable[..., Any]:
+def _body(graph: Graph, how: How) -> Callable[..., Any]:
     """A body as a function of its operands, run as the program itself is."""
     placeholders = graph.find_nodes(op="placeholder")
 
@@ -334,14 +313,15 @@ def run(
     Args:
         program: what to run.
         flat: inputs as `flat_inputs` orders them.
-        wide: run all of it in ``width``; formulas are then not rounded to a stored dtype.
+        wide: run all of it in ``width``: casts to narrower floating types become casts to it, and formulas are not rounded to
+            a stored dtype.
         width: float64, or float32 for a program in half precision.
         weights: changes every floating stored tensor before formulas read it. A formula holds for any weights, so two
             programs that are one function stay one function under the same change.
         short: round the numbers of calls in these dtypes to float32.
         through: what the value of every call that is read goes through.
         beside: see `Beside`.
-        seed: of the random numbers that the program draws.
+        seed: of the random numbers that the program draws: the same ones in every run with the same seed.
     """
     users = iter(flat)
     given = {
@@ -366,7 +346,7 @@ def run(
             return value.to(width) if value.is_floating_point() else value
         return value.to(program.tensor(name).dtype)
 
-    outputs = run_graph(program.graph, fetch, wide=wide, width=width, short=short, through=through, beside=beside, seed=seed)
+    outputs = run_graph(program.graph, fetch, How(wide, width, short, through, beside, seed))
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
     pairs = [pair for pair in zip(outputs, kinds, strict=True) if isinstance(pair[0], Tensor)]
     # what the caller gets, then what the program updates

@@ -24,7 +24,7 @@ from normfuse.analysis.facts import analyze
 from normfuse.api.opening import to_program
 from normfuse.errors import InputError, LoadError, NormfuseError, first_line
 from normfuse.escaping import escaped, json_text
-from normfuse.graph.interpreter import flat_inputs, run_graph, user_inputs
+from normfuse.graph.interpreter import How, flat_inputs, run_graph, user_inputs
 from normfuse.graph.ops.lookup import rank
 from normfuse.graph.program import Program
 from normfuse.graph.views import HALVES, Norm, NormKind, aten, dtype
@@ -282,7 +282,7 @@ class _Watch:
             name = self.program.stored.get(original.name)
             return given[original] if name is None else self.program.tensor(name)
 
-        variances = run_graph(self.graph, fetch)
+        variances = run_graph(self.graph, fetch, How())
         return [(each.double() + norm.eps).sqrt() for each, norm in zip(variances, self.norms, strict=True)]
 
 
