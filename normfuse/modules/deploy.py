@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from normfuse.analysis.choice import Choice
 from normfuse.errors import CannotApply, NormfuseError
@@ -13,7 +13,6 @@ from normfuse.graph.findings import Claim
 from normfuse.graph.program import Program
 from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import (
-    FOR_CLASS,
     ModulePlan,
     placed,
     plan_for_modules,
@@ -64,33 +63,6 @@ def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> No
         hint = f"normfuse.deploy(model, {list(plan.passes)}) plans for modules; or save the result itself: result.save(path)"
         _make(ModulePlan(program, plan, placed(program, plan, model, hint)), model, Reference(program, given, "full"))
     commit(model, keep=keep)
-
-
-def class_tensors(model: nn.Module, program: Program, plan: Plan) -> dict[str, Tensor]:
-    """What a plan makes of a model's own tensors, by their names in its state dict; the model is left as it was.
-
-    Args:
-        model: the model.
-        program: its trace, with handles of its own.
-        plan: a plan for it.
-
-    Raises:
-        CannotApply: the model's class cannot hold part of the plan.
-    """
-    before = model.state_dict()
-    with put_back(model, always=True):
-        make_live(program, placed(program, plan, model, FOR_CLASS, same_keys=True), model, {})
-        bake(model)
-        after = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    return {name: tensor for name, tensor in after.items() if not _same_bytes(tensor, before[name])}
-
-
-def _same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are one and the same to the last bit."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    raw = (each.detach().contiguous().view(-1).view(torch.uint8) for each in (one, other))
-    return one.data_ptr() == other.data_ptr() or torch.equal(*raw)
 
 
 def _make(made: ModulePlan, model: nn.Module, reference: Reference) -> None:

@@ -16,13 +16,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from normfuse.errors import CannotApply, InputError
+from normfuse.graph.expressions import rounded
 from normfuse.graph.program import Program
-from normfuse.modules.deploy import class_tensors
+from normfuse.modules.make_live import names_of
 from normfuse.modules.module_plan import FOR_CLASS, placed
+from normfuse.modules.placement import Adaptation
 from normfuse.modules.swapped_norms import swaps
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
+from normfuse.proof.differences import same_bits
 from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.fidelity import traced
@@ -91,14 +94,15 @@ def write_back(
     stored, model = source.stored, source.model
     if stored is None or not isinstance(model, nn.Module):
         raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
-    program = original.with_own_handles()
-    code = _code(stored, model, program, plan) if as_code else None
-    dropped = {key for name in (code.unheld if code else ()) for key in stored.keys.get(name, ())}
-    tensors = {name: each for name, each in class_tensors(model, program, plan).items() if not code or name not in code.unheld}
-    changed = _as_stored(stored, tensors)
+    changes = placed(original, plan, model, FOR_CLASS, same_keys=True)
+    code = _code(stored, model, changes) if as_code else None
+    without = code.unheld if code else frozenset()
+    dropped = {key for name in without for key in stored.keys.get(name, ())}
+    tensors = _class_tensors(original, changes)
+    changed = _as_stored(stored, {name: each for name, each in tensors.items() if name not in without})
     with _in_place(stored, path, source, changed, dropped, code) as written:
         again = code.open(written) if code else stored.opened(written)
-        evidence = _compared(program, again, given, progress) if prove else None
+        evidence = _compared(original, again, given, progress) if prove else None
         if evidence:
             checked(evidence)
     kept = len(stored.weights.names) - len(changed) - len(dropped)
@@ -126,11 +130,23 @@ class _Code:
         return open_transformers(str(folder), folder, config, open_weights(folder), folder, trust_remote_code=True)
 
 
-def _code(stored: Stored, model: nn.Module, program: Program, plan: Plan) -> _Code:
+def _code(stored: Stored, model: nn.Module, changes: Adaptation) -> _Code:
     if not stored.is_folder or not (stored.path / CONFIG).is_file():
         raise InputError(f"{stored.path} is no folder of transformers, beside whose tensors code could be", hint=WITHOUT)
     stock_name(model)
-    return _Code(model, *swaps(placed(program, plan, model, FOR_CLASS, same_keys=True), model))
+    return _Code(model, *swaps(changes, model))
+
+
+def _class_tensors(program: Program, changes: Adaptation) -> dict[str, Tensor]:
+    """The tensors of a model whose values change, by their names in its state dict; a new bias is what a norm lends to it."""
+    formulas = {changes.lent.get(name, name): formula for name, formula in {**changes.neutral, **changes.formulas}.items()}
+    changed: dict[str, Tensor] = {}
+    for name, formula in formulas.items():
+        before = program.tensor(name)
+        after = rounded(formula, program.tensor, before.dtype)
+        if not same_bits(after, before):
+            changed |= dict.fromkeys(names_of(program, name), after)
+    return changed
 
 
 def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
