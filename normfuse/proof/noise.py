@@ -115,11 +115,13 @@ def _stretch(drawn: Callable[[torch.device], Tensor], name: str, like: Tensor) -
 
 
 @cache
+@torch.inference_mode(False)  # they outlast the mode in which they are first asked for
 def _kicks(device: torch.device) -> Tensor:
-    drawn = torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2.0 - 1.0
+    drawn = torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu") * 2.0 - 1.0
     return (drawn + torch.where(drawn < 0.0, -0.5, 0.5)).to(device)
 
 
 @cache
+@torch.inference_mode(False)
 def _normals(device: torch.device) -> Tensor:
-    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(device)
+    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(device)
