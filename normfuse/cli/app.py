@@ -27,6 +27,7 @@ from normfuse.cli.deadline import in_time
 from normfuse.errors import NormfuseError, NormfuseWarning
 from normfuse.escaping import escaped
 from normfuse.limits import OverLimit
+from normfuse.sources.missing_packages import how_to_install
 
 HELP = {"theme": "default-slim", "text_paragraph_linebreaks": "\n\n", "padding_helptext_first_line": (0, 0, 1, 0)}
 
@@ -110,7 +111,7 @@ def _foreign(error: Exception) -> tuple[str, str]:
         return "there is not enough memory", "nothing was written; a smaller model or smaller inputs need less"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("normfuse"):
         package = error.name.partition(".")[0]
-        return f"the package '{package}' is not installed", f"pip install {package}"
+        return f"the package '{package}' is not installed", how_to_install(package)
     if isinstance(error, OSError) and error.strerror:
         return (
             f"{error.strerror}{f': {error.filename}' if error.filename else ''}",

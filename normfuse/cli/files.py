@@ -70,8 +70,16 @@ def beside(source: Source | str, what: str, *, program: bool = False) -> Path:
 
 
 def writes_back(source: Source | str, target: Path) -> bool:
-    """Whether what is written there is of the kind that was brought, and not a program."""
-    return getattr(source, "stored", None) is not None and target.suffix != ".pt2"
+    """Whether what is written there is of the kind that was brought, and not a program.
+
+    Raises:
+        InputError: it is, and the place is named like something else.
+    """
+    stored = getattr(source, "stored", None)
+    if stored is None or target.suffix == ".pt2":
+        return False
+    stored.check_name(target)
+    return True
 
 
 def check_absent(target: Path | None) -> None:

@@ -73,7 +73,7 @@ def rewrite(model: str, passes: Any, output: str | None, as_code: bool, mode: st
 
         held = source.opened(model)
         target = Path(output) if output else beside(held, "rewritten", program=mode == "live")
-        back = writes_back(held, target) and mode == "deploy"
+        back = mode == "deploy" and writes_back(held, target)
         if as_code and not back:
             raise InputError("--as-code writes a folder of transformers, and this would be a program", hint=WITHOUT)
         check_writable((None if dry_run or back else target, report, plan), (model, source.path, locked))

@@ -94,6 +94,7 @@ def write_back(
     stored, model = source.stored, source.model
     if stored is None or not isinstance(model, nn.Module):
         raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
+    stored.check_name(path)
     changes = placed(original, plan, model, FOR_CLASS, same_keys=True)
     code = _code(stored, model, changes) if as_code else None
     without = code.unheld if code else frozenset()

@@ -153,9 +153,22 @@ def _folder(path: Path) -> LoadError:
     if (path / "config.json").exists():
         hint = "normfuse.open(path) opens it, and so does whatever takes a model"
         return LoadError(f"{path} is a folder of transformers' save_pretrained, not one file", hint=hint)
+    if (path / ADAPTER).exists():
+        return adapter(path)
+    if (path / "model_index.json").exists():
+        return LoadError(f"{path} is a pipeline of several models", hint="name the folder of one of them, which is inside")
     if not any(path.iterdir()):
         return LoadError(f"{path} is a folder with nothing in it", hint="check the path")
     return LoadError(f"{path} is a folder without a config.json, not a model", hint=f"name a file in it, or {NAME_IT}")
+
+
+ADAPTER = "adapter_config.json"
+
+
+def adapter(folder: Path) -> LoadError:
+    """What to say of a folder that has an adapter, with which its weights are others than those in its files."""
+    hint = "merge it into its model first: PeftModel.merge_and_unload(), then save_pretrained"
+    return LoadError(f"{folder} has an adapter of PEFT ({ADAPTER}), which changes the weights of its model", hint=hint)
 
 
 def foreign(path: Path, head: bytes) -> LoadError:

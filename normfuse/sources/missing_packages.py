@@ -54,3 +54,11 @@ def what_to_do(missing: Collection[str], beside: Path) -> str:
         names = ", ".join(strange)
         told.append(f"{names}: not installed; a package of that name may be a stranger's, so ask who made the model")
     return "; ".join(told)
+
+
+def how_to_install(*modules: str) -> str:
+    """How to install what an installed package needs; never what is called like a file or folder at hand."""
+    if own := own_files(modules, Path()):
+        name, file = next(iter(own.items()))
+        return f"{file} is called like a package, {name}, that is meant here: start normfuse from another folder"
+    return f"pip install {' '.join(KNOWN.get(each, each) for each in modules)}"

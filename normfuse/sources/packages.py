@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from normfuse.errors import LoadError, MissingExtra, NormfuseError, first_line, listed
-from normfuse.sources.missing_packages import KNOWN, own_files, what_to_do
+from normfuse.sources.missing_packages import KNOWN, how_to_install, what_to_do
 
 
 def package(name: str, extra: str = "zoo") -> Any:
@@ -45,10 +45,10 @@ def not_imported(what: str, error: BaseException) -> NormfuseError:
     *_, cause = _causes(error)
     if isinstance(cause, ModuleNotFoundError) and cause.name:
         missing = cause.name.partition(".")[0]
-        return LoadError(_lacks(what, [missing]), hint=_install(missing))
+        return LoadError(_lacks(what, [missing]), hint=how_to_install(missing))
     at = _importing(cause)
     if at is None and (match := re.search(r"requires the (\w+) library", str(cause))):
-        return LoadError(_lacks(what, [match[1]]), hint=_install(match[1]))
+        return LoadError(_lacks(what, [match[1]]), hint=how_to_install(match[1]))
     if at is None:
         return LoadError(f"{what} cannot be made here: {first_line(cause)[:200]}", hint="install what it names")
     needs = f"the package '{at}'" if at == what else f"{what} needs the package '{at}', which"
@@ -57,7 +57,7 @@ def not_imported(what: str, error: BaseException) -> NormfuseError:
 
 def needed(what: str, backends: Collection[str]) -> NormfuseError:
     """Why a class is only a placeholder: packages are not installed."""
-    return LoadError(_lacks(what, backends), hint=_install(*backends))
+    return LoadError(_lacks(what, backends), hint=how_to_install(*backends))
 
 
 def wanted_by_code(folder: Path, error: ImportError) -> NormfuseError | None:
@@ -90,13 +90,6 @@ def _importing(error: BaseException) -> str | None:
         if frame.f_code.co_name == "<module>":
             found = str(frame.f_globals.get("__name__", "")).partition(".")[0]
     return found if found not in ("__main__", "") else None
-
-
-def _install(*modules: str) -> str:
-    if own := own_files(modules, Path()):
-        name, file = next(iter(own.items()))
-        return f"{file} is called like a package, {name}, that is meant here: start normfuse from another folder"
-    return f"pip install {' '.join(KNOWN.get(each, each) for each in modules)}"
 
 
 def _repair(module: str) -> str:

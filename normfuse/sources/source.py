@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from normfuse.errors import LoadError, listed
+from normfuse.errors import InputError, LoadError, listed
 from normfuse.sources.tensor_files import Weights, is_at_home
 
 
@@ -36,6 +36,20 @@ class Stored:
     def is_folder(self) -> bool:
         """Whether several files belong together."""
         return self.path.is_dir() or self.weights.index is not None
+
+    def check_name(self, target: Path) -> None:
+        """Refuse a place whose name says that something else is there than what is written back.
+
+        Raises:
+            InputError: it does.
+        """
+        of_folder, kind = self.path if self.path.is_dir() else self.path.parent, self.path.suffix
+        if self.is_folder and target.suffix in _WEIGHTS:
+            said = f"what was brought is the folder {of_folder}, and {target} is named like a file"
+            raise InputError(said, hint="name a folder, or OUT.pt2 for a program")
+        if not self.is_folder and (kind == ".safetensors") != (target.suffix == ".safetensors"):
+            said = f"what was brought is a {kind} file, and {target} is named otherwise"
+            raise InputError(said, hint=f"name {target.with_suffix(kind).name}, or OUT.pt2 for a program")
 
     def opened(self, path: Path) -> Source:
         """What was written there, opened as this was."""
@@ -94,6 +108,12 @@ def files_beside(folder: Path, weights: Weights) -> tuple[Path, ...]:
         and not each.name.endswith(".index.json")
         and is_at_home(each)
     )
+
+
+def left_behind(folder: Path) -> tuple[str, ...]:
+    """A sentence about folders in a folder, if it has any: nobody reads them here, and nobody copies them."""
+    inner = sorted(each.name for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+    return (f"folders in {folder.name} are neither read nor copied: {listed(inner)}",) if inner else ()
 
 
 def require_fit(

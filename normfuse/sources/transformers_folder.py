@@ -20,8 +20,9 @@ from normfuse.errors import LoadError, NormfuseError, first_line
 from normfuse.limits import OverLimit
 from normfuse.sources.configurations import judged, offline
 from normfuse.sources.construction import check_settings, no_larger_than
+from normfuse.sources.loading import ADAPTER, adapter
 from normfuse.sources.packages import needed, not_imported, package, wanted_by_code
-from normfuse.sources.source import Source, Stored, files_beside, require_fit, require_floats, same_memory
+from normfuse.sources.source import Source, Stored, files_beside, left_behind, require_fit, require_floats, same_memory
 from normfuse.sources.tensor_files import Weights, open_weights
 from normfuse.strict_json import parsed, read_file, record
 
@@ -61,6 +62,8 @@ def open_transformers(
         LoadError: the class is not known, wants code of its own, or does not fit the tensors.
         MissingExtra: transformers is not installed.
     """
+    if (folder / ADAPTER).exists():
+        raise adapter(folder)
     tensors = weights.tensors()
     with _told(folder, "the configuration"):
         check_settings(config, tensors)
@@ -73,13 +76,15 @@ def open_transformers(
         model, unfit = fill(tensors)
     require_fit(name, *unfit)
     require_floats(name, model, tensors)
-    beside = files_beside(folder, weights) if path.is_dir() and path.samefile(folder) else ()
+    whole = path.is_dir() and path.samefile(folder)
+    beside = files_beside(folder, weights) if whole else ()
+    notes = (*weights.notes, *(left_behind(folder) if whole else ()))
 
     def again(other: Path) -> Source:
         return open_transformers(str(other), folder, config, open_weights(other), other, trust_remote_code=trust_remote_code)
 
     stored = Stored(path, weights, same_memory(model, tensors), again, beside)
-    return Source(name, model, tuple(dict.fromkeys((path, *weights.files))), tuple(weights.notes), stored)
+    return Source(name, model, tuple(dict.fromkeys((path, *weights.files))), notes, stored)
 
 
 def class_of(folder: Path, config: Mapping[str, Any], *, trust_remote_code: bool = False) -> tuple[Any, Any]:

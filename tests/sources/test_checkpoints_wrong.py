@@ -162,6 +162,19 @@ def test_a_full_disk_leaves_no_checkpoint(state: State, tmp_path: Path, monkeypa
     assert everything(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("brought", "named"), [("c.safetensors", "out.pth"), ("c.pth", "out.safetensors"), ("c.pth", "out.pt2")]
+)
+def test_a_checkpoint_is_named_as_what_it_is(brought: str, named: str, state: State, tmp_path: Path) -> None:
+    (save_file if brought.endswith("safetensors") else torch.save)(state, tmp_path / brought)
+    words = ("--model", ARCHITECTURE, "--pass", "conv_bn", "--input", SPEC, "--dry-run", "-o", tmp_path / named)
+    answer = asked("rewrite", tmp_path / brought, *words)
+    if named.endswith(".pt2"):
+        assert answer.exit_code == 0, answer.output
+    else:
+        refused(answer, "is named otherwise")
+
+
 # -- a module of a class of one's own ----------------------------------------------------------------------------------
 
 NET = """

@@ -71,10 +71,14 @@ def test_the_layout_is_read_that_transformers_reads(gpt2: Path, tmp_path: Path) 
     for name, content in {INDEX: table, **shards}.items():
         (folder / name).write_bytes(content)
     torch.save(held, folder / "pytorch_model.bin")
+    (folder / "1_Pooling").mkdir()
     opened = normfuse.open(folder)
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     assert torch.equal(opened.model.transformer.wte.weight, theirs.transformer.wte.weight)  # type: ignore[union-attr, arg-type]
-    assert opened.notes == (f"model.safetensors was read, and {INDEX} and pytorch_model.bin was not",)
+    assert opened.notes == (
+        f"model.safetensors was read, and {INDEX} and pytorch_model.bin was not",
+        "folders in m are neither read nor copied: 1_Pooling",
+    )
 
 
 def test_what_is_no_number_is_not_proven(gpt2: Path, tmp_path: Path) -> None:

@@ -255,6 +255,9 @@ WRONG: dict[str, tuple[Spoil, str]] = {
     "a tensor twice in a header": (twice_in_header, "two entries"),
     "a tensor in two shards": (twice_in_shards, "hold the same tensors"),
     "no weights": (without_weights, "has no weights"),
+    "an adapter beside": (lambda f: (f / "adapter_config.json").write_text("{}"), "has an adapter of PEFT"),
+    "an adapter alone": (lambda f: [emptied(f), (f / "adapter_config.json").write_text("{}")], "has an adapter of PEFT"),  # type: ignore[func-returns-value]
+    "a pipeline": (lambda f: [emptied(f), (f / "model_index.json").write_text("{}")], "is a pipeline of several models"),  # type: ignore[func-returns-value]
     "nothing": (emptied, "is a folder with nothing in it"),
     "no folder": (lambda f: shutil.rmtree(f) or f.write_text("text"), "is a text file"),  # type: ignore[func-returns-value]
     "nothing there": (shutil.rmtree, "No such file"),
@@ -278,6 +281,12 @@ def test_a_place_that_is_taken_is_not_touched(there: Spoil, gpt2: Path, tmp_path
     refused(asked("rewrite", gpt2, "--pass", "pre_rmsnorm", "-o", tmp_path / "out"), "it is there already")
     assert everything(tmp_path) == before
     refused(asked("rewrite", gpt2, "--pass", "pre_rmsnorm", "-o", gpt2), "it is there already")
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.bin", "out.onnx"])
+def test_a_folder_is_not_named_like_a_file(name: str, gpt2: Path, tmp_path: Path) -> None:
+    refused(asked("rewrite", gpt2, "--pass", "pre_rmsnorm", "-o", tmp_path / name), "is named like a file")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="who may do anything is never refused")

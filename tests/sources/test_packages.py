@@ -99,3 +99,15 @@ def test_a_placeholder_names_the_package_that_it_needs(
     assert answer.exit_code == 2
     assert "GPT2LMHeadModel of transformers needs 'timm', a package not installed here" in answer.output
     assert "pip install timm" in answer.output
+
+
+def test_a_package_that_a_model_turns_out_to_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anywhere at all: the command line names it, unless a file here is called so."""
+
+    def lacks(*_: Any, **__: Any) -> None:
+        raise ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece")
+
+    monkeypatch.setattr("normfuse.sources.opened.open", lacks)
+    assert "hint: pip install sentencepiece" in asked("inspect", "model.pt").output
+    (tmp_path / "sentencepiece.py").touch()
+    assert "pip install" not in asked("inspect", "model.pt").output
