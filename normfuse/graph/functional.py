@@ -4,7 +4,7 @@
 the graph; ``run_decompositions`` takes them out, by tracing the program a second time with all of torch's composites
 overridden, which takes several times as long as the first trace of a small model. Where a program has nothing of the kind but
 BatchNorms, these are written as ``run_decompositions`` writes them, and torch's verifier of functional programs judges the
-result.
+result. Where it has other operators' names and nothing else, they alone are traced (`normfuse.graph.retraced`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from normfuse.graph.composites import Composites, composites, is_composite
+from normfuse.graph.retraced import retraced
 from normfuse.graph.signature import signature_of
 from normfuse.graph.views import aten
 
@@ -33,9 +34,9 @@ def functional(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _taken_apart(exported: ExportedProgram, found: Composites) -> ExportedProgram:
-    made: ExportedProgram = exported.run_decompositions(found)
+    made: ExportedProgram = retraced(exported, found) or exported.run_decompositions(found)
     while further := composites(made):  # composites are made of composites
-        made = made.run_decompositions(further)
+        made = retraced(made, further) or made.run_decompositions(further)
     # guards of a loaded file are known by their text alone, which torch does not hand on
     made._guards_code = list(dict.fromkeys((*exported._guards_code, *made._guards_code)))
     return made

@@ -11,6 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
 from normfuse.graph import functional as module
+from normfuse.graph.composites import composites
 from normfuse.graph.functional import functional, functional_in_place
 from tests.every_model import MODELS
 
@@ -18,7 +19,8 @@ from tests.every_model import MODELS
 def written(exported: ExportedProgram) -> list[Any]:
     nodes = [(node.op, node.name, node.target, str(node.args), str(node.kwargs)) for node in exported.graph.nodes]
     values = [str(node.meta.get("val")) for node in exported.graph.nodes]
-    return [nodes, values, exported._guards_code, str(exported.graph_signature), exported.dialect]
+    tree = str(exported.module_call_graph)
+    return [nodes, values, exported._guards_code, str(exported.graph_signature), exported.dialect, tree]
 
 
 def sites(exported: ExportedProgram) -> list[Any]:
@@ -32,6 +34,7 @@ class Forward(nn.Module):
         self.batch = nn.BatchNorm1d(4, track_running_stats=False)
         self.call = forward
         self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("view", torch.ones(()))
 
     def forward(self, x: Tensor) -> Any:
         return self.call(self, x)
@@ -65,6 +68,23 @@ HARD: dict[str, Any] = {
     "another name": lambda m, x: torch.concat([m.norm(x), x]),
     "dropped and flattened": lambda m, x: F.dropout(m.norm(x), 0.5, False).flatten(),
     "cast to what it is": lambda m, x: m.norm(x).float(),
+    "cast to what it is, and given": lambda m, x: (m.norm(x).float(), x.float(), m.norm(x)),
+    "cast to what it is not, and back": lambda m, x: m.norm(x.double().float()),
+    "a view of what is not contiguous": lambda m, x: m.norm(x).t().reshape(2, 6).contiguous(),
+    "contiguous as it is": lambda m, x: m.norm(x.contiguous()).reshape(-1),
+    "an alias that is given": lambda m, x: torch.ops.aten.alias(m.norm(x)),
+    "named like an operator": lambda m, x: m.norm(x).reshape(4, 3) + m.view,
+    "in parts": lambda m, x: torch.chunk(x, 2, -1)[1] + x.unflatten(1, (2, 2)).flatten(1)[:, :2],
+    "parts that nobody reads": lambda m, x: m.norm(x).split(1, 0)[1].expand_as(x),
+    "several results of one name": lambda m, x: torch.var_mean(x, -1)[1] + torch.topk(x, 2)[0].diff().flatten().sum(),
+    "logical": lambda m, x: x * ((x > 0) & (x < 1)).to(x.dtype),
+    "a transpose that numpy names": lambda m, x: m.norm(x).T.reshape(3, 4) @ x.mT,
+    "attention": lambda m, x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None]).flatten(2),
+    "drawn": lambda m, x: F.dropout(m.norm(x), 0.5, True).flatten(),
+    "one operand twice": lambda m, x: torch.hstack([x, m.norm(x), x]) - torch.hstack([x, m.norm(x), m.norm(x)]),
+    "the same twice, with other operands": lambda m, x: torch.hstack([x, x.relu(), x]) - torch.hstack([x, x.relu(), x.relu()]),
+    "zeros of either sign": lambda m, x: 1 / F.pad(x, (1, 1), value=0.0) - 1 / F.pad(x, (1, 1), value=-0.0),
+    "numbers": lambda m, x: torch.full_like(x, 2.0).reshape(-1) * torch.arange(12).reshape(-1).float(),
     "the input": lambda m, x: x,
     "chosen by a branch": lambda m, x: torch.cond(x.sum() > 0, lambda y: y + 1, lambda y: y - 1, (m.norm(x),)),
 }
@@ -76,9 +96,21 @@ def traced(model: nn.Module, inputs: Any, dynamic: Any = None) -> ExportedProgra
 
 def assert_the_same(model: nn.Module, inputs: Any, dynamic: Any = None) -> tuple[ExportedProgram, ExportedProgram]:
     ours, theirs = (traced(model, inputs, dynamic) for _ in range(2))
-    ours, theirs = functional_in_place(ours), functional(theirs)
-    assert written(ours) == written(theirs)
+    before = str(ours.graph)
+    also, said = functional(ours), str(ours.graph)
+    ours, theirs = functional_in_place(ours), by_torch(theirs)
+    assert said == before
+    assert written(ours) == written(also) == written(theirs)
     return ours, theirs
+
+
+def by_torch(exported: ExportedProgram) -> ExportedProgram:
+    """What ``run_decompositions`` alone makes of it."""
+    made = exported.run_decompositions(composites(exported))
+    while further := composites(made):
+        made = made.run_decompositions(further)
+    made._guards_code = list(dict.fromkeys((*exported._guards_code, *made._guards_code)))
+    return made
 
 
 @pytest.mark.parametrize("name", HARD)
@@ -100,3 +132,14 @@ def test_simple_programs_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "_taken_apart", lambda *given: pytest.fail("traced again"))
     for each in (nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.GELU()), nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))):
         functional_in_place(traced(each, (torch.randn(3, 4),)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dropped and flattened", "cast to what it is not, and back", "a view of what is not contiguous", "in parts", "attention"],
+)
+def test_other_names_do_not_have_a_program_traced_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = traced(Forward(HARD[name]), (torch.randn(3, 4),))
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *given: pytest.fail("traced again"))
+    functional(exported)
+    functional_in_place(exported)
