@@ -42,7 +42,8 @@ VALUE = Ref("·")
 FREE_OF_SIZES = frozenset({
     "rms_norm.default", "layer_norm.default", "mul.Tensor", "add.Tensor", "sub.Tensor", "neg.default", "mean.dim",
     "transpose.int", "permute.default", "type_as.default", "clone.default",
-    "_to_copy.default",
+    "_to_copy.default", "relu.default", "silu.default", "gelu.default", "hardswish.default", "hardsigmoid.default",
+    "hardtanh.default", "sigmoid.default", "tanh.default", "leaky_relu.default", "elu.default", "mish.default",
 })  # fmt: skip
 """What may run on modules: a live model meets other sizes than the traced ones, which `view` would have in its arguments."""
 

@@ -107,7 +107,8 @@ def write_back(
         if evidence:
             checked(evidence)
     kept = len(stored.weights.names) - len(changed) - len(dropped)
-    return Written(path, tuple(sorted(changed)), kept, evidence, tuple(sorted(dropped)))
+    told, left = (tuple(sorted(stored.weights.names[each] for each in names)) for names in (changed, dropped))
+    return Written(path, told, kept, evidence, left)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ class ChannelsFirst(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Activated(nn.BatchNorm2d):
+    """A BatchNorm whose forward ends in an activation (timm's networks)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(super().forward(x))
+
+
 class Sliced(nn.Module):
     """What reads the norm reads all of what it gives, as a slice (GPT-J, Phi)."""
 
@@ -94,6 +101,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "gains by hand": (lambda: Tied(ByHand), (torch.arange(10).reshape(2, 5),)),
     "gains less one": (lambda: Tied(lambda: Plus1(D)), (torch.arange(10).reshape(2, 5),)),
     "channels first": (lambda: nn.Sequential(nn.Conv2d(3, 4, 2), ChannelsFirst(4), nn.ReLU()), IMAGES),
+    "an activation behind": (lambda: nn.Sequential(nn.Conv2d(3, 4, 2, bias=False), Activated(4), nn.Conv2d(4, 2, 1)), IMAGES),
     "a copy is read": (Sliced, (noise(5, 4),)),
     "rows": (Rows, (noise(5, 4),)),
     "rows, cumulative average": (lambda: Rows(momentum=None), (noise(5, 4),)),
@@ -149,7 +157,9 @@ def test_there_and_back(name: str, way: Callable[[nn.Module, Any], None], tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["gains by hand", "gains less one", "channels first", "a copy is read"])
+@pytest.mark.parametrize(
+    "name", ["gains by hand", "gains less one", "channels first", "an activation behind", "a copy is read"]
+)
 def test_every_rewrite_has_a_place(name: str) -> None:
     build, inputs = LAYERS[name]
     torch.manual_seed(0)
