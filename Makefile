@@ -4,8 +4,17 @@ VENV   := .venv
 BIN     = $(VENV)/bin
 CONSTRAINTS ?= constraints.txt
 INSTALL = $(BIN)/pip install --quiet -c $(CONSTRAINTS)
-# What a contributor runs between two edits: a minute on two cores.
-QUICK   = tests/test_layout.py tests/analysis/test_facts.py tests/passes/test_conv_bn.py tests/proof/test_judging.py tests/planning/test_lockfile.py
+# What a contributor runs between two edits: something of every room, in a minute on two cores.
+QUICK   = tests/test_layout.py \
+	tests/sources/test_tensor_files.py tests/graph/test_expressions.py tests/graph/ops/test_timid_rows.py \
+	tests/analysis/test_obstacles.py tests/transforms/test_maps.py tests/passes/test_conv_bn.py \
+	tests/planning/test_lockfile.py tests/planning/test_hostile_plans.py tests/proof/test_judging.py \
+	tests/modules/test_codegen.py tests/modules/test_saved_bytes.py \
+	tests/torch_compile/test_backend.py::test_batch_norms_are_gone_before_the_inner_backend \
+	tests/torch_compile/test_backend.py::test_a_pass_that_is_wrong_does_not_reach_the_model \
+	tests/exporters/test_lowering.py tests/stripping/test_schedule.py \
+	tests/cli/test_cli.py::test_rewrite_tells_what_it_did_and_writes_beside_the_model tests/cli/test_deadline.py \
+	tests/nn/test_convolutions.py tests/nn/test_other_norms.py
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test quick test-all test-latest fuzz lock lint bench clean

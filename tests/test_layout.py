@@ -110,6 +110,15 @@ def test_everything_that_is_installed_is_pinned() -> None:
     assert {line for line in chosen if "==" in line} <= set(pinned)
 
 
+def test_make_quick_has_something_of_every_room() -> None:
+    asked = ["make", "--dry-run", "--always-make", "quick"]
+    quick = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    named = {Path(name.partition("::")[0]) for name in re.findall(r"\btests/\S+", quick)}
+    assert all((ROOT / path).is_file() for path in named)
+    rooms = {path.name for path in (ROOT / "normfuse").iterdir()} & {path.name for path in (ROOT / "tests").iterdir()}
+    assert {"sources", "cli"} <= rooms - {"__init__.py", "__pycache__"} <= {path.parts[1] for path in named}
+
+
 @pytest.mark.xdist_group("together")
 def test_groups_of_tests_stay_together(request: pytest.FixtureRequest) -> None:
     """Models are traced and proven once per group; torn apart, the suite takes several times as long."""
