@@ -53,6 +53,9 @@ def open(
     if shard := _SHARD.search(Path(what).name):
         said = f"{what} is one of {int(shard[1])} files that belong together"
         raise LoadError(said, hint="name their folder, or their index (….index.json) with --model")
+    if architecture is not None and Path(what).suffix == ".pt2":  # as where weights are compared with what was made of them
+        note = f"{what} is a whole program, for which {architecture} was not needed"
+        return Source(name, load(what, trust_pickle=trust_pickle), (Path(what),), (note,))
     if architecture is not None and Path(architecture).suffix == ".py":
         return Source(name, load(what, code=architecture, trust_pickle=trust_pickle), (Path(what), Path(architecture)))
     if architecture is not None:

@@ -104,6 +104,17 @@ def test_two_folders_are_compared() -> None:
     refused(asked("verify", "nowhere/at/all", "folder"), "No such file")
 
 
+def test_weights_are_compared_with_what_was_made_of_them() -> None:
+    """The architecture is for the weights; a program needs none."""
+    words = ("--model", "transformers:single")
+    answer = asked(
+        "rewrite", "weights.safetensors", *words, "--pass", "fold_affine", "--verify", "structure", "-o", "program.pt2"
+    )
+    assert answer.exit_code == 0, answer.output
+    answer = asked("verify", "weights.safetensors", "program.pt2", *words)
+    assert answer.exit_code == 0, answer.output
+
+
 def test_two_architectures_are_one_comparison_that_cannot_be_made() -> None:
     answer = asked("verify", "folder", "timm")
     assert answer.exit_code == 2, answer.output
