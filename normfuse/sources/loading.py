@@ -159,7 +159,7 @@ def _folder(path: Path) -> LoadError:
         return LoadError(f"{path} is a pipeline of several models", hint="name the folder of one of them, which is inside")
     if not any(path.iterdir()):
         return LoadError(f"{path} is a folder with nothing in it", hint="check the path")
-    return LoadError(f"{path} is a folder without a config.json, not a model", hint=f"name a file in it, or {NAME_IT}")
+    return LoadError(f"{path} is a folder, not a model file", hint=f"it has no config.json: name a file in it, or {NAME_IT}")
 
 
 ADAPTER = "adapter_config.json"
