@@ -2,7 +2,7 @@
 
     timm:resnet50               a model of timm; timm:resnet50,num_classes=7 with settings of its own
     torchvision:resnet50        a model of torchvision, likewise
-    transformers:FOLDER         what a folder's config.json, or a configuration file, describes
+    transformers:FOLDER         what a folder's config.json, or a configuration file, describes; also of the hub: org/name
     FILE.py:NAME                what the function NAME of a file of the user's own makes; the file is run
 
 The tensors are put into the model one by one, under its own names: what is missing, left over or of another shape is an error.
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from normfuse.errors import InputError, LoadError, NormfuseError, did_you_mean, first_line
 from normfuse.limits import OverLimit
+from normfuse.sources.hub import from_hub, is_hub_id
 from normfuse.sources.input_files import run_script
 from normfuse.sources.packages import package
 from normfuse.sources.source import Source, Stored, require_fit, require_floats, same_memory
@@ -58,6 +59,8 @@ def open_architecture(name: str, architecture: str, path: Path, *, trust_remote_
     weights = open_weights(path)
     if match["package"] == "transformers":
         place = Path(match["name"])
+        if not place.exists() and is_hub_id(match["name"]):
+            place = from_hub(match["name"])
         config = place if place.is_file() else place / CONFIG
         return open_transformers(name, config.parent, read_config(config), weights, path, trust_remote_code=trust_remote_code)
     return open_built(name, _builder(match), weights, path)

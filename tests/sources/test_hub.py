@@ -64,6 +64,13 @@ def test_a_name_and_a_revision_are_found_in_the_cache() -> None:
     assert norms(f"org/tiny@{OLD}") == 3
 
 
+def test_weights_of_a_model_of_the_hub(cache: Path) -> None:
+    index = cache.parent / OLD / "model.safetensors.index.json"
+    model = normfuse.open(index, architecture="transformers:org/tiny@v1.0").model
+    assert isinstance(model, nn.Module)
+    assert sum(isinstance(each, nn.LayerNorm) for each in model.modules()) == 3
+
+
 def test_what_lies_here_comes_first(cache: Path, tmp_path: Path) -> None:
     """A folder that is called like an id is that folder; a folder with the owner's name only is none."""
     (tmp_path / "org").mkdir()
