@@ -81,7 +81,7 @@ lint: $(VENV)/dev
 # Hours; each keeps its tables in benchmarks/results and says what has changed since the last run.
 bench: $(VENV)/dev
 	$(BIN)/pip install --quiet --no-deps -r benchmarks/requirements.txt
-	for name in planning_scale memory fold_patterns fold_speed rms_norm pre_norms crms_norm tune strip_whisper; do \
+	for name in planning_scale planning_large memory fold_patterns fold_speed rms_norm pre_norms crms_norm tune strip_whisper; do \
 		$(BIN)/python -m benchmarks.$$name || exit 1; done
 	$(BIN)/python -m benchmarks.strip --models "1 × 128"
 
