@@ -19,9 +19,16 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from normfuse.graph.composites import Composites, composites, is_composite
-from normfuse.graph.retraced import retraced
 from normfuse.graph.signature import signature_of
 from normfuse.graph.views import aten
+
+try:
+    from normfuse.graph.retraced import retraced
+except ImportError:  # it speaks with the inside of torch, which another torch may have changed
+
+    def retraced(exported: ExportedProgram, found: Composites) -> ExportedProgram | None:
+        """Nothing: `ExportedProgram.run_decompositions` does all of it, as it does what is not simple."""
+        return None
 
 
 def functional(exported: ExportedProgram) -> ExportedProgram:

@@ -98,8 +98,8 @@ def _parts(nodes: Sequence[Node], found: Composites, mode: FakeTensorMode) -> di
     for node in nodes:
         alike.setdefault(_spelling(node), []).append(node)
     firsts = [several[0] for several in alike.values()]
-    composites, others = exporting._split_decomp_table_to_cia_and_python_decomp(dict(found))
     try:
+        composites, others = exporting._split_decomp_table_to_cia_and_python_decomp(dict(found))
         with (
             mode,
             exporting._override_composite_implicit_decomp(composites),

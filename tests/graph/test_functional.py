@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from typing import Any
 
 import pytest
@@ -143,3 +145,16 @@ def test_other_names_do_not_have_a_program_traced_again(name: str, monkeypatch: 
     monkeypatch.setattr(ExportedProgram, "run_decompositions", lambda *given: pytest.fail("traced again"))
     functional(exported)
     functional_in_place(exported)
+
+
+def test_a_torch_with_another_inside_takes_the_longer_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch renames inside is no fault of a model: its public function gives the same."""
+    monkeypatch.setitem(sys.modules, "normfuse.graph.retraced", None)
+    spec = importlib.util.find_spec("normfuse.graph.functional")
+    assert spec is not None
+    assert spec.loader is not None
+    other = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(other)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)), nn.Flatten()).eval()
+    exported = torch.export.export(model, (torch.randn(2, 4),))
+    assert written(other.functional(exported)) == written(functional(exported))
