@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from normfuse.errors import InputError, NormfuseError
 from normfuse.graph.program import Program
 from normfuse.proof.fidelity import traced
 from normfuse.proof.torchscript import traced_script
+from normfuse.proof.undisturbed import undisturbed
 from normfuse.sources.batches import taken
 from normfuse.sources.call_signature import require_names, what_forward_takes
 from normfuse.sources.found_inputs import found_on
@@ -113,9 +115,15 @@ def _in_dtype_of(module: nn.Module, given: Inputs) -> Inputs:
     return replace(given, args=args, kwargs=kwargs)
 
 
+def _found_on(model: Any) -> Inputs | None:
+    """What is found on a model; it is called to be sure, and is as it was afterwards."""
+    with undisturbed(model) if isinstance(model, nn.Module) else contextlib.nullcontext():
+        return found_on(model.exported if isinstance(model, Program) else model)
+
+
 def inputs_for(model: Any, inputs: Any, kwargs: Any, dynamic_shapes: Any) -> Inputs:
     """The user's inputs, or what is found on the model; what was said besides is added to it."""
-    given = as_inputs(inputs, kwargs) or found_on(model.exported if isinstance(model, Program) else model)
+    given = as_inputs(inputs, kwargs) or _found_on(model)
     given = taken(model, given) if given is not None and is_loader(inputs) else given
     if given is None:
         raise InputError(

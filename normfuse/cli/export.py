@@ -60,8 +60,9 @@ def export(model: str, to: str | None, output: str, opset: int, dry_run: bool, s
         from normfuse.api import exporting
         from normfuse.exporters.targets import target_of
 
+        target = target_of(to, output).name  # before anything is opened
         held = source.opened(model)
-        target, example = target_of(to, output).name, source.inputs(held)
+        example = source.inputs(held)
         further: dict[str, Any] = {name: given for name, given in options.items() if given}
         further |= {"sizes": dict(map(_sizes, sizes))} if sizes else {}
         if strange := [ONLY[name][0] for name in (*further, *(["dry_run"] if dry_run else [])) if ONLY[name][1] != target]:

@@ -19,6 +19,7 @@ from normfuse import limits, strict_json
 from normfuse.errors import InvalidPlan, first_line
 from normfuse.graph import expressions
 from normfuse.graph.expressions import Call, Expression, Formula, interpret, text
+from normfuse.graph.nodes import draws
 from normfuse.graph.program import Program
 from normfuse.graph.shapes import Shapes, bounded, fake_mode
 from normfuse.limits import OverLimit
@@ -251,8 +252,8 @@ class _Emitter:
 
 def _drop_unread(graph: Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users and not _is_assertion(node):
-            graph.erase_node(node)
+        if node.op == "call_function" and not node.users and not _is_assertion(node) and not draws(node):
+            graph.erase_node(node)  # what draws moves the numbers that others draw
 
 
 def _is_assertion(node: Node) -> bool:

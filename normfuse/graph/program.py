@@ -19,10 +19,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export import _trace as exporting
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
@@ -409,11 +411,11 @@ def _check_memory(exported: ExportedProgram) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """torch.export warns of its own deprecations and logs its failures at length; they are not for our users."""
+    """torch.export warns of its own deprecations, logs its failures at length and prints graphs; they are not for our users."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), mock.patch.object(exporting, "print", create=True):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -7,7 +7,7 @@ strictly, and compared with the original; only then it takes its place.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ class Written:
         kept: how many others there are, whose bytes are the original's.
         evidence: that the model's own class computes the same of it; None where the proof was not asked for.
         dropped: names of tensors that code beside the others does without.
+        notes: what whoever loads a part of it should know, as sentences.
     """
 
     path: Path
@@ -56,11 +57,13 @@ class Written:
     kept: int
     evidence: Evidence | None
     dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The listing as JSON types."""
         evidence = self.evidence.to_dict() if self.evidence else None
-        return {"changed": list(self.changed), "kept": self.kept, "dropped": list(self.dropped), "evidence": evidence}
+        data = {"changed": list(self.changed), "kept": self.kept, "dropped": list(self.dropped), "evidence": evidence}
+        return {**data, "notes": list(self.notes)}
 
 
 def write_back(
@@ -108,7 +111,7 @@ def write_back(
             checked(evidence)
     kept = len(stored.weights.names) - len(changed) - len(dropped)
     told, left = (tuple(sorted(stored.weights.names[each] for each in names)) for names in (changed, dropped))
-    return Written(path, told, kept, evidence, left)
+    return Written(path, told, kept, evidence, left, tuple(_of_the_base(model, tensors)))
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,20 @@ def _class_tensors(program: Program, changes: Adaptation) -> dict[str, Tensor]:
         if not same_bits(after, before):
             changed |= dict.fromkeys(names_of(program, name), after)
     return changed
+
+
+def _of_the_base(model: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[str]:
+    """What to say where the head has changed: the model below it, which AutoModel loads alone, gives something else then."""
+    base = getattr(model, "base_model_prefix", None)
+    if not isinstance(base, str) or not isinstance(getattr(model, base or "-", None), nn.Module):
+        return
+    inside = {id(each) for name, each in changed.items() if name.startswith(f"{base}.")}
+    outside = sorted(name for name, each in changed.items() if id(each) not in inside)  # a tied head is the base's own
+    if outside:
+        yield (
+            f"'{outside[0]}' has taken something over from '{base}': the folder is one for {type(model).__name__}, and "
+            f"'{base}' alone, as AutoModel loads it, gives other hidden states (--keep its last norm if you need them)"
+        )
 
 
 def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -83,6 +83,7 @@ def written_lines(written: Written) -> Iterator[Text]:
     yield Text(f"{kept} as they were, byte for byte", style="dim")
     if dropped:
         yield Text(escaped(f"{len(dropped)} left out, which the code beside them has no use for: {sites_text(dropped)}"))
+    yield from (Text(f"note: {note}", style="dim") for note in escaped(written.notes))
     if written.evidence:
         cases = written.evidence.algebra
         said = f"  what is written, opened in its own class: error {written.evidence.error:.1e} on {len(cases)} cases"

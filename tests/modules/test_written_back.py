@@ -44,3 +44,17 @@ def test_a_program_of_a_folder_is_loaded_back_before_it_is_written(tmp_path: Pat
     with pytest.raises(VerificationFailed, match="gives other outputs"):
         replace(result, program=other).save(tmp_path / "wrong.pt2")
     assert not (tmp_path / "wrong.pt2").exists()
+
+
+def test_a_head_that_took_the_last_norm_over_is_told_of(tmp_path: Path) -> None:
+    """What AutoModel loads of such a folder is another function, unless the last norm is kept."""
+    model = saved(tmp_path / "m", "GPT2LMHeadModel", GPT2 | {"tie_word_embeddings": False})
+    ids = torch.randint(3, 99, (2, 9), generator=torch.Generator().manual_seed(1))
+    for flags, same in (([], False), (["--keep", "*.ln_f"], True)):
+        words = ["rewrite", f"{tmp_path / 'm'}", "--pass", "fold_affine", "-o", f"{tmp_path / f'out{same}'}", *flags, "--json"]
+        notes = json.loads(CliRunner().invoke(main, words).stdout)["tensors"]["notes"]
+        assert len(notes) == (not same)
+        assert all("'lm_head.weight'" in note and "AutoModel" in note for note in notes)
+        hidden = type(model.transformer).from_pretrained(tmp_path / f"out{same}").eval()(input_ids=ids).last_hidden_state
+        expected = model.transformer(input_ids=ids).last_hidden_state
+        assert torch.allclose(hidden, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())) == same

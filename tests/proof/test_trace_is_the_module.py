@@ -111,6 +111,11 @@ def _unread(x: Tensor) -> Tensor:
     return F.dropout(x, 0.5, training=True)
 
 
+def _unread_before(x: Tensor) -> Tensor:
+    torch.rand(3)
+    return x * torch.bernoulli(x.sigmoid())
+
+
 DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
     "dropout": lambda x: F.dropout(x, 0.5, training=True),
     "alpha dropout": lambda x: F.alpha_dropout(x, 0.5, training=True),
@@ -118,6 +123,7 @@ DRAWN: dict[str, Callable[[Tensor], Tensor]] = {
     "noise": lambda x: x + torch.randn_like(x) * torch.rand(8),
     "bernoulli": lambda x: x * torch.bernoulli(x.sigmoid()),
     "drawn and not read": _unread,
+    "drawn and not read, all of it aten": _unread_before,
     "attention": lambda x: F.scaled_dot_product_attention(x[None, None], x[None, None], x[None, None], dropout_p=0.5)[0, 0],
 }
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import normfuse
+from normfuse.api.opening import inputs_for
 from normfuse.errors import InputError, TraceError
 from normfuse.graph.program import Program
 from normfuse.proof import cases
@@ -625,3 +626,38 @@ def test_a_name_that_is_no_text_names_nothing() -> None:
 def test_a_model_cannot_ask_for_endless_inputs() -> None:
     with pytest.raises(InputError, match="INPUT_BYTES"):
         found_on(Telling(pretrained_cfg={"input_size": (10**6, 10**6)}))
+
+
+class Rescaled(nn.Module):
+    """Its first call divides its weights, as RWKV's does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.scaled = nn.Embedding(9, 4), False
+        self.example_input_array = torch.tensor([[1, 2]])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if not self.scaled:
+            with torch.no_grad():
+                self.table.weight.div_(2.0)
+            self.scaled = True
+        return self.table(input_ids)
+
+
+def test_a_model_is_called_to_find_its_inputs_and_is_as_it_was() -> None:
+    model = Rescaled().eval()
+    before = model.table.weight.clone()
+    assert inputs_for(model, None, None, None).args[0].shape == (1, 2)
+    assert torch.equal(model.table.weight, before)
+    assert not model.scaled
+
+
+class Depends(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros(int(x.sum())) if int(x.sum()) > 3 else x
+
+
+def test_torch_prints_no_graph_where_it_cannot_trace(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(TraceError, match="data-dependent"):
+        Program.trace(Depends(), (torch.ones(5),))
+    assert capfd.readouterr() == ("", "")
