@@ -29,6 +29,7 @@ from normfuse.graph.literals import counts_short, short_arguments
 from normfuse.graph.nodes import attribute_of, draws, operator_name
 from normfuse.graph.ops.rounding import reads_bits
 from normfuse.graph.program import Program
+from normfuse.graph.seeds import torch_seeded
 from normfuse.graph.views import HALVES, arguments, aten, default_rms_eps, dtype
 
 NARROW = (*HALVES, torch.float32)
@@ -121,8 +122,7 @@ class How:
 def run_graph(graph: Graph, fetch: Callable[[Node], Any], how: How) -> list[Any]:
     """The flat outputs of a lifted graph, whose placeholders ``fetch`` gives the values of."""
     wide, width = how.wide, how.width
-    with torch.no_grad(), torch.random.fork_rng(), default_dtype(width if wide else how.default):
-        torch.manual_seed(how.seed)
+    with torch.no_grad(), torch_seeded(how.seed), default_dtype(width if wide else how.default):
         return list(_values(graph, lambda node: widened(fetch(node), width) if wide else fetch(node), how))
 
 

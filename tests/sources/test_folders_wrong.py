@@ -264,14 +264,18 @@ WRONG: dict[str, tuple[Spoil, str]] = {
 }  # fmt: skip
 
 
+def spoiled_is_refused(folder: Path, spoil: Spoil, said: str, place: Path) -> None:
+    """A copy of a folder that is spoiled: one line that says so, and nothing is written."""
+    shutil.copytree(folder, place / "m")
+    spoil(place / "m")
+    before = everything(place)
+    refused(asked("rewrite", place / "m", "--pass", "pre_rmsnorm", "-o", place / "out"), said)
+    assert everything(place) == before
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_one_line_and_nothing_is_written(wrong: str, gpt2: Path, tmp_path: Path) -> None:
-    shutil.copytree(gpt2, tmp_path / "m")
-    spoil, said = WRONG[wrong]
-    spoil(tmp_path / "m")
-    before = everything(tmp_path)
-    refused(asked("rewrite", tmp_path / "m", "--pass", "pre_rmsnorm", "-o", tmp_path / "out"), said)
-    assert everything(tmp_path) == before
+    spoiled_is_refused(gpt2, *WRONG[wrong], tmp_path)
 
 
 @pytest.mark.parametrize("there", [Path.mkdir, lambda path: path.write_text("mine")])
@@ -325,9 +329,4 @@ WRONG_OF_TIMM: dict[str, tuple[Spoil, str]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_OF_TIMM)
 def test_a_folder_of_timm_that_is_wrong_is_one_line(wrong: str, vit: Path, tmp_path: Path) -> None:
-    shutil.copytree(vit, tmp_path / "m")
-    spoil, said = WRONG_OF_TIMM[wrong]
-    spoil(tmp_path / "m")
-    before = everything(tmp_path)
-    refused(asked("rewrite", tmp_path / "m", "--pass", "pre_rmsnorm", "-o", tmp_path / "out"), said)
-    assert everything(tmp_path) == before
+    spoiled_is_refused(vit, *WRONG_OF_TIMM[wrong], tmp_path)
