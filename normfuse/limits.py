@@ -70,6 +70,9 @@ INFLATION = _limit("INFLATION", 32)
 VIEW_BYTES = _limit("VIEW_BYTES", 1024 * MIB)
 """Bytes of a tensor that shows the same stored values many times (expanded, stride 0), if it were written out."""
 
+WAITING_BYTES = _limit("WAITING_BYTES", 256 * MIB)
+"""Bytes of tensors that wait to be written while the next one is computed; a larger one is written before."""
+
 VALUE_BYTES = _limit("VALUE_BYTES", 16384 * MIB)
 """Bytes of any one value that a model computes on its example inputs."""
 

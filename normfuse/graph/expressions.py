@@ -241,11 +241,6 @@ def evaluate(formula: Formula, read: Callable[[str], Tensor]) -> Tensor:
     return formed(formula, lambda name: read(name).detach(), torch.float64)
 
 
-def rounded(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-    """The value of a formula, evaluated in float64 and rounded once: what a stored tensor becomes."""
-    return evaluate(formula, read).to(dtype).contiguous()
-
-
 def formed(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
     """The value of a formula in a dtype of the caller's; gradients flow to the tensors that are read (live mode).
 

@@ -29,7 +29,8 @@ from torch.export.graph_signature import InputKind
 from torch.fx import Graph, Node
 
 from normfuse.errors import TraceError, first_line, listed
-from normfuse.graph.expressions import Formula, rounded
+from normfuse.graph.blocks import rounded
+from normfuse.graph.expressions import Formula
 from normfuse.graph.functional import functional, functional_in_place
 from normfuse.graph.nodes import constants
 from normfuse.graph.signature import signature_of

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import NormfuseError
-from normfuse.graph.expressions import Call, Ref, rounded
+from normfuse.graph.blocks import rounded
+from normfuse.graph.expressions import Call, Ref
 from normfuse.graph.program import identity
 from normfuse.modules.placement import VALUE
 from normfuse.modules.recompute import Formed

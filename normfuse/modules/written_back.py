@@ -7,25 +7,23 @@ strictly, and compared with the original; only then it takes its place.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from normfuse.errors import CannotApply, InputError
-from normfuse.graph.expressions import rounded
+from normfuse.errors import InputError
 from normfuse.graph.program import Program
-from normfuse.modules.make_live import names_of
 from normfuse.modules.module_plan import FOR_CLASS, placed
 from normfuse.modules.placement import Adaptation
+from normfuse.modules.recipe import Recipe, recipe_of
 from normfuse.modules.swapped_norms import swaps
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
-from normfuse.proof.differences import same_bits
 from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import Evidence, checked
 from normfuse.proof.fidelity import traced
@@ -100,18 +98,15 @@ def write_back(
     stored.check_name(path)
     changes = placed(original, plan, model, FOR_CLASS, same_keys=True)
     code = _code(stored, model, changes) if as_code else None
-    without = code.unheld if code else frozenset()
-    dropped = {key for name in without for key in stored.keys.get(name, ())}
-    tensors = _class_tensors(original, changes)
-    changed = _as_stored(stored, {name: each for name, each in tensors.items() if name not in without})
-    with _in_place(stored, path, source, changed, dropped, code) as written:
+    recipe = recipe_of(original, changes, stored, code.unheld if code else ())
+    with _in_place(stored, path, source, recipe, code) as (written, changed):
         again = code.open(written) if code else stored.opened(written)
         evidence = _compared(original, again, given, progress) if prove else None
         if evidence:
             checked(evidence)
-    kept = len(stored.weights.names) - len(changed) - len(dropped)
-    told, left = (tuple(sorted(stored.weights.names[each] for each in names)) for names in (changed, dropped))
-    return Written(path, told, kept, evidence, left, tuple(_of_the_base(model, tensors)))
+    kept = len(stored.weights.names) - len(changed) - len(recipe.dropped)
+    notes = tuple(_of_the_base(model, stored, changed))
+    return Written(path, tuple(sorted(changed)), kept, evidence, tuple(sorted(recipe.dropped)), notes)
 
 
 @dataclass(frozen=True)
@@ -142,25 +137,14 @@ def _code(stored: Stored, model: nn.Module, changes: Adaptation) -> _Code:
     return _Code(model, *swaps(changes, model))
 
 
-def _class_tensors(program: Program, changes: Adaptation) -> dict[str, Tensor]:
-    """The tensors of a model whose values change, by their names in its state dict; a new bias is what a norm lends to it."""
-    formulas = {changes.lent.get(name, name): formula for name, formula in {**changes.neutral, **changes.formulas}.items()}
-    changed: dict[str, Tensor] = {}
-    for name, formula in formulas.items():
-        before = program.tensor(name)
-        after = rounded(formula, program.tensor, before.dtype)
-        if not same_bits(after, before):
-            changed |= dict.fromkeys(names_of(program, name), after)
-    return changed
-
-
-def _of_the_base(model: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[str]:
+def _of_the_base(model: nn.Module, stored: Stored, changed: Collection[str]) -> Iterator[str]:
     """What to say where the head has changed: the model below it, which AutoModel loads alone, gives something else then."""
     base = getattr(model, "base_model_prefix", None)
     if not isinstance(base, str) or not isinstance(getattr(model, base or "-", None), nn.Module):
         return
-    inside = {id(each) for name, each in changed.items() if name.startswith(f"{base}.")}
-    outside = sorted(name for name, each in changed.items() if id(each) not in inside)  # a tied head is the base's own
+    held = {name: {stored.weights.names[key] for key in keys} for name, keys in stored.keys.items()}
+    inside = set[str]().union(*(keys for name, keys in held.items() if name.startswith(f"{base}.")))
+    outside = sorted(name for name, keys in held.items() if keys & set(changed) - inside)  # a tied head is the base's own
     if outside:
         yield (
             f"'{outside[0]}' has taken something over from '{base}': the folder is one for {type(model).__name__}, and "
@@ -168,29 +152,23 @@ def _of_the_base(model: nn.Module, changed: Mapping[str, Tensor]) -> Iterator[st
         )
 
 
-def _as_stored(stored: Stored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Changed tensors by their stored names; a tied one is stored once, or as often as it was."""
-    homeless = [name for name in tensors if not stored.keys.get(name)]
-    if homeless:
-        why = f"'{min(homeless)}' is stored in another form than its class has it, so it cannot be changed there"
-        raise CannotApply([why], hint=FOR_CLASS)
-    return {key: tensor for name, tensor in tensors.items() for key in stored.keys[name]}
-
-
 @contextmanager
 def _in_place(
-    stored: Stored, path: Path, source: Source, changed: dict[str, Tensor], dropped: set[str], code: _Code | None
-) -> Iterator[Path]:
+    stored: Stored, path: Path, source: Source, recipe: Recipe, code: _Code | None
+) -> Iterator[tuple[Path, set[str]]]:
+    """What is written, before it takes its place, and the names in the files of the tensors that have changed."""
+    changed = set[str]()
+
     def write(target: Path) -> None:
         for file in stored.beside:
             shutil.copyfile(file, target / file.name)
-        stored.weights.write(target, changed, dropped)
+        changed.update(stored.weights.write(target, recipe.changes(stored.weights.tensor), recipe.dropped))
         if code:
             code.write(target)
 
     made = new_folder(path, write) if stored.is_folder else proven_first(path, write, never_over=source.files)
     with made as written:
-        yield written
+        yield written, changed
 
 
 def _compared(program: Program, again: Source, given: Inputs, progress: Progress | None) -> Evidence:

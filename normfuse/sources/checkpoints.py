@@ -15,15 +15,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from normfuse.errors import LoadError, listed
 from normfuse.sources.allowlist import NotAllowed
-from normfuse.sources.atomic import to_disk
 from normfuse.sources.building import Builder, names_in
 from normfuse.sources.loading import told_as_load_error
 from normfuse.sources.pickles import Made, Name, Outside
-from normfuse.sources.safetensors_file import bytes_of
+from normfuse.sources.safetensors_file import Change, bytes_of
 from normfuse.sources.storages import storage_of
 from normfuse.sources.torch_files import TorchFile, opened_torch_file, outsides
 
@@ -75,15 +75,22 @@ class Checkpoint:
         """Bytes of a tensor."""
         return int(self.held[key].nbytes)
 
-    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
+    def write(self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = ()) -> set[str]:
         """The same content with other tensors; those that were one tensor stay one where they are still the same.
+
+        Returns:
+            The tensors of which a bit has changed.
 
         Raises:
             LoadError: the file cannot be read any more, or keeps one of these tensors in a form that is not dense.
         """
+        if odd := next((key for key in changes if self.held[key].layout is not torch.strided), None):
+            raise LoadError(f"'{odd}' of {self.path} is sparse, and cannot be changed there", hint="save it as a dense tensor")
+        copies = {key: self.held[key].clone(memory_format=torch.contiguous_format) for key in changes}
+        changed = {key: copies[key] for key, change in changes.items() if change(copies[key])}
         if not changed and not dropped:
             shutil.copyfile(self.path, target)
-            return
+            return set()
         with told_as_load_error(self.path):
             file = opened_torch_file(self.path)
             weights = file.root
@@ -93,7 +100,7 @@ class Checkpoint:
             values = _entries(weights)
             _set_entries(weights, {key: new.replaced(values[key], changed[key]) for key in changed}, dropped)
             file.written(target, file.root, new.placed(file.root))
-        to_disk(target)
+        return set(changed)
 
 
 class _Storages:

@@ -8,11 +8,11 @@ entries of one name are an attack or an accident, and never one tensor.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,11 +21,15 @@ from torch import Tensor
 from normfuse import limits
 from normfuse.errors import LoadError, first_line
 from normfuse.limits import OverLimit
-from normfuse.sources.atomic import to_disk
+from normfuse.sources.file_making import FileInTheMaking
 from normfuse.strict_json import parsed, record
 
 DAMAGED = "fetch or save the file again"
 METADATA = "__metadata__"
+
+Change: TypeAlias = Callable[[Tensor], bool]
+"""Told of a stored tensor, in memory of its own, makes another of it there; whether a bit of it differs."""
+
 _LENGTH = 8
 
 
@@ -65,42 +69,62 @@ class SafetensorsFile:
         begin, end = self.header[key]["data_offsets"]
         return int(end - begin)
 
-    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
+    def write(self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = ()) -> set[str]:
         """The same file with other numbers in some tensors, which keep their dtype and shape, and without some tensors.
 
-        Every other byte is the original's, header and metadata included; where tensors leave, those behind them move up.
-        """
-        if dropped:
-            self._write_without(target, set(dropped))
-            without = opened_safetensors(target)
-        else:
-            shutil.copyfile(self.path, target)
-            without = self
-        with target.open("r+b") as file:
-            for key, value in changed.items():
-                if key in without.header:
-                    file.seek(without.start + without.header[key]["data_offsets"][0])
-                    file.write(bytes_of(value))
-        to_disk(target)
+        Every other byte is the original's, header and metadata included; where tensors leave, those behind them move up. No
+        more than one tensor is in memory, and one that waits to be written (`normfuse.sources.file_making`).
 
-    def _write_without(self, target: Path, dropped: Collection[str]) -> None:
+        Returns:
+            The tensors of which a bit has changed.
+        """
+        head, places = self._layout(set(dropped))
+        size = len(head) + sum(self.size(key) for key in places)
+        differing = set()
+        with self.path.open("rb", buffering=0) as source, FileInTheMaking(target, size) as made:
+            made.put(0, memoryview(head))
+            for key, offset in places.items():
+                begin = self.start + self.header[key]["data_offsets"][0]
+                if key not in changes:
+                    made.copy(source.fileno(), begin, len(head) + offset, self.size(key))
+                    continue
+                value = self._read(source, key)
+                if changes[key](value):
+                    differing.add(key)
+                made.put(len(head) + offset, memoryview(bytes_of(value)))
+        return differing
+
+    def _layout(self, dropped: Collection[str]) -> tuple[bytes, dict[str, int]]:
+        """What stands before the tensors, and where each begins behind that, in the order of their bytes."""
         kept = sorted((key for key in self.keys if key not in dropped), key=lambda key: self.header[key]["data_offsets"])
-        moved, end = {}, 0
+        if not dropped:
+            with self.path.open("rb") as file:
+                return file.read(self.start), {key: self.header[key]["data_offsets"][0] for key in kept}
+        moved, end = dict[str, int](), 0
         for key in kept:
-            moved[key] = [end, end + self.size(key)]
+            moved[key] = end
             end += self.size(key)
         header = {
-            name: entry if name == METADATA else {**entry, "data_offsets": moved[name]}
+            name: entry if name == METADATA else {**entry, "data_offsets": [moved[name], moved[name] + self.size(name)]}
             for name, entry in self.header.items()
             if name not in dropped
         }
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _LENGTH)
-        with self.path.open("rb") as source, target.open("wb") as file:
-            file.write(len(text).to_bytes(_LENGTH, "little") + text)
-            for key in kept:
-                source.seek(self.start + self.header[key]["data_offsets"][0])
-                _copy(source, file, self.size(key))
+        return len(text).to_bytes(_LENGTH, "little") + text, moved
+
+    def _read(self, source: FileIO, key: str) -> Tensor:
+        """A tensor in memory of its own."""
+        like = self.tensors([key])[key]
+        value = torch.empty(like.shape, dtype=like.dtype)
+        source.seek(self.start + self.header[key]["data_offsets"][0])
+        left = memoryview(bytes_of(value))
+        while left:
+            done = source.readinto(left)
+            if not done:
+                raise OSError(0, "the file became shorter while it was read")
+            left = left[done:]
+        return value
 
 
 def opened_safetensors(path: Path) -> SafetensorsFile:
@@ -133,12 +157,3 @@ def bytes_of(value: Tensor) -> Any:
     """The bytes of a dense tensor, entry by entry."""
     flat = value.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy() if flat.numel() else b""
-
-
-def _copy(source: Any, target: Any, size: int) -> None:
-    while size:
-        block = source.read(min(size, limits.MIB))
-        if not block:
-            raise OSError(0, "the file became shorter while it was read")
-        target.write(block)
-        size -= len(block)

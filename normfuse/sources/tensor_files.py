@@ -17,6 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -27,7 +28,7 @@ from normfuse.errors import LoadError, first_line, listed
 from normfuse.limits import OverLimit
 from normfuse.sources.checkpoints import opened_checkpoint
 from normfuse.sources.loading import first_bytes
-from normfuse.sources.safetensors_file import opened_safetensors
+from normfuse.sources.safetensors_file import Change, opened_safetensors
 from normfuse.strict_json import parsed, read_file, record, text
 
 INDEX = ".index.json"
@@ -54,8 +55,8 @@ class TensorFile(Protocol):
     def size(self, key: str) -> int:
         """Bytes of a tensor."""
 
-    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
-        """The same file elsewhere, some tensors changed and some left out."""
+    def write(self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = ()) -> set[str]:
+        """The same file elsewhere, some tensors changed and some left out; which of them have another bit now."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,14 @@ class Weights:
             held |= part.tensors([key for key in part.keys if key in wanted])
         return {name: held[key] for name, key in self.names.items()}
 
+    def tensor(self, key: str) -> Tensor:
+        """The tensor of a name in the files."""
+        return self._part_of[key].tensors([key])[key]
+
+    @cached_property
+    def _part_of(self) -> dict[str, TensorFile]:
+        return {key: part for part in self.parts for key in part.keys}
+
     def fitted(self, expected: Collection[str]) -> Weights:
         """The same weights under the names that fit a model best: what a training put around the model is undone.
 
@@ -115,25 +124,27 @@ class Weights:
         note = f"what was around the model when it was saved was left out of names: '{undone[0]}' is taken for '{undone[1]}'"
         return replace(self, names={name: self.names[old] for name, old in best.items()}, notes=(*self.notes, note))
 
-    def write(self, target: Path, changed: Mapping[str, Tensor], dropped: Collection[str] = ()) -> None:
-        """The same files with other numbers in some tensors: same names, layout, order, dtypes and metadata.
+    def write(self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = ()) -> set[str]:
+        """The same files with other numbers in some tensors: same names, layout, order, dtypes, shapes and metadata.
 
         Args:
             target: a folder that is there, for the files of a folder; else the file to write.
-            changed: new values by the names in the model; they are rounded to the stored dtype.
-            dropped: names in the model of tensors that leave.
+            changes: what to make of tensors, by their names in the files.
+            dropped: names in the files of tensors that leave.
 
-        Raises:
-            ValueError: a tensor would have another shape.
+        Returns:
+            Names in the files of those of which a bit has changed.
         """
-        new, gone = {self.names[name]: value for name, value in changed.items()}, {self.names[name] for name in dropped}
+        assert {*changes, *dropped} <= self._part_of.keys(), "names in the files"
+        differing = set[str]()
         for part in self.parts:
             ours = set(part.keys)
-            mine = {key: value for key, value in new.items() if key in ours}
-            cast = {key: _like(key, old, mine[key]) for key, old in part.tensors(list(mine)).items()}
-            part.write(target / part.path.name if self._is_folder(target) else target, cast, gone & ours)
+            mine = {key: change for key, change in changes.items() if key in ours}
+            place = target / part.path.name if self._is_folder(target) else target
+            differing |= part.write(place, mine, ours.intersection(dropped))
         if self.index:
-            self._write_index(target / self.index.name, gone)
+            self._write_index(target / self.index.name, dropped)
+        return differing
 
     def _is_folder(self, target: Path) -> bool:
         return self.index is not None or len(self.parts) > 1 or target.is_dir()
@@ -277,9 +288,3 @@ def _prefix(names: Collection[str], wanted: Collection[str]) -> str:
 
 
 _AVERAGED = re.compile(r"(^|[._])(ema|averaged?|teacher|momentum)([._]|$)")
-
-
-def _like(key: str, old: Tensor, new: Tensor) -> Tensor:
-    if old.shape != new.shape:
-        raise ValueError(f"{key} has {tuple(new.shape)} entries now, and {tuple(old.shape)} in its file")
-    return new.detach().to("cpu", old.dtype)

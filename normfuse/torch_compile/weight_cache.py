@@ -10,7 +10,8 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from normfuse.graph.expressions import Formula, reads, rounded
+from normfuse.graph.blocks import rounded
+from normfuse.graph.expressions import Formula, reads
 
 
 class WeightCache:

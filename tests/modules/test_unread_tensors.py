@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import CannotApply
-from normfuse.graph.expressions import rounded
+from normfuse.graph.blocks import rounded
 from normfuse.modules.unread_tensors import filled
 from tests.models import TRAPS, D, noise
 from tests.modules.models import IMAGES, Net

@@ -20,6 +20,7 @@ from normfuse.errors import LoadError
 from normfuse.sources.pickle_writing import pickled
 from normfuse.sources.pickles import Name, Unreadable, picture
 from normfuse.sources.tensor_files import open_weights
+from tests.sources.changing import becoming
 
 
 class Settings:
@@ -78,7 +79,7 @@ def test_all_else_is_written_as_it_stood(protocol: int, legacy: bool, tmp_path: 
     weights = open_weights(path)
     assert "Settings" in weights.notes[-1]
     new = torch.full((4, 3), 7.0, dtype=torch.float64)
-    weights.write(target, {"0.weight": new})
+    weights.write(target, becoming({weights.names["0.weight"]: new}))
     before, after = (torch.load(each, weights_only=False) for each in (path, target))
     assert torch.equal(after["state_dict"].pop("0.weight"), new.float())
     before["state_dict"].pop("0.weight")
@@ -104,7 +105,7 @@ def test_storages_that_others_need_stay(tmp_path: Path) -> None:
     }
     torch.save(content, tmp_path / "c.pt")
     new = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    open_weights(tmp_path / "c.pt").write(tmp_path / "d.pt", {"k": new, "n": torch.tensor([5.0, 6.0])}, ["half"])
+    open_weights(tmp_path / "c.pt").write(tmp_path / "d.pt", becoming({"k": new, "n": torch.tensor([5.0, 6.0])}), ["half"])
     held = torch.load(tmp_path / "d.pt", weights_only=True)
     assert list(held) == ["q", "k", "v", "n"]
     assert torch.equal(held["k"], new)
@@ -120,7 +121,7 @@ def test_an_average_is_not_touched(tmp_path: Path) -> None:
     torch.save({"state_dict": weights, "state_dict_ema": dict(weights)}, tmp_path / "c.pt")  # in the same memory
     opened = open_weights(tmp_path / "c.pt")
     assert "state_dict_ema" in opened.notes[1]
-    opened.write(tmp_path / "d.pt", {"w": torch.full((3,), 9.0)})
+    opened.write(tmp_path / "d.pt", becoming({"w": torch.full((3,), 9.0)}))
     held = torch.load(tmp_path / "d.pt", weights_only=True)
     assert held["state_dict"]["w"].tolist() == [9, 9, 9]
     assert held["state_dict_ema"]["w"].tolist() == [1, 1, 1]
@@ -134,17 +135,17 @@ def test_pairs_in_arguments_are_entries(tmp_path: Path) -> None:
             return OrderedDict, ([[key, value] for key, value in self.items()],)
 
     torch.save({"state_dict": Old(w=torch.ones(2), b=torch.zeros(1))}, tmp_path / "c.pt")
-    open_weights(tmp_path / "c.pt").write(tmp_path / "d.pt", {"w": torch.full((2,), 4.0)})
+    open_weights(tmp_path / "c.pt").write(tmp_path / "d.pt", becoming({"w": torch.full((2,), 4.0)}))
     assert torch.load(tmp_path / "d.pt", weights_only=True)["state_dict"]["w"].tolist() == [4, 4]
 
 
 def test_what_is_not_dense_is_not_changed(tmp_path: Path) -> None:
     torch.save({"s": torch.eye(3).to_sparse(), "w": torch.ones(2)}, tmp_path / "c.pt")
     weights = open_weights(tmp_path / "c.pt")
-    weights.write(tmp_path / "d.pt", {"w": torch.zeros(2)})
+    weights.write(tmp_path / "d.pt", becoming({"w": torch.zeros(2)}))
     assert torch.equal(torch.load(tmp_path / "d.pt", weights_only=True)["s"].to_dense(), torch.eye(3))
     with pytest.raises(LoadError, match="sparse"):
-        weights.write(tmp_path / "e.pt", {"s": torch.eye(3)})
+        weights.write(tmp_path / "e.pt", becoming({"s": torch.eye(3)}))
 
 
 def test_weights_that_are_more_than_tensors_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+"""A file of a known size in the making: bytes of memory and of other files are put into it while others are computed.
+
+The file is made equal to what is put: where a run that was killed has left it, what is there already is looked at and stays,
+and only what differs is written. So what was done before counts by what it is, and nobody has to believe a list.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+from normfuse import limits
+
+_PIECE = 8 * limits.MIB
+_NOT_IN_THE_KERNEL = (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF, errno.EPERM)
+
+
+class FileInTheMaking:
+    """A context; the file is complete, though perhaps not on the disk yet, when it is left without an error.
+
+    Args:
+        path: where it is; nothing is written through a link.
+        size: its bytes.
+
+    Raises:
+        OSError: it cannot be written, also of what was put before.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path, self.size = path, size
+        self.file = -1
+        self.is_new = True
+        self.worker = ThreadPoolExecutor(1)
+        self.pending: deque[tuple[int, Future[None]]] = deque()
+
+    def __enter__(self) -> FileInTheMaking:
+        """Open it; what a run left there stays, if it is a file of its own."""
+        self._open()
+        os.truncate(self.file, self.size)
+        return self
+
+    def _open(self) -> None:
+        try:
+            self.file = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW)
+            about = os.fstat(self.file)
+            if stat.S_ISREG(about.st_mode) and about.st_nlink == 1:
+                self.is_new = False
+                return
+            os.close(self.file)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP, errno.EISDIR):
+                raise
+        self.path.unlink(missing_ok=True)
+        self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+
+    def put(self, offset: int, data: memoryview) -> None:
+        """Bytes of memory, which must stay as they are until the file is left."""
+        self._later(len(data), self._put, offset, data)
+
+    def copy(self, source: int, begin: int, offset: int, size: int) -> None:
+        """Bytes of another open file, copied by the kernel where it can."""
+        self._later(0, self._copy, source, begin, offset, size)
+
+    def _later(self, size: int, *job: object) -> None:
+        """Do it beside what is computed next, unless too many bytes wait for their turn."""
+        while self.pending and (
+            self.pending[0][1].done() or sum(held for held, _ in self.pending) + size > limits.WAITING_BYTES
+        ):
+            self.pending.popleft()[1].result()
+        self.pending.append((size, self.worker.submit(*job)))  # type: ignore[arg-type]
+        if size > limits.WAITING_BYTES:
+            self.pending.pop()[1].result()
+
+    def _put(self, offset: int, data: memoryview) -> None:
+        for piece in _pieces(len(data)):
+            part = data[piece]
+            if self.is_new or os.pread(self.file, len(part), offset + piece.start) != part:
+                _write(self.file, part, offset + piece.start)
+
+    def _copy(self, source: int, begin: int, offset: int, size: int) -> None:
+        for piece in _pieces(size):
+            count = piece.stop - piece.start
+            if self.is_new or os.pread(self.file, count, offset + piece.start) != os.pread(source, count, begin + piece.start):
+                self._copy_piece(source, begin + piece.start, offset + piece.start, count)
+
+    def _copy_piece(self, source: int, begin: int, offset: int, size: int) -> None:
+        done = 0
+        while done < size:
+            try:
+                copied = os.copy_file_range(source, self.file, size - done, begin + done, offset + done)
+            except OSError as error:
+                if error.errno not in _NOT_IN_THE_KERNEL:
+                    raise
+                copied = 0
+            if not copied:  # the kernel cannot, or the source is shorter than its header says
+                block = os.pread(source, size - done, begin + done)
+                if not block:
+                    raise OSError(0, "the file became shorter while it was read")
+                _write(self.file, memoryview(block), offset + done)
+                copied = len(block)
+            done += copied
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Wait for everything that was put."""
+        try:
+            self.worker.shutdown(cancel_futures=kind is not None)
+            if kind is None:
+                for _, each in self.pending:
+                    each.result()
+        finally:
+            os.close(self.file)
+
+
+def _pieces(size: int) -> Iterator[slice]:
+    return (slice(start, min(start + _PIECE, size)) for start in range(0, size, _PIECE))
+
+
+def _write(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(file, data, offset)
+        data, offset = data[done:], offset + done
