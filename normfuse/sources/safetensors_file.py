@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from io import FileIO
+from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,6 +23,7 @@ from normfuse import limits
 from normfuse.errors import LoadError, first_line
 from normfuse.limits import OverLimit
 from normfuse.sources.file_making import FileInTheMaking
+from normfuse.sources.mapped import map_file, tensor_at
 from normfuse.strict_json import parsed, record
 
 DAMAGED = "fetch or save the file again"
@@ -31,6 +33,14 @@ Change: TypeAlias = Callable[[Tensor], bool]
 """Told of a stored tensor, in memory of its own, makes another of it there; whether a bit of it differs."""
 
 _LENGTH = 8
+
+_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32,
+    "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+}  # fmt: skip
+"""What a header calls a dtype -> the dtype."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +68,22 @@ class SafetensorsFile:
         Raises:
             LoadError: the file cannot be read any more.
         """
+        if not keys:
+            return {}
         try:
-            with safe_open(self.path, "pt") as file:
-                return {key: file.get_tensor(key) for key in keys}
-        except (OSError, SafetensorError) as error:
+            file = map_file(self.path)
+            return {key: self._tensor(file, key) for key in keys}
+        except (OSError, ValueError, SafetensorError) as error:
             raise LoadError(f"{self.path} cannot be read: {first_line(error)}", hint=DAMAGED) from error
+
+    def _tensor(self, file: mmap, key: str) -> Tensor:
+        entry = self.header[key]
+        dtype = _DTYPES.get(entry["dtype"])
+        if dtype is None:  # of parts of a byte
+            with safe_open(self.path, "pt") as opened:
+                packed: Tensor = opened.get_tensor(key)
+                return packed
+        return tensor_at(file, self.start + entry["data_offsets"][0], dtype, entry["shape"])
 
     def size(self, key: str) -> int:
         """Bytes of a tensor."""
@@ -140,7 +161,7 @@ def opened_safetensors(path: Path) -> SafetensorsFile:
                 raise OverLimit(f"a header of {length:,} bytes", "HEADER_BYTES")
             text = file.read(length)
         header = record(parsed(text.decode(), once=True))
-        with safe_open(path, "pt") as opened:  # checks ranges, sizes and dtypes, each against the others and the file's end
+        with safe_open(path, "np") as opened:  # checks ranges, sizes and dtypes, each against the others and the file's end
             known = set(opened.keys())
         if known != set(header) - {METADATA}:
             raise ValueError("its header names other tensors than the library reads")

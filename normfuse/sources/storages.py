@@ -6,6 +6,7 @@ import pickletools
 import sys
 import zipfile
 from collections.abc import Mapping
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from normfuse import limits
 from normfuse.limits import OverLimit, check_inflation
 from normfuse.sources.archive import NO_ZIP
 from normfuse.sources.constructors import Stored
+from normfuse.sources.mapped import map_file, tensor_at
 from normfuse.sources.pickles import Name, Unreadable, picture
 
 # The names of storages in pickles, such as torch.FloatStorage, and what they hold.
@@ -44,10 +46,9 @@ class ArchiveStorages:
     def __init__(self, reader: Any, path: Path | None) -> None:
         self.reader = reader
         self.done: dict[str, torch.UntypedStorage] = {}
-        self.mapped: Any = None
+        self.mapped: mmap | None = None
         if path is not None and _is_uncompressed(path):
-            size = path.stat().st_size
-            self.mapped = torch.UntypedStorage.from_file(str(path), False, size)
+            self.mapped = map_file(path)
         order = reader.get_record("byteorder") if reader.has_record("byteorder") else b"little"
         self.swapped = order.decode() != sys.byteorder
 
@@ -67,11 +68,10 @@ class ArchiveStorages:
         if size == 0:
             return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
         offset = self.reader.get_record_offset(record) if self.mapped is not None else 1
-        if self.mapped is None or offset % dtype.itemsize or offset + size > self.mapped.nbytes():
+        if self.mapped is None or offset % dtype.itemsize or offset + size > len(self.mapped):
             copied: torch.UntypedStorage = self.reader.get_storage_from_record(record, size, torch.uint8).untyped_storage()
             return copied
-        mapped: torch.UntypedStorage = self.mapped[offset : offset + size]
-        return mapped
+        return tensor_at(self.mapped, offset, torch.uint8, (size,)).untyped_storage()
 
 
 def _is_uncompressed(path: Path) -> bool:

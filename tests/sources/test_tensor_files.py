@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -82,6 +83,43 @@ def test_only_what_changed_differs(held: dict[str, Tensor], data: Any, tmp_path_
             assert before == after or touched
     table = json.loads((target / "model.safetensors.index.json").read_text())
     assert table["metadata"] == {"total_size": sum(again.tensors()[name].nbytes for name in again.names), "kept": "as it is"}
+
+
+def test_every_dtype_that_is_stored(tmp_path: Path) -> None:
+    kinds = (
+        "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "bfloat16", "float32",
+        "float64", "complex64", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu",
+    )  # fmt: skip
+    held = {kind: torch.arange(24, dtype=torch.uint8).view(3, 8).view(getattr(torch, kind)) for kind in kinds[1:]}
+    held["bool"] = torch.tensor([True, False, True])
+    for kind, tensor in list(held.items()):
+        try:
+            save_file({kind: tensor}, tmp_path / f"{kind}.safetensors")
+        except (KeyError, SafetensorError):  # a dtype that the installed library does not write
+            del held[kind]
+    assert len(held) > 12
+    for kind, tensor in held.items():
+        found = open_weights(tmp_path / f"{kind}.safetensors").tensors()
+        assert same(found[kind], tensor), kind
+
+
+def test_a_file_larger_than_the_memory_opens(tmp_path: Path) -> None:
+    path, entries = tmp_path / "large.safetensors", 1 << 35
+    place = {"dtype": "F32", "shape": [entries // 4], "data_offsets": [0, entries]}
+    small = {"dtype": "F32", "shape": [2], "data_offsets": [entries, entries + 8]}
+    text = json.dumps({"large": place, "small": small}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + entries)
+        file.seek(0, 2)
+        file.write(torch.tensor([1.5, -2.0]).numpy().tobytes())
+    held = [open_weights(path).tensors() for _ in range(3)]  # the original, what was written, what is compared with
+    assert held[0]["small"].tolist() == [1.5, -2.0]
+    assert held[2]["large"].shape == (entries // 4,)
+    held[1]["large"][-1] = 7
+    assert float(held[0]["large"][-1]) == 0
+    assert float(open_weights(path).tensors()["large"][-1]) == 0
 
 
 def test_a_header_stays_byte_for_byte(tmp_path: Path) -> None:
