@@ -16,7 +16,22 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-CALLS = ("open", "fsync", "replace", "rename", "link", "symlink", "mkdir", "rmdir", "unlink", "scandir", "close")
+CALLS = (
+    "open",
+    "fsync",
+    "replace",
+    "rename",
+    "link",
+    "symlink",
+    "mkdir",
+    "rmdir",
+    "unlink",
+    "scandir",
+    "close",
+    "pwrite",
+    "copy_file_range",
+    "truncate",
+)
 
 
 def killed_at_every_step(work: Callable[[], Any], *, prepare: Callable[[], Any], check: Callable[[], Any]) -> int:

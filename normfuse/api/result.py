@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -30,8 +31,7 @@ class Result:
     """A rewritten model.
 
     Attributes:
-        program: the rewritten program; its new weights are evaluated, or (live mode) computed at every call. It shares tensors
-            that nothing changed with the original, and has its own copies of those that it updates.
+        form: makes `program`, once.
         report: what was done, refused and proven.
         inputs: the example inputs that it was proven on.
         planned: the same program with its new weights as formulas of the old ones; a further rewrite starts there, so that
@@ -43,7 +43,7 @@ class Result:
         original: the program before, where a source was brought: what is written back is compared with it.
     """
 
-    program: Program
+    form: Callable[[], Program]
     report: Report
     inputs: Inputs
     planned: Program
@@ -52,6 +52,15 @@ class Result:
     training: bool = False
     source: Source | None = None
     original: Program | None = None
+
+    @property
+    def program(self) -> Program:
+        """The rewritten program; its new weights are evaluated, or (live mode) computed at every call.
+
+        It shares tensors that nothing changed with the original, and has its own copies of those that it updates. Of a folder
+        or a checkpoint it is made when it is asked for: what is written back there needs no such tensors in memory.
+        """
+        return self.form()
 
     def module(self) -> nn.Module:
         """A module that is called with the same arguments as the original.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 from torch import nn
@@ -109,13 +110,13 @@ def rewrite(
         tried = cases_for(original, given)
         evidence = prove(original, rewritten, chosen, tried, promised=planned, level=verify, progress=progress)
     clock.lap("verify")
-    written = rewritten.baked()
-    if mode != "live":  # which is the original's own tensors, all of them
-        written = own_state(written if keep_unread or not chosen.rounds else only_read(written))
+    form = cache(partial(_evaluated, rewritten, chosen, mode, keep_unread))
+    if not for_class:  # for a class, what is written is compared
+        form()
     clock.lap("write")
-    if evidence.ok and not evidence.unchanged and not for_class:  # for a class, what is written is compared
+    if evidence.ok and not evidence.unchanged and not for_class:
         flat = flat_inputs(original, given.args, given.kwargs)
-        evidence = called_as_written(original, rewritten, written, flat, evidence)
+        evidence = called_as_written(original, rewritten, form(), flat, evidence)
     clock.lap("verify")
     counted = evidence.structure  # the proof has counted the norms already
     before, after = (counted.norms_before, counted.norms_after) if counted else (norm_counts(original), norm_counts(planned))
@@ -124,10 +125,18 @@ def rewrite(
     report = Report(name, chosen, evidence, before, after, clock.laps, notes)
     checked(evidence, report)
     return Result(
-        written, report, given, planned, files_of(start if source else model), mode,
+        form, report, given, planned, files_of(start if source else model), mode,
         training=mode == "live" and getattr(model, "training", False), source=source,
         original=original if source else None,
     )  # fmt: skip
+
+
+def _evaluated(rewritten: Program, chosen: Plan, mode: str, keep_unread: bool) -> Program:
+    """What leaves as a program."""
+    written = rewritten.baked()
+    if mode == "live":  # which is the original's own tensors, all of them
+        return written
+    return own_state(written if keep_unread or not chosen.rounds else only_read(written))
 
 
 def _of_its_class(chosen: Plan) -> tuple[str, ...]:

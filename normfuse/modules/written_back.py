@@ -166,7 +166,10 @@ def _in_place(
         if code:
             code.write(target)
 
-    made = new_folder(path, write) if stored.is_folder else proven_first(path, write, never_over=source.files)
+    parts = [each.name for each in stored.weights.files]
+    made = (
+        new_folder(path, write, goes_on_with=parts) if stored.is_folder else proven_first(path, write, never_over=source.files)
+    )
     with made as written:
         yield written, changed
 

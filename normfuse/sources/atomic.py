@@ -22,7 +22,7 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -83,8 +83,14 @@ def proven_first(path: Path, write: Callable[[Path], object], *, never_over: Seq
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+def new_folder(path: Path, write: Callable[[Path], object], *, goes_on_with: Collection[str] = ()) -> Iterator[Path]:
     """Let `write` fill a folder in a scratch folder beside `path`, yield it, and put it at `path` if nothing was raised.
+
+    Args:
+        path: where the folder is to be.
+        write: fills a folder.
+        goes_on_with: names of files of which `write` keeps what is right in them: where a run for the same path was killed,
+            `write` is given the folder that it left, with these files.
 
     Raises:
         InputError: something is at `path` already, or no folder can be made there.
@@ -95,9 +101,11 @@ def new_folder(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
             raise InputError(f"cannot write {path}: it is there already", hint="give another name with -o, or remove it first")
         if not path.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
-    with _told(path), scratch(path.parent) as folder:
+    with _told(path), scratch(path.parent, with_folder=path.name if goes_on_with else None) as folder:
         new = folder / "new" / path.name
-        new.mkdir(parents=True)
+        new.mkdir(parents=True, exist_ok=True)
+        for entry in [each for each in new.iterdir() if each.name not in goes_on_with]:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         write(new)
         yield new
         for file in new.rglob("*"):
@@ -233,15 +241,16 @@ def _settle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def scratch(beside: Path | None = None) -> Iterator[Path]:
+def scratch(beside: Path | None = None, *, with_folder: str | None = None) -> Iterator[Path]:
     """A folder for files in the making, gone afterwards; those that killed runs left in the same place are swept.
 
     Args:
         beside: where to make it; None for the system's folder of temporary files.
+        with_folder: name of a new folder: of runs that were making one, the last one's is taken over and not swept.
     """
     parent = beside or Path(tempfile.gettempdir())
-    _sweep(parent)
-    folder, lock = _held(parent)
+    found = _swept(parent, with_folder)
+    folder, lock = found or _held(parent)
     try:
         yield folder
     finally:
@@ -282,17 +291,28 @@ def _locked(descriptor: int) -> bool | None:
     return True
 
 
-def _sweep(parent: Path) -> None:
-    """Remove the scratch folders of runs that are no more."""
+def _swept(parent: Path, with_folder: str | None) -> tuple[Path, int] | None:
+    """Remove the scratch folders of runs that are no more; but one with such a new folder is returned, and the lock on it."""
+    found: tuple[Path, int] | None = None
     with contextlib.suppress(OSError):
         for folder in [Path(entry) for entry in os.scandir(parent) if _SCRATCH.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
                 lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                about = os.fstat(lock)
+                ours = about.st_uid == os.getuid() and not about.st_mode & 0o077  # nobody else has put anything there
+                if ours and found is None and with_folder and _locked(lock) and _is_folder(folder / "new" / with_folder):
+                    found = folder, lock
+                    continue
                 try:
-                    if _locked(lock) and os.fstat(lock).st_uid == os.getuid():
+                    if about.st_uid == os.getuid() and _locked(lock):
                         _remove(folder)
                 finally:
                     os.close(lock)
+    return found
+
+
+def _is_folder(path: Path) -> bool:
+    return all(each.is_dir() and not each.is_symlink() for each in (path.parent, path))
 
 
 def _remove(folder: Path) -> None:

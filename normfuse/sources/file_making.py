@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import stat
 from collections import deque
 from collections.abc import Iterator
@@ -125,3 +126,19 @@ def _write(file: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(file, data, offset)
         data, offset = data[done:], offset + done
+
+
+def check_room(target: Path, size: int) -> None:
+    """Raise before anything is written where there is no room for it; what a run has left at the target is made use of.
+
+    Args:
+        target: a folder, or a file to be.
+        size: bytes to write there.
+
+    Raises:
+        OSError: there is not enough room.
+    """
+    folder = target if target.is_dir() else target.parent
+    there = sum(each.stat().st_blocks * 512 for each in folder.iterdir() if each.is_file()) if folder is target else 0
+    if shutil.disk_usage(folder).free + there < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

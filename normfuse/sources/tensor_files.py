@@ -27,6 +27,7 @@ from normfuse import limits
 from normfuse.errors import LoadError, first_line, listed
 from normfuse.limits import OverLimit
 from normfuse.sources.checkpoints import opened_checkpoint
+from normfuse.sources.file_making import check_room
 from normfuse.sources.loading import first_bytes
 from normfuse.sources.safetensors_file import Change, opened_safetensors
 from normfuse.strict_json import parsed, read_file, record, text
@@ -134,8 +135,12 @@ class Weights:
 
         Returns:
             Names in the files of those of which a bit has changed.
+
+        Raises:
+            OSError: a file cannot be written, or there is not enough room for all of them.
         """
         assert {*changes, *dropped} <= self._part_of.keys(), "names in the files"
+        check_room(target, sum(part.path.stat().st_size for part in self.parts))
         differing = set[str]()
         for part in self.parts:
             ours = set(part.keys)

@@ -42,7 +42,7 @@ def test_a_program_of_a_folder_is_loaded_back_before_it_is_written(tmp_path: Pat
     with torch.no_grad():
         other.tensor("transformer.h.0.mlp.c_proj.weight").mul_(1.01)
     with pytest.raises(VerificationFailed, match="gives other outputs"):
-        replace(result, program=other).save(tmp_path / "wrong.pt2")
+        replace(result, form=lambda: other).save(tmp_path / "wrong.pt2")
     assert not (tmp_path / "wrong.pt2").exists()
 
 
