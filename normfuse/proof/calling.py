@@ -18,6 +18,7 @@ from normfuse.graph.program import Program, Trains, at_inference
 from normfuse.proof.differences import identical
 from normfuse.proof.trial_run import lacks_kernel
 from normfuse.proof.undisturbed import seeded, undisturbed
+from normfuse.sources.mapped import letting_go
 
 ModelCall = Callable[[Sequence[Any], Mapping[str, Any]], list[Tensor]]
 """A call with arguments -> the tensors of what it returns, and behind them the state that it updates."""
@@ -118,7 +119,9 @@ def returned(
         kwargs: keyword arguments.
     """
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
-    leaves = [each.detach() if isinstance(each, Tensor) else each for each in pytree.tree_leaves(module(*args, **kwargs))]
+    with letting_go():
+        given_back = module(*args, **kwargs)
+    leaves = [each.detach() if isinstance(each, Tensor) else each for each in pytree.tree_leaves(given_back)]
     return leaves, [each.detach().clone() for each in _updated(module, program, pytree.tree_leaves((args, kwargs)))]
 
 

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from normfuse.graph.program import identity
 from normfuse.graph.seeds import torch_seeded
+from normfuse.sources.mapped import undoing
 
 Undo = Callable[[], None]
 
@@ -29,7 +31,8 @@ _PLAIN = (bool, int, float, complex, str, bytes, type(None), tuple, frozenset, t
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """The module's tensors and attributes, and what its hooks hold, are afterwards as they were.
 
-    Its tensors are copied meanwhile, which takes as much memory as they do.
+    Its tensors are copied meanwhile, which takes as much memory as they do; those that lie in a mapped file are not, as the
+    file still has what is written over.
     """
     undo = list(_kept(module))
     try:
@@ -85,6 +88,9 @@ _MEMBERS = 10_000
 
 
 def _kept_tensor(tensor: Tensor) -> Iterator[Undo]:
+    if undo := undoing(tensor):
+        yield partial(_put_back_mapped, tensor, tensor.detach(), undo)
+        return
     try:
         before = tensor.detach().clone()
     except Exception:  # a lazy parameter has no numbers yet
@@ -95,6 +101,12 @@ def _kept_tensor(tensor: Tensor) -> Iterator[Undo]:
             tensor.data = before
 
     yield put_back
+
+
+def _put_back_mapped(tensor: Tensor, before: Tensor, undo: Undo) -> None:
+    undo()
+    if not tensor.is_meta and identity(tensor) != identity(before):  # it was given other memory
+        tensor.data = before
 
 
 def _contents(container: Any) -> Undo:

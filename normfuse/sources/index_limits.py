@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from normfuse.errors import InputError, first_line
 from normfuse.sources.call_signature import require_names, what_forward_takes
 from normfuse.sources.inputs import INTEGERS, InputKey, Inputs
+from normfuse.sources.mapped import letting_go
 
 # ---- limits of integer inputs
 
@@ -34,7 +35,7 @@ def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inpu
     try:
         for part, _ in modes:
             part.training = False  # not eval(): exported modules refuse it, and nothing may notice this run
-        with torch.no_grad(), torch.random.fork_rng(devices=()), lookups:
+        with torch.no_grad(), torch.random.fork_rng(devices=()), letting_go(), lookups:
             module(*inputs.args, **inputs.kwargs)
     except Exception as error:
         takes = f"give others with --input; its forward takes {what_forward_takes(model)}"
