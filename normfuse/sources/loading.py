@@ -157,6 +157,8 @@ def _folder(path: Path) -> LoadError:
         return adapter(path)
     if (path / "model_index.json").exists():
         return LoadError(f"{path} is a pipeline of several models", hint="name the folder of one of them, which is inside")
+    if (path / ".metadata").exists():
+        return LoadError(f"{path} is a checkpoint of torch.distributed.checkpoint: weights without a model", hint=NAME_IT)
     if not any(path.iterdir()):
         return LoadError(f"{path} is a folder with nothing in it", hint="check the path")
     return LoadError(f"{path} is a folder, not a model file", hint=f"it has no config.json: name a file in it, or {NAME_IT}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from normfuse.errors import InputError, LoadError
 from normfuse.sources.architectures import is_architecture, open_architecture
+from normfuse.sources.dcp_folder import METADATA as DCP_FILE
 from normfuse.sources.hub import from_hub, is_hub_id
 from normfuse.sources.loading import load
 from normfuse.sources.source import Source
@@ -32,8 +33,8 @@ def open(
 
     Args:
         what: a file of `torch.save` or `torch.export.save`; a folder of transformers' ``save_pretrained``, or as timm saves one
-            for a hub; a hub's id (``org/name`` or ``org/name@revision``); a file of tensors, with its architecture; or an
-            architecture, with its weights.
+            for a hub; a hub's id (``org/name`` or ``org/name@revision``); a file of tensors or a folder of
+            `torch.distributed.checkpoint`, with its architecture; or an architecture, with its weights.
         architecture: what model the tensors are of: ``timm:resnet50``, ``torchvision:resnet50``, ``transformers:FOLDER``, or
             ``FILE.py:NAME``, a function of your own that makes it.
         weights: where the tensors are, if not in what is named.
@@ -50,6 +51,10 @@ def open(
         architecture, what = (name if is_architecture(name) else f"transformers:{name}"), weights
     elif weights is not None:
         raise InputError("an architecture, weights and a model were given", hint="give the weights in the model's place")
+    if Path(what).suffix == ".distcp" or Path(what).name == DCP_FILE:
+        raise LoadError(
+            f"{what} is a part of a checkpoint of torch.distributed.checkpoint", hint="name its folder, with --model"
+        )
     if shard := _SHARD.search(Path(what).name):
         said = f"{what} is one of {int(shard[1])} files that belong together"
         raise LoadError(said, hint="name their folder, or their index (….index.json) with --model")

@@ -86,6 +86,18 @@ def children(value: Any) -> Iterator[Any]:
                 yield from pair
 
 
+def everything(root: Any) -> Iterator[Any]:
+    """All values of a picture, each object once."""
+    seen: dict[int, Any] = {}
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if id(value) not in seen:
+            seen[id(value)] = value
+            yield value
+            waiting += children(value)
+
+
 class _Machine:
     """The pickle machine, on descriptions."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -76,11 +77,30 @@ class Source:
 
 
 def same_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
-    """Which of the given tensors each tensor of a module is: those that lie in its memory, whatever they are called."""
+    """Which of the given tensors each tensor of a module is.
+
+    Those that lie in its memory, whatever they are called; and of a tensor that has several names, those of its names, where
+    files hold it several times.
+    """
     there: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in tensors.items():
         there.setdefault(_place(tensor), []).append(name)
-    return {name: tuple(there.get(_place(tensor), ())) for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
+    names: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(_place(tensor), []).append(name)
+
+    def keys(tensor: Tensor) -> Iterator[str]:
+        found = there.get(_place(tensor), [])
+        yield from found
+        others = (each for each in names[_place(tensor)] if found and each not in found)
+        yield from (each for each in others if each in tensors and _is_the_same(tensors[each], tensor))
+
+    return {name: tuple(keys(tensor)) for name, tensor in state.items()}
+
+
+def _is_the_same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

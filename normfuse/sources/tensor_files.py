@@ -3,6 +3,7 @@
     model.safetensors                  one file
     model.safetensors.index.json       several, and an index that says which tensor is in which
     pytorch_model.bin, *.pt, *.pth     of torch.save: a dictionary of tensors, or one that holds such a dictionary
+    .metadata                          of torch.distributed.checkpoint.save: pieces of tensors in *.distcp beside it
 
 `open_weights` takes any of these or the folder that they are in. What a model calls a tensor and what the file calls
 it may differ by what a training put around the model (`module.` of DataParallel, `_orig_mod.` of torch.compile, `model.` of
@@ -27,13 +28,15 @@ from normfuse import limits
 from normfuse.errors import LoadError, first_line, listed
 from normfuse.limits import OverLimit
 from normfuse.sources.checkpoints import opened_checkpoint
+from normfuse.sources.dcp_folder import METADATA as DCP
+from normfuse.sources.dcp_folder import opened_dcp
 from normfuse.sources.file_making import check_room
 from normfuse.sources.loading import first_bytes
 from normfuse.sources.safetensors_file import Change, opened_safetensors
 from normfuse.strict_json import parsed, read_file, record, text
 
 INDEX = ".index.json"
-LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json", DCP)
 """What a folder may hold; the first that is there is taken, as transformers does."""
 
 SAVED = "save the folder again with save_pretrained, or fetch the files that are missing"
@@ -79,7 +82,8 @@ class Weights:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files, which are not to be written over."""
-        return (*([self.index] if self.index else []), *(part.path for part in self.parts))
+        held = (file for part in self.parts for file in getattr(part, "files", (part.path,)))
+        return (*([self.index] if self.index else []), *held)
 
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in the model, mapped from the disk where that can be.
@@ -140,7 +144,7 @@ class Weights:
             OSError: a file cannot be written, or there is not enough room for all of them.
         """
         assert {*changes, *dropped} <= self._part_of.keys(), "names in the files"
-        check_room(target, sum(part.path.stat().st_size for part in self.parts))
+        check_room(target, sum(each.stat().st_size for each in self.files))
         differing = set[str]()
         for part in self.parts:
             ours = set(part.keys)
@@ -184,6 +188,9 @@ def open_weights(path: str | os.PathLike[str]) -> Weights:
 def _of_folder(folder: Path) -> Weights:
     there = [name for name in LAYOUTS if (folder / name).exists()]
     if not there:
+        if any(folder.glob(f"__*{DCP}")):
+            said = f"{folder} was saved by every rank for itself, and nothing says what the whole is"
+            raise LoadError(said, hint="save it with torch.distributed.checkpoint.save, whose ranks know of each other")
         found = sorted(each.name for each in folder.iterdir() if each.suffix in (".safetensors", ".bin"))
         if len(found) != 1:
             said = f"has the files {', '.join(found[:6])} and no index" if found else "has no weights"
@@ -250,6 +257,11 @@ def _of_parts(parts: tuple[TensorFile, ...], index: Path | None = None) -> Weigh
 
 def _opened(path: Path) -> TensorFile:
     """One file, by what is in it."""
+    if path.name == DCP:
+        part = opened_dcp(path.parent)
+        for each in part.files:
+            _check_home(each)
+        return part
     head = first_bytes(path)
     if (head[:2] != b"PK" and head[8:9] == b"{") or (path.suffix == ".safetensors" and len(head) <= 8):
         return opened_safetensors(path)

@@ -17,7 +17,7 @@ from normfuse.sources.atomic import late_errors
 from normfuse.sources.constructors import Stored
 from normfuse.sources.loading import LEGACY, RESAVE, archive_reader, first_bytes, foreign
 from normfuse.sources.pickle_writing import pickled
-from normfuse.sources.pickles import Outside, Unreadable, children, picture
+from normfuse.sources.pickles import Outside, Unreadable, everything, picture
 from normfuse.sources.storages import archived, in_a_row, storage_of
 
 _OWN_RECORDS = ("version", ".data/serialization_id")  # torch's writer adds them itself
@@ -63,15 +63,7 @@ def opened_torch_file(path: Path) -> TorchFile:
 
 def outsides(root: Any) -> Iterator[Outside]:
     """Every mention of a storage in a picture."""
-    seen: dict[int, Any] = {}
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        if id(value) not in seen:
-            seen[id(value)] = value
-            if isinstance(value, Outside):
-                yield value
-            waiting += children(value)
+    return (each for each in everything(root) if isinstance(each, Outside))
 
 
 def _archive(path: Path) -> TorchFile:

@@ -1,0 +1,50 @@
+"""What runs in a process of its own for `test_dcp`: a checkpoint that two ranks save, each its part of every tensor.
+
+python -m tests.sources.dcp_ranks WEIGHTS FOLDER     of a file of `torch.save`, in pieces of uneven sizes
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+RANKS = 2
+
+
+def save(rank: int, weights: Path, folder: Path) -> None:
+    import torch.distributed as dist
+    import torch.distributed.checkpoint
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    dcp: Any = torch.distributed.checkpoint
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}.meeting", rank=rank, world_size=RANKS)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    held = torch.load(weights, weights_only=True)
+    along = {key: Shard(each.ndim - 1 if key.endswith("down.weight") else 0) for key, each in held.items()}
+    sharded: dict[str, Any] = {key: distribute_tensor(each, mesh, [along[key]]) for key, each in held.items()}
+    assert all(isinstance(each, DTensor) for each in sharded.values())
+    moments = {key: distribute_tensor(each.square(), mesh, [along[key]]) for key, each in held.items()}
+    content = {"model": sharded, "optim": {"state": moments, "lr": 0.5}, "step": 7, "plain": torch.ones(3)}
+    dcp.save(content, checkpoint_id=folder)
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    weights, folder = map(Path, sys.argv[1:])
+    children = []
+    for rank in range(RANKS):
+        child = os.fork()
+        if child == 0:
+            save(rank, weights, folder)
+            os._exit(0)
+        children.append(child)
+    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
+
+
+if __name__ == "__main__":
+    main()
