@@ -17,6 +17,7 @@ from normfuse.graph.program import Program
 from normfuse.modules.make_live import names_of
 from normfuse.modules.module_plan import FOR_CLASS
 from normfuse.modules.placement import Adaptation
+from normfuse.sources.mapped import let_go
 from normfuse.sources.safetensors_file import Change
 from normfuse.sources.source import Stored
 
@@ -67,7 +68,10 @@ class Recipe:
 
 
 def _changed(formula: Formula, name: str, read: Callable[[str], Tensor], value: Tensor) -> bool:
-    return overwrite(formula, name, value, read)
+    differs = overwrite(formula, name, value, read)
+    for each in set(reads(formula)) - {name}:
+        let_go(read(each))
+    return differs
 
 
 def recipe_of(program: Program, changes: Adaptation, stored: Stored, without: Collection[str] = ()) -> Recipe:
