@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from normfuse.errors import InputError, first_line
 from normfuse.sources.call_signature import require_names, what_forward_takes
 from normfuse.sources.inputs import INTEGERS, InputKey, Inputs
-from normfuse.sources.mapped import letting_go
+from normfuse.sources.mapped import is_mapped, letting_go
 
 # ---- limits of integer inputs
 
@@ -21,7 +22,8 @@ from normfuse.sources.mapped import letting_go
 def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inputs) -> dict[InputKey, int]:
     """For each integer input that indexes a table, the size of the smallest one, found by one run of the model.
 
-    An input is followed through views, casts and copies, not through arithmetic. Inputs that index nothing are left out.
+    An input is followed through views, casts and copies, not through arithmetic. Inputs that index nothing are left out. A
+    model that lies in files and is larger than `LARGEST_RUN` is run on shapes alone, where it can be.
 
     Raises:
         InputError: the model does not run on these inputs.
@@ -30,20 +32,43 @@ def integer_limits(model: nn.Module | torch.export.ExportedProgram, inputs: Inpu
         require_names(model, inputs.args, inputs.kwargs)
     module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
     modes = [(part, part.training) for part in module.modules()]
-    given: dict[InputKey, Any] = {**dict(enumerate(inputs.args)), **dict(_named(inputs.kwargs))}
-    lookups = _Lookups(given)
     try:
         for part, _ in modes:
             part.training = False  # not eval(): exported modules refuse it, and nothing may notice this run
-        with torch.no_grad(), torch.random.fork_rng(devices=()), letting_go(), lookups:
-            module(*inputs.args, **inputs.kwargs)
+        with torch.no_grad(), torch.random.fork_rng(devices=()), letting_go():
+            imagined = _seen_on_shapes(module, inputs) if _in_files(module) > LARGEST_RUN else None
+            return _seen(module, inputs.args, inputs.kwargs) if imagined is None else imagined
     except Exception as error:
         takes = f"give others with --input; its forward takes {what_forward_takes(model)}"
         raise InputError(f"the model does not run on these inputs: {first_line(error)}", hint=takes) from error
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+LARGEST_RUN = 1 << 32
+"""Bytes of a model's tensors that are read from files for the sake of its inputs."""
+
+
+def _in_files(module: nn.Module) -> int:
+    return sum(each.nbytes for each in (*module.parameters(), *module.buffers()) if is_mapped(each))
+
+
+def _seen(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[InputKey, int]:
+    lookups = _Lookups({**dict(enumerate(args)), **dict(_named(kwargs))})
+    with lookups:
+        module(*args, **kwargs)
     return lookups.limits
+
+
+def _seen_on_shapes(module: nn.Module, inputs: Inputs) -> dict[InputKey, int] | None:
+    """What is seen where no tensor has values; None where the model asks for some."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as shapes:
+        args, kwargs = pytree.tree_map_only(Tensor, shapes.from_tensor, (inputs.args, inputs.kwargs))
+        try:
+            return _seen(module, args, kwargs)
+        except Exception:  # or the model does not run, which it then says itself
+            return None
 
 
 def _named(inputs: Mapping[str, Any], before: str = "") -> Iterator[tuple[InputKey, Any]]:
@@ -90,7 +115,7 @@ class _Lookups(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()  # shared by all views
+    return int(tensor.untyped_storage()._cdata)  # shared by all views
 
 
 def _looked_up(func: Any, args: Sequence[Any]) -> Iterator[tuple[Tensor, int]]:
