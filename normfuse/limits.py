@@ -73,6 +73,9 @@ VIEW_BYTES = _limit("VIEW_BYTES", 1024 * MIB)
 WAITING_BYTES = _limit("WAITING_BYTES", 256 * MIB)
 """Bytes of tensors that wait to be written while the next one is computed; a larger one is written before."""
 
+CHANGED_BYTES = _limit("CHANGED_BYTES", 1024 * MIB)
+"""Bytes of changed tensors that a proof holds; of more, each is computed again in each run that reads it."""
+
 VALUE_BYTES = _limit("VALUE_BYTES", 16384 * MIB)
 """Bytes of any one value that a model computes on its example inputs."""
 

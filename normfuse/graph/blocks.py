@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.fx.node import map_arg
 from normfuse.graph.expressions import ALONG_AXIS, Call, Formula, Number, Read, along_axis, evaluate, interpret, reads
 from normfuse.graph.ops.lookup import carries, own_axis, rank, row, spans
 from normfuse.graph.ops.row import Sized
+from normfuse.graph.parts import Part
 from normfuse.graph.views import arguments, shape
 
 BLOCK = 1 << 18
@@ -35,13 +38,10 @@ def rounded(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype)
         read: gives the stored tensor of a name, in any floating dtype.
         dtype: what it is rounded to.
     """
-    laid = _laid_out(formula, read)
+    laid = laid_out(formula, read)
     if laid is None:
         return evaluate(formula, read).to(dtype).contiguous()
-    value = torch.empty(shape(laid.value), dtype=dtype)
-    for place, block in laid.blocks(laid.value):
-        value[place] = block
-    return value
+    return laid.whole(dtype)
 
 
 def overwrite(formula: Formula, name: str, value: Tensor, read: Callable[[str], Tensor]) -> bool:
@@ -60,7 +60,7 @@ def overwrite(formula: Formula, name: str, value: Tensor, read: Callable[[str], 
     def held(wanted: str) -> Tensor:
         return value if wanted == name else read(wanted)
 
-    laid = _laid_out(formula, held)
+    laid = laid_out(formula, held)
     if laid is None or shape(laid.value) != tuple(value.shape) or not laid.reads_in_step(name):
         new = rounded(formula, held, value.dtype)
         if new.shape != value.shape:
@@ -69,10 +69,10 @@ def overwrite(formula: Formula, name: str, value: Tensor, read: Callable[[str], 
         value.copy_(new)
         return differs
     differs = False
-    for place, block in laid.blocks(laid.value):
-        new = block.to(value.dtype)
-        differs = differs or not _same_bits(new, value[place])
-        value[place] = new
+    for block in laid.blocks():
+        new = block.value().to(value.dtype)
+        differs = differs or not _same_bits(new, value[block.place])
+        value[block.place] = new
     return differs
 
 
@@ -81,19 +81,63 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.view(kind), other.view(kind))
 
 
-def _laid_out(formula: Formula, read: Callable[[str], Tensor]) -> _Calls | None:
-    """A formula as calls; None where it is small, or not of plain tensors on a CPU: then it is evaluated as a whole."""
+Widened = Callable[[str, Part], Tensor]
+"""The entries of a stored tensor in float64, or what is to be computed with in their place."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some entries of a formula's value, computed when they are asked for.
+
+    Attributes:
+        value: computes them.
+        axis: the axis that is cut.
+        start: the first place.
+        size: how many.
+    """
+
+    value: Callable[[], Tensor]
+    axis: int
+    start: int
+    size: int
+
+    @property
+    def place(self) -> tuple[slice, ...]:
+        """Where they are in the whole."""
+        return (*(slice(None),) * self.axis, slice(self.start, self.start + self.size))
+
+
+def laid_out(
+    formula: Formula,
+    read: Callable[[str], Tensor],
+    *,
+    widened: Widened = lambda name, part: part.wide(),
+    least: int | None = None,
+    size: int | None = None,
+) -> Blocks | None:
+    """A formula in blocks; None where it is small, or not of plain tensors on a CPU: then it is evaluated as a whole.
+
+    Args:
+        formula: what to compute.
+        read: gives the stored tensor of a name, in any floating dtype.
+        widened: gives entries of a stored tensor.
+        least: entries of the largest tensor up to which it is small; None for `BLOCK`.
+        size: entries of the largest tensor in a block, likewise.
+    """
     tensors = {name: read(name) for name in reads(formula)}
-    plain = all(each.device.type == "cpu" and type(each) in (Tensor, torch.nn.Parameter) for each in tensors.values())
-    if not plain or max((each.numel() for each in tensors.values()), default=0) <= BLOCK:
+    plain = all(
+        each.device.type == "cpu" and each.layout is torch.strided and type(each) in (Tensor, torch.nn.Parameter)
+        for each in tensors.values()
+    )
+    if not plain or max((each.numel() for each in tensors.values()), default=0) <= (least or BLOCK):
         return None
     try:
-        return _Calls(formula, tensors)
+        return Blocks(formula, tensors, widened, size or BLOCK)
     except NotImplementedError:  # an operator whose sizes torch does not tell without numbers
         return None
 
 
-class _Calls:
+class Blocks:
     """A formula as the calls of a graph; every place where it reads a tensor is a node of its own.
 
     Attributes:
@@ -101,9 +145,9 @@ class _Calls:
         of: placeholder -> the tensor or the number that it stands for.
     """
 
-    def __init__(self, formula: Formula, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, formula: Formula, tensors: Mapping[str, Tensor], widened: Widened, size: int) -> None:
         self.graph = Graph()
-        self.tensors = tensors
+        self.tensors, self.widened, self.size = tensors, widened, size
         self.of: dict[Node, Tensor | float] = {}
         self.names: dict[Node, str] = {}
         self.value: Node = interpret(formula, self._leaf, self._call)
@@ -137,20 +181,33 @@ class _Calls:
 
     # -- cutting -------------------------------------------------------------------------------------------------------
 
-    def blocks(self, value: Node) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-        """The value of a node in float64, block by block: (where it is, its entries)."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the formula's value."""
+        return shape(self.value)
+
+    def whole(self, dtype: torch.dtype) -> Tensor:
+        """The formula's value in a dtype."""
+        value = torch.empty(self.shape, dtype=dtype)
+        for block in self.blocks():
+            value[block.place if self.shape else ()] = block.value()
+        return value
+
+    def blocks(self, of: Node | None = None) -> Iterator[Block]:
+        """The formula's value in float64, or that of a node on the way, block by block."""
+        value = of or self.value
         axis, cut = self._cut(value)
         if not cut:
-            yield (), self._called(value, {each: self._whole(each) for each in value.all_input_nodes})
+            yield Block(partial(self._uncut, value), 0, 0, shape(value)[0] if rank(value) else 1)
             return
         whole = {
             each: self._whole(each) for node in cut if node not in self.of for each in node.all_input_nodes if each not in cut
         }
         size = shape(value)[axis]
         thickest = max(each.numel() // size for node in cut if isinstance(each := self.of.get(node), Tensor))
-        step = max(1, BLOCK // max(thickest, 1))
+        step = max(1, self.size // max(thickest, 1))
         for start, end in pairwise((*range(0, size, step), size)):
-            yield (*(slice(None),) * axis, slice(start, end)), self._block(value, cut, start, end - start, whole)
+            yield Block(partial(self._block, value, cut, start, end - start, whole), axis, start, end - start)
 
     def reads_in_step(self, name: str) -> bool:
         """Whether a block of the value reads the tensor of this name at its own place only."""
@@ -183,20 +240,24 @@ class _Calls:
         for node in self.nodes:
             if node in cut:
                 of = self.of.get(node)
-                values[node] = (
-                    of.narrow(cut[node], start, size).to(torch.float64)
-                    if isinstance(of, Tensor)
-                    else self._called(node, values)
-                )
+                part = Part(of, cut[node], start, size) if isinstance(of, Tensor) else None
+                values[node] = self.widened(self.names[node], part) if part else self._called(node, values)
         return values[value]
+
+    def _uncut(self, value: Node) -> Tensor:
+        if value in self.of:
+            return self._whole(value)
+        return self._called(value, {each: self._whole(each) for each in value.all_input_nodes})
 
     def _whole(self, node: Node) -> Tensor:
         of = self.of.get(node)
+        if isinstance(of, Tensor):
+            return self.widened(self.names[node], Part(of))
         if of is not None:
-            return of.to(torch.float64) if isinstance(of, Tensor) else torch.full((), of, dtype=torch.float64)
+            return torch.full((), of, dtype=torch.float64)
         value = torch.empty(shape(node), dtype=torch.float64)
-        for place, block in self.blocks(node):
-            value[place] = block
+        for block in self.blocks(node):
+            value[block.place if rank(node) else ()] = block.value()
         return value
 
     def _called(self, node: Node, values: Mapping[Node, Any]) -> Tensor:

@@ -1,7 +1,8 @@
 """Run a program's graph with stored tensors of our choice: in its own dtype, or all of it in float64.
 
 Tensors are fetched when they are first read and dropped after their last reader, so that a float64 run never holds a
-float64 copy of the model.
+float64 copy of the model; large ones are taken block by block (`normfuse.graph.large`), and the pages of those that are mapped
+from a file are let go of.
 
 An operator that has no kernel in float64 (per-channel fake quantization, quantized operators, custom ones that check dtypes)
 runs in its own dtype there: what it reads is rounded to the dtype that it had when the model was traced, and its result is
@@ -24,12 +25,14 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError
-from normfuse.graph.expressions import evaluate
+from normfuse.graph.large import read_in_blocks
 from normfuse.graph.literals import counts_short, short_arguments
 from normfuse.graph.nodes import attribute_of, draws, operator_name
 from normfuse.graph.ops.rounding import reads_bits
+from normfuse.graph.parts import Weights
 from normfuse.graph.program import Program
 from normfuse.graph.seeds import torch_seeded
+from normfuse.graph.stored_values import StoredValues
 from normfuse.graph.views import HALVES, arguments, aten, default_rms_eps, dtype
 
 NARROW = (*HALVES, torch.float32)
@@ -117,6 +120,7 @@ class How:
     beside: Beside | None = None
     seed: int = 0
     default: torch.dtype = field(default_factory=torch.get_default_dtype)
+    dropped: Callable[[Node], None] = lambda node: None
 
 
 def run_graph(graph: Graph, fetch: Callable[[Node], Any], how: How) -> list[Any]:
@@ -147,8 +151,8 @@ def _values(graph: Graph, fetch: Callable[[Node], Any], how: How) -> Any:
                 value = how.beside(node, [values[each] for each in node.all_input_nodes], value, own)
             values[node] = value if how.through is None or _is_batched(value) else how.through(node, value)
         for operand in node.all_input_nodes:
-            if last_reader[operand] is node:
-                values.pop(operand, None)
+            if last_reader[operand] is node and values.pop(operand, None) is not None and operand.op == "placeholder":
+                how.dropped(operand)
     raise AssertionError("a graph without an output")
 
 
@@ -161,6 +165,8 @@ def _called(node: Node, values: Mapping[Node, Any], how: How) -> tuple[Any, bool
     """The result of a call, and whether it ran in another dtype than the run, for want of a kernel."""
     if not how.wide:
         return _with_kernel(node, values, how)
+    if (of_blocks := read_in_blocks(node, values)) is not None:
+        return of_blocks, False
     if reads_bits(node) or (draws(node) and _NUMBERS.match(operator_name(node))):
         return _in_own_dtype(node, values, how), reads_bits(node)
     try:
@@ -292,10 +298,6 @@ def _check_input(place: int, value: Any, node: Node | None) -> None:
         raise InputError(f"input {place} ('{node.name}') was traced as {wanted}; {given} does not fit")
 
 
-Weights = Callable[[str, Tensor], Tensor]
-"""Other values for the stored tensors: given a tensor's name and its value, the value to run with."""
-
-
 def run(
     program: Program,
     flat: Sequence[Any],
@@ -330,23 +332,17 @@ def run(
         if spec.arg.name not in program.stored and spec.kind.name == "USER_INPUT"
     }
 
-    def read(name: str) -> Tensor:
-        value = program.tensor(name)
-        if not value.is_floating_point():
-            return value
-        value = value.detach().to(torch.float64) if wide else value
-        return value if weights is None else weights(name, value)
+    stored = StoredValues(program, wide, width, weights)
 
     def fetch(node: Node) -> Any:
-        name = program.stored.get(node.name)
-        if name is None:
-            return given[node.name]
-        value = evaluate(program.formulas[name], read) if name in program.formulas else read(name)
-        if wide:
-            return value.to(width) if value.is_floating_point() else value
-        return value.to(program.tensor(name).dtype)
+        return stored.of(node) if node.name in program.stored else given[node.name]
 
-    outputs = run_graph(program.graph, fetch, How(wide, width, short, through, beside, seed))
+    def dropped(node: Node) -> None:
+        if node.name in program.stored:
+            stored.let_go(node)
+
+    how = How(wide, width, short, through, beside, seed, dropped=dropped)
+    outputs = run_graph(program.graph, fetch, how)
     kinds = [spec.kind.name for spec in program.exported.graph_signature.output_specs]
     pairs = [pair for pair in zip(outputs, kinds, strict=True) if isinstance(pair[0], Tensor)]
     # what the caller gets, then what the program updates

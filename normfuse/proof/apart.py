@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from normfuse.graph.interpreter import Weights, user_inputs
+from normfuse.graph.interpreter import user_inputs
+from normfuse.graph.parts import Part, Weights
 from normfuse.graph.program import Program
 from normfuse.graph.views import dtype, is_tensor
 from normfuse.proof.noise import NUDGE, kick, nudged, rounding_of
@@ -27,14 +28,14 @@ def nudges(a: Program, b: Program) -> Callable[[float | None, int], Weights]:
     alike = not a.formulas and not b.formulas and all(_holds(a, b, name) for name in theirs)
 
     def towards(size: float, draw: int) -> Weights:
-        def nudge(name: str, value: Tensor) -> Tensor:
-            reach = size * value.abs()
-            if name in theirs:
-                other = b.tensor(name).to(torch.float64)
+        def nudge(name: str, value: Tensor, part: Part) -> Tensor:
+            other = part.of(b.tensor(name)).to(torch.float64) if name in theirs else None
+            reach = (size if other is None else NUDGE) * value.abs()
+            if other is not None and not torch.equal(other, value):
                 least = max(torch.finfo(each.tensor(name).dtype).smallest_normal * size for each in (a, b))
                 rounded = size * torch.maximum(value.abs(), other.abs()) + least
-                reach = torch.where(other == value, NUDGE * value.abs(), rounded)
-            return value + reach * kick(f"nudge {draw or ''}{name}", value)
+                reach = torch.where(other == value, reach, rounded)
+            return value + reach * kick(f"nudge {draw or ''}{name}", value, part)
 
         return nudge
 

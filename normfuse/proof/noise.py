@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.graph.interpreter import Weights, run
+from normfuse.graph.interpreter import run
+from normfuse.graph.parts import Part, Weights
 from normfuse.graph.program import Program
 from normfuse.graph.views import dtype, is_tensor
 from normfuse.proof.steps import Steps
@@ -32,9 +34,9 @@ def rounding_of(program: Program) -> float:
 def nudged(size: float, weights: Weights | None = None, draw: int = 0) -> Weights:
     """A change of all weights by a relative ``size``, on top of another; for one ``draw`` the same one in every run."""
 
-    def nudge(name: str, value: Tensor) -> Tensor:
-        value = value if weights is None else weights(name, value)
-        return torch.addcmul(value, value, kick(f"nudge {draw or ''}{name}", value), value=size)
+    def nudge(name: str, value: Tensor, part: Part) -> Tensor:
+        value = value if weights is None else weights(name, value, part)
+        return torch.addcmul(value, value, kick(f"nudge {draw or ''}{name}", value, part), value=size)
 
     return nudge
 
@@ -90,14 +92,20 @@ def nudged_inputs(flat: Sequence[Any], draw: int, size: float = NUDGE) -> list[A
     ]
 
 
-def kick(name: str, like: Tensor) -> Tensor:
-    """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name."""
-    return _stretch(_kicks, name, like)
+def kick(name: str, like: Tensor, part: Part | None = None) -> Tensor:
+    """Numbers between ½ and 1½ of either sign, so that none is small by luck; the same ones for the same name.
+
+    Args:
+        name: what they are for.
+        like: has their shape.
+        part: which entries of a stored tensor these are, where they are not all of it.
+    """
+    return _stretch(_kicks, name, like, part)
 
 
-def normal(name: str, like: Tensor) -> Tensor:
-    """Standard normal numbers, the same ones for the same name in every run."""
-    return _stretch(_normals, name, like)
+def normal(name: str, like: Tensor, part: Part | None = None) -> Tensor:
+    """Standard normal numbers, the same ones for the same name in every run; arguments as for `kick`."""
+    return _stretch(_normals, name, like, part)
 
 
 PERIOD = 1_048_573
@@ -105,23 +113,42 @@ PERIOD = 1_048_573
 that no two rows of a weight begin at the same one."""
 
 
-def _stretch(drawn: Callable[[torch.device], Tensor], name: str, like: Tensor) -> Tensor:
+def _stretch(drawn: Callable[[torch.device], Tensor], name: str, like: Tensor, part: Part | None) -> Tensor:
     """As many numbers as a tensor has entries, from a place that its name tells, again from the start where they end."""
     numbers, size = drawn(like.device), like.numel()
     begin = zlib.crc32(name.encode()) % PERIOD
-    if begin + size <= PERIOD:
+    if part is not None and part.size is not None:
+        return _of_part(numbers, begin, part).view(like.shape)
+    if size <= PERIOD:
         return numbers[begin : begin + size].view(like.shape)
-    return numbers.roll(-begin).repeat(-(-size // PERIOD))[:size].view(like.shape)
+    return numbers[:PERIOD].roll(-begin).repeat(-(-size // PERIOD))[:size].view(like.shape)
+
+
+def _of_part(numbers: Tensor, begin: int, part: Part) -> Tensor:
+    """Those of the entries between two places of an axis: a run of them for each place in front of the axis."""
+    assert part.size is not None
+    inner = math.prod(part.whole.shape[part.axis + 1 :])
+    outer, length = math.prod(part.whole.shape[: part.axis]), part.size * inner
+    starts = begin + part.start * inner + torch.arange(outer, device=numbers.device) * part.whole.shape[part.axis] * inner
+    if length <= PERIOD:
+        return numbers.unfold(0, length, 1)[starts % PERIOD]
+    return numbers[(starts[:, None] + torch.arange(length, device=numbers.device)) % PERIOD]
 
 
 @cache
 @torch.inference_mode(False)  # they outlast the mode in which they are first asked for
 def _kicks(device: torch.device) -> Tensor:
     drawn = torch.rand(PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu") * 2.0 - 1.0
-    return (drawn + torch.where(drawn < 0.0, -0.5, 0.5)).to(device)
+    return _twice(drawn + torch.where(drawn < 0.0, -0.5, 0.5)).to(device)
 
 
 @cache
 @torch.inference_mode(False)
 def _normals(device: torch.device) -> Tensor:
-    return torch.randn(PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu").to(device)
+    drawn = torch.randn(PERIOD, generator=torch.Generator().manual_seed(1), dtype=torch.float64, device="cpu")
+    return _twice(drawn).to(device)
+
+
+def _twice(drawn: Tensor) -> Tensor:
+    """So that what begins at any of them has as many behind it."""
+    return drawn.repeat(2)

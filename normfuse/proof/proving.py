@@ -21,18 +21,21 @@ A rewrite that is wrong fails level 2 by many orders of magnitude, so nobody has
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
+from normfuse import limits
 from normfuse.analysis.facts import analyze
 from normfuse.errors import NormfuseError, first_line, one_of
 from normfuse.graph.edits import SetTensor
-from normfuse.graph.interpreter import Weights, run
+from normfuse.graph.interpreter import run
+from normfuse.graph.parts import Part, Weights, deviation
 from normfuse.graph.program import Program
 from normfuse.graph.views import dtype, is_tensor, shape
 from normfuse.planning.planner import Plan
@@ -90,9 +93,19 @@ def prove(
     reference, notes = reference_of(original, plan, [each.flat for each in trials])
     trials += [Trial(name, trials[0].flat, weights=change) for name, change in _other_weights(plan).items()]
     usual = trial_run(original, trials[0].flat)
-    proof = _Proof(original, reference, rewritten, rewritten.baked(), _changed(plan), usual)
+    proof = _Proof(original, reference, rewritten, _as_stored(rewritten), _changed(plan), usual)
     evidence = evidence_of(trials, proof.measured, Evidence(level, structure, notes=notes), progress)
     return replace(evidence, notes=(*evidence.notes, *notes_of_own_dtype(proof.in_own_dtype)))
+
+
+def _as_stored(program: Program) -> Program:
+    """A program that runs in its stored dtype: its formulas evaluated once where what they give is small, else in each run."""
+    size = sum(math.prod(shape(node)) * program.tensor(name).element_size() for name, node in _formed(program))
+    return program.baked() if size <= limits.CHANGED_BYTES else program
+
+
+def _formed(program: Program) -> Iterator[tuple[str, Node]]:
+    return ((name, program.reader_of(name)) for name in program.formulas)
 
 
 @dataclass(frozen=True)
@@ -109,16 +122,22 @@ def _other_weights(plan: Plan) -> dict[str, Weights]:
     that reads token ids offers no other way to give its norms a large mean or next to no variance.
     """
     changed = set(_changed(plan))
+    known: dict[str, float] = {}
 
-    def shifted(name: str, value: Tensor) -> Tensor:
-        return value + value.std() if value.numel() > 1 else value
+    def spread(name: str, part: Part) -> float:
+        if name not in known:
+            known[name] = deviation(part.whole) if part.whole.numel() > 1 else 0.0
+        return known[name]
 
-    def shrunk(name: str, value: Tensor) -> Tensor:
+    def shifted(name: str, value: Tensor, part: Part) -> Tensor:
+        return value + spread(name, part)
+
+    def shrunk(name: str, value: Tensor, part: Part) -> Tensor:
         return value * 1e-3 if name in changed else value
 
-    def redrawn(name: str, value: Tensor) -> Tensor:
+    def redrawn(name: str, value: Tensor, part: Part) -> Tensor:
         # factors are positive, so that a variance stays one
-        return value * torch.exp(0.5 * normal(name, value)) + (0.1 * value.std() if value.numel() > 1 else 0.0)
+        return value * torch.exp(0.5 * normal(name, value, part)) + 0.1 * spread(name, part)
 
     return {"weights with a mean": shifted, "writers of tiny variance": shrunk, "other weights": redrawn}
 
@@ -159,7 +178,7 @@ class _Proof:
         stored: the original as it is.
         reference: what it computes without rounding, as `reference_of` has it.
         rewritten: what is to run.
-        baked: the same as it is stored.
+        baked: the same, to be run as it is stored.
         changed: the stored tensors that differ.
         usual: the original's outputs on the first trial; None where this machine lacks a kernel.
         in_own_dtype: operators that ran in their own dtype so far.

@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
-from normfuse.graph.interpreter import Weights
+from normfuse.graph.parts import Part, Weights, any_filled, row_sizes
 from normfuse.graph.program import Program
 from normfuse.graph.views import arguments, aten
 from normfuse.proof.evidence import Agreement, Sensitivity, Verdict
@@ -48,14 +48,19 @@ def sensitivity(
         judge: what was asked whether the two models agree.
     """
     sampled = _spread(list(dict.fromkeys(name for name in names if _has_rows(program, name))))
-    shown = {name: least for name in sampled if (least := _least(judge(outputs(partial(_one_row_off, name, TRIED)))))}
+    rows = {name: _middle(program.tensor(name)) for name in sampled}
+
+    def off(name: str, change: float) -> Agreement:
+        return judge(outputs(partial(_one_row_off, name, rows[name], change)))
+
+    shown = {name: least for name in sampled if (least := _least(off(name, TRIED)))}
     if not shown:
         return Sensitivity(TRIED, 0, len(sampled)) if sampled else None
     hardest = max(shown, key=lambda name: shown[name])
     change = shown[hardest]
     for _ in range(TRIES):
         change = min(CLEARLY * change, TRIED)
-        found = judge(outputs(partial(_one_row_off, hardest, change)))
+        found = off(hardest, change)
         if found.verdict is Verdict.DISPROVEN:
             return Sensitivity(change, len(shown), len(sampled))
         change /= max(found.error / found.allowed, 1e-3)
@@ -80,16 +85,21 @@ def _has_rows(program: Program, name: str) -> bool:
     node, value = program.reader_of(name), program.tensor(name)
     tables = [each.target is aten.embedding.default and arguments(each)["weight"] is node for each in node.users]
     there = value.is_floating_point() and value.dim() > 0 and not value.is_meta  # a new tensor of a plan has a formula only
-    filled = there and bool(value.count_nonzero())
-    return filled and bool(node.users) and not any(tables)
+    return there and bool(node.users) and not any(tables) and any_filled(value)
 
 
-def _one_row_off(wanted: str, change: float, name: str, value: Tensor) -> Tensor:
-    """The row whose size is in the middle of all that are not zero, scaled."""
-    if name != wanted:
-        return value
-    size = value.reshape(len(value), -1).square().sum(1)
+def _middle(value: Tensor) -> int:
+    """The row whose size is in the middle of all that are not zero."""
+    size = row_sizes(value)
     rows = size.argsort()[int((size == 0.0).sum()) :]
+    return int(rows[len(rows) // 2])
+
+
+def _one_row_off(wanted: str, row: int, change: float, name: str, value: Tensor, part: Part) -> Tensor:
+    """A row scaled."""
+    place = row - (part.start if part.axis == 0 else 0)
+    if name != wanted or not 0 <= place < len(value):
+        return value
     changed = value.clone()
-    changed[rows[len(rows) // 2]] *= 1.0 + change
+    changed[place] *= 1.0 + change
     return changed

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from normfuse.graph.parts import Part
 from normfuse.proof import noise
 from normfuse.proof.noise import PERIOD, kick, normal, nudged
 
@@ -43,6 +44,6 @@ def test_they_do_not_depend_on_the_mode_in_which_they_are_first_drawn() -> None:
 
 def test_a_nudge_is_relative_and_of_its_size() -> None:
     value = torch.randn(PERIOD // 2, 3, dtype=torch.float64)
-    moved = (nudged(1e-6)("w", value) - value) / value
+    moved = (nudged(1e-6)("w", value, Part(value)) - value) / value
     assert float(moved.abs().min()) > 0.49e-6
     assert float(moved.abs().max()) < 1.51e-6
