@@ -101,6 +101,8 @@ class Why(Enum):
     LEAVES = "'{}' would leave the state dict, and from_pretrained would make it up"
     STAYS = "its class would go on normalizing"
     LEFT_OUT = "'{}' would be a new tensor, which from_pretrained leaves out"
+    LEAVES_SHARDS = "'{}' would leave its module, and fully_shard would put its shards back"
+    LEFT_WHOLE = "'{}' would be a new tensor beside those that are in shards"
     CALLED_AGAIN = "its module is called several times, and the calls do not change alike"
     READS_TWO = "a new operation would read two values that no single module is given"
     IN_A_FORWARD = "a new operation would stand between two functions of one forward method"

@@ -33,6 +33,7 @@ from normfuse.graph.blocks import rounded
 from normfuse.graph.expressions import Formula
 from normfuse.graph.functional import functional, functional_in_place
 from normfuse.graph.nodes import constants
+from normfuse.graph.sharded import Gathered, memory_of, whole
 from normfuse.graph.signature import signature_of
 from normfuse.limits import OverLimit
 from normfuse.sources.atomic import late_errors
@@ -110,7 +111,7 @@ class Program:
             TraceError: torch.export could not trace the model, or a value of it would be larger than `limits.VALUE_BYTES`.
         """
         _check_names(module, kwargs or {})
-        with at_inference(module, trains) as notes, quiet():
+        with at_inference(module, trains) as notes, whole(module), quiet():
             try:
                 exported = _exported(module, args, kwargs or {}, dynamic_shapes)
             except Exception as error:  # torch.export raises anything that the user's forward raises
@@ -335,9 +336,10 @@ def module_path(traced: str) -> str:
 
 def identity(tensor: Tensor) -> tuple[Any, ...]:
     """What two tensors have in common that are the same entries of the same memory."""
+    held = memory_of(tensor.shard) if isinstance(tensor, Gathered) else tensor
     return (
-        tensor.untyped_storage()._cdata,
-        tensor.storage_offset(),
+        held.untyped_storage()._cdata,
+        held.storage_offset(),
         tuple(tensor.shape),
         tensor.stride(),
         tensor.dtype,

@@ -20,6 +20,7 @@ from normfuse.modules.module_plan import (
     warn_of_what_stays,
 )
 from normfuse.modules.parametrize import bake, commit, put_back, undo
+from normfuse.modules.ranks import of_first, together
 from normfuse.modules.record import rewritten, was_changed
 from normfuse.modules.reference import Reference
 from normfuse.planning.planner import Plan
@@ -41,7 +42,8 @@ def deploy_modules(
 ) -> None:
     """Rewrite a model in place, its weights evaluated, and prove it; see `normfuse.deploy`."""
     require_plain(model, "deploy")
-    with put_back(model):
+    with put_back(model), together(model):
+        given = of_first(model, given)
         before = was_changed(model)
         bake(model)
         program = traced(model, given, check=level == "full").with_own_handles()
@@ -57,7 +59,8 @@ def deploy_modules(
 def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> None:
     """Make a plan on the model that it was made for; see `Result.apply_to`."""
     require_plain(model, "apply_to")
-    with put_back(model):
+    with put_back(model), together(model):
+        given = of_first(model, given)
         restore_modules(model)
         program = Program.trace(model, given.args, given.kwargs, given.dynamic_shapes).with_own_handles()
         hint = f"normfuse.deploy(model, {list(plan.passes)}) plans for modules; or save the result itself: result.save(path)"
@@ -83,7 +86,7 @@ def evaluate_formulas(model: nn.Module, *, keep: bool) -> None:
     """
     if not any(record.tensors for _, record in rewritten(model)):
         raise NormfuseError("this model is not tuned, so there is nothing to evaluate", hint="name the passes to deploy")
-    with put_back(model):
+    with put_back(model), together(model):
         bake(model)
     commit(model, keep=keep)
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from normfuse.graph.expressions import Formula, reads
 from normfuse.graph.program import Program
+from normfuse.graph.sharded import whole
 from normfuse.modules.make_live import names_of, place_of
 from normfuse.modules.module_plan import ModulePlan
 from normfuse.modules.placement import input_of
@@ -25,7 +26,8 @@ def guards_of(made: ModulePlan, model: nn.Module) -> dict[nn.Module, list[nn.Mod
     Those hold a buffer that a formula reads, and do something else when they train: a BatchNorm, not a frozen one.
     """
     statistics = _statistics(made, model)
-    training = {module for module in statistics if _trains(made.program, module, model)}
+    with whole(model):
+        training = {module for module in statistics if _trains(made.program, module, model)}
     changed = [model.get_submodule(path) for path in made.changes.changes]
     found: dict[nn.Module, list[nn.Module]] = {}
     for group in _groups(made, model, statistics):

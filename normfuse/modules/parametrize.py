@@ -10,16 +10,27 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from normfuse.errors import NormfuseError
-from normfuse.graph.blocks import rounded
+from normfuse.errors import CannotApply, NormfuseError
 from normfuse.graph.expressions import Call, Ref
 from normfuse.graph.program import identity
+from normfuse.graph.sharded import (
+    asks_for_shard,
+    give_class,
+    give_memory,
+    inner_class,
+    is_shard,
+    is_sharded,
+    memory_of,
+    refresh,
+    reshard,
+)
+from normfuse.modules.on_shards import as_read, evaluated
 from normfuse.modules.placement import VALUE
 from normfuse.modules.recompute import Formed
 from normfuse.modules.record import (
@@ -46,7 +57,7 @@ def install(module: nn.Module, record: Rewritten) -> None:
         plain(module)
     module.__dict__[RECORD] = record
     attributes = tuple(sorted(record.tensors.keys() | record.borrowed))
-    module.__class__ = _class_for(type(module), attributes, record.change is not None)  # type: ignore[arg-type]
+    give_class(module, _class_for(inner_class(module), attributes, record.change is not None))
 
 
 @contextlib.contextmanager
@@ -65,9 +76,10 @@ def own_classes(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def put_back(model: nn.Module, *, always: bool = False) -> Iterator[None]:
     """Whatever is done to a model's classes, records and tensors is undone where it fails, or always."""
+    reshard(model)
     modules = [(each, type(each), _marks(each)) for each in model.modules()]
     homes: list[Any] = [home for each, *_ in modules for home in (each._parameters, each._buffers)]
-    tensors = [(each, each.data) for home in homes for each in home.values() if each is not None]
+    tensors = [(each, memory_of(each)) for home in homes for each in home.values() if each is not None]
     fields = [(each, dict(each)) for each in (*homes, *(record.__dict__ for _, record in rewritten(model)))]
     done = False
     try:
@@ -75,6 +87,7 @@ def put_back(model: nn.Module, *, always: bool = False) -> Iterator[None]:
         done = not always
     finally:
         if not done:
+            reshard(model)
             for module, own_type, marks in modules:
                 module.__class__ = own_type
                 for mark in _marks(module):
@@ -84,7 +97,8 @@ def put_back(model: nn.Module, *, always: bool = False) -> Iterator[None]:
                 each.clear()
                 each.update(before)
             for tensor, data in tensors:
-                tensor.data = data
+                give_memory(tensor, data)
+            refresh(model)
 
 
 def _marks(module: nn.Module) -> dict[str, Any]:
@@ -120,6 +134,8 @@ def _made_again(attributes: tuple[str, ...], forward: bool, made: Callable[..., 
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Any:
+        if is_shard(self._parameters.get(name)) and asks_for_shard():
+            return self._parameters[name]
         try:
             return _value(self, name)
         except AttributeError as error:  # torch would hand out the module's own tensor instead
@@ -136,12 +152,17 @@ def _value(module: nn.Module, name: str) -> Any:
     if is_idle(module, record):
         return own(module, name)
     if name in record.borrowed and name not in record.tensors:
-        holder, place = record.borrowed[name]
-        return getattr(holder, place)
+        return _read(*record.borrowed[name])
     if not torch.compiler.is_compiling():
         return Formed.of(record, module, name)
     forming = Forming(record, (name,))  # a compiler decides by itself what to keep for backward
     return forming.by_autograd(*forming.leaves(module))[0]
+
+
+def _read(holder: nn.Module, attribute: str) -> Any:
+    """What a module reads of another one, or of itself in an expression."""
+    found = getattr(holder, attribute)
+    return found if isinstance(found, Formed) or found is None else as_read(found, holder, attribute)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -179,7 +200,7 @@ def _part(by: Any, value: Any, module: nn.Module, record: Rewritten, done: dict[
     match by:
         case Ref():
             holder, attribute = (None, None) if by == VALUE else record.home[by.name]
-            return value if attribute is None else getattr(holder or module, attribute)
+            return value if attribute is None else _read(holder or module, attribute)
         case Call():
             if by not in done:
                 args = (_part(each, value, module, record, done) for each in by.args)
@@ -201,7 +222,9 @@ def bake(model: nn.Module) -> None:
     that nobody reads any more become neutral, or leave the state dict: beside the changed ones they would tell the model's own
     class to apply its norms twice.
     """
+    reshard(model)
     records = dict(rewritten(model))
+    _require_same_keys(model, records)
     values = [each for module, record in records.items() for each in _values(module, record)]
     before = [(_former(module, name), value) for module, name, value in values]
     tied: dict[tuple[Any, ...], Tensor] = {}
@@ -210,7 +233,7 @@ def bake(model: nn.Module) -> None:
         if kept.tensor is None or kept.data is None:
             kept.module.register_parameter(kept.name, nn.Parameter(value))
         else:
-            kept.tensor.data = tied.setdefault(identity(kept.data), value)
+            give_memory(kept.tensor, tied.setdefault(identity(kept.data), value))
     gone: list[tuple[nn.Module, str]] = []
     for module, record in records.items():
         for holder, home, name in record.spare:
@@ -220,14 +243,26 @@ def bake(model: nn.Module) -> None:
         record.evaluated()
         install(module, record)
     changed = [own(kept.module, kept.name) for kept, _ in before]
+    refresh(model)
     note(model, changed, gone, came=any(kept.tensor is None for kept, _ in before))
+
+
+def _require_same_keys(model: nn.Module, records: Mapping[nn.Module, Rewritten]) -> None:
+    """Raise where a model that was tuned and then sharded would lose a key, or get one: FSDP holds those that it has."""
+    gone = [name for each in records.values() for holder, home, name in each.spare if is_shard(getattr(holder, home)[name])]
+    formed = [(module, name) for module, each in records.items() for name in each.tensors.keys() - each.lent.keys()]
+    come = [name for module, name in formed if own(module, name) is None] if is_sharded(model) else []
+    if gone or come:
+        what = f"a '{gone[0]}' would leave its module" if gone else f"a '{come[0]}' would be new in its module"
+        hint = "normfuse.deploy(model) before fully_shard"
+        raise CannotApply([f"{what}, whose parameters fully_shard has counted"], hint=hint)
 
 
 def _values(module: nn.Module, record: Rewritten) -> Iterator[tuple[nn.Module, str, Tensor]]:
     """(Module, attribute, value) of what a record's formulas become."""
     for name, recipe in {**record.tensors, **record.neutral}.items():
         if name not in record.lent:
-            yield module, name, _baked(module, record, recipe)
+            yield module, name, _baked(module, name, record, recipe)
 
 
 def commit(model: nn.Module, *, keep: bool) -> None:
@@ -243,6 +278,7 @@ def commit(model: nn.Module, *, keep: bool) -> None:
 
 def undo(model: nn.Module) -> bool:
     """Give a model its own classes and tensors back; False, and nothing done, where its own tensors were not kept."""
+    reshard(model)
     records = dict(rewritten(model))
     if any(record.kept is None for record in records.values()) or any(GIVEN_UP in each.__dict__ for each in model.modules()):
         return False
@@ -250,19 +286,21 @@ def undo(model: nn.Module) -> bool:
         for kept in reversed(record.kept or ()):
             kept.put_back()
         own_class(module)
+    refresh(model)
     unwatched(model)
     return True
 
 
 def _former(module: nn.Module, name: str) -> FormerTensor:
     tensor = own(module, name)
-    return FormerTensor(module, home_of(module, name), name, tensor, None if tensor is None else tensor.detach())
+    return FormerTensor(module, home_of(module, name), name, tensor, None if tensor is None else memory_of(tensor))
 
 
-def _baked(module: nn.Module, record: Rewritten, recipe: Recipe) -> Tensor:
+def _baked(module: nn.Module, name: str, record: Rewritten, recipe: Recipe) -> Tensor:
     def read(name: str) -> Tensor:
         holder, place = record.home[name]
         tensor: Tensor = own(module if holder is None else holder, place)
         return tensor
 
-    return rounded(recipe.formula, read, own(module, recipe.like).dtype)
+    mine = own(module, name)
+    return evaluated(recipe.formula, read, own(module, recipe.like).dtype, mine)

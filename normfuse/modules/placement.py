@@ -32,6 +32,7 @@ from normfuse.graph.expressions import Call, Expression, Formula, Ref, literal, 
 from normfuse.graph.ops.lookup import reads_entries
 from normfuse.graph.ops.norms import operator_norm
 from normfuse.graph.program import Program
+from normfuse.graph.sharded import is_sharded
 from normfuse.graph.views import shape
 from normfuse.modules.graph_diff import Comparison, Instance, Unplaced, stack_of
 from normfuse.modules.unread_tensors import filled
@@ -104,10 +105,16 @@ def adapt(program: Program, rewritten: Program, model: nn.Module, *, same_keys: 
     changes = dict(comparison.agreed(model))
     if same_keys:
         comparison.refuse_norms_that_stay()
-    neutral, neutralized, leaving, lent = comparison.left_behind(changes, same_keys=same_keys or is_lenient(model))
+    fixed = _SHARDS if is_sharded(model) else _LENIENT if same_keys or is_lenient(model) else None
+    neutral, neutralized, leaving, lent = comparison.left_behind(changes, fixed)
     formulas = {name: formula for name, formula in rewritten.formulas.items() if name not in neutral.keys() | leaving}
     unplaced = tuple(comparison.unplaced)
     return Adaptation(formulas, comparison.biases, lent, changes, neutral, neutralized, leaving, unplaced)
+
+
+_LENIENT = Why.LEAVES, Why.LEFT_OUT
+_SHARDS = Why.LEAVES_SHARDS, Why.LEFT_WHOLE
+"""Where no key may go or come: why one may not go, and why one may not come."""
 
 
 def is_lenient(model: nn.Module) -> bool:
@@ -133,9 +140,14 @@ class _Placement(Comparison):
                 self._refuse(Why.STAYS, value)
 
     def left_behind(
-        self, changes: Mapping[str, Change], *, same_keys: bool
+        self, changes: Mapping[str, Change], fixed: tuple[Why, Why] | None
     ) -> tuple[dict[str, Formula], frozenset[str], frozenset[str], dict[str, str]]:
-        """What becomes of tensors that nobody reads any more: (neutral, neutralized, leaving, lent) as in `Adaptation`."""
+        """What becomes of tensors that nobody reads any more: (neutral, neutralized, leaving, lent) as in `Adaptation`.
+
+        Args:
+            changes: of modules.
+            fixed: None where keys may go and come.
+        """
         bare = [self.unread.bare(value, self.same.get(new)) for value, new in self.replaced]
         bare += self.neutralized.values()
         numbers = self.unread.neutral(bare)
@@ -148,11 +160,11 @@ class _Placement(Comparison):
             reader = next(iter(self.unread.entering(name)), self.old.reader_of(name))
             if name in neutralized or not name.startswith(inside):
                 self._refuse(Why.UNREAD, neutralized.get(name, reader), name)
-            elif same_keys:
-                self._refuse(Why.LEAVES, reader, name)
-        for name in sorted(self.biases.keys() - lent.keys()) if same_keys else ():
-            new = next(iter(self.new.reader_of(name).users))
-            self._refuse(Why.LEFT_OUT, self.layers[name], name, new=new)
+            elif fixed:
+                self._refuse(fixed[0], reader, name)
+        for name in sorted(self.biases.keys() - lent.keys()):
+            if fixed:
+                self._refuse(fixed[1], self.layers[name], name, new=next(iter(self.new.reader_of(name).users)))
         return {name: filled(name, each) for name, each in numbers.items()}, frozenset(neutralized), frozenset(leaving), lent
 
     def agreed(self, model: nn.Module) -> Iterator[tuple[str, Change]]:

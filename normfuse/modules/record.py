@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.graph.expressions import Call, Formula, formed
+from normfuse.graph.sharded import give_class, give_memory, inner_class
 from normfuse.modules.codegen import NoTapeError, Tape
+from normfuse.modules.on_shards import as_read
 from normfuse.modules.placement import Change
 
 RECORD = "_normfuse"
@@ -61,7 +63,7 @@ class Forming:
 
     def leaves(self, module: nn.Module) -> list[Tensor]:
         """The tensors that the formulas read, as they are now; those whose dtypes the results take come last."""
-        return [own(holder or module, attribute) for holder, attribute in self._homes.values()]
+        return [_leaf(holder or module, attribute) for holder, attribute in self._homes.values()]
 
     def code(self, leaves: Sequence[Tensor], *, outside: bool = False) -> Callable[..., tuple[Tensor | None, ...]]:
         """What takes the leaves and returns the formulas' values; without autograd.
@@ -100,6 +102,10 @@ class Forming:
 
     def _dtypes(self, leaves: Sequence[Tensor]) -> list[torch.dtype]:
         return [leaves[at].dtype for at in self._likes]
+
+
+def _leaf(holder: nn.Module, attribute: str) -> Tensor:
+    return as_read(own(holder, attribute), holder, attribute)
 
 
 def _key(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -194,7 +200,7 @@ class FormerTensor:
         """Make the module hold it again."""
         getattr(self.module, self.home)[self.name] = self.tensor
         if self.tensor is not None and self.data is not None:
-            self.tensor.data = self.data
+            give_memory(self.tensor, self.data)
 
 
 def is_rewritten(module: nn.Module) -> bool:
@@ -235,7 +241,7 @@ def is_idle(module: nn.Module, record: Rewritten) -> bool:
 
 def plain(module: nn.Module) -> nn.Module:
     """A rewritten module with its own class, its record still there."""
-    module.__class__ = type(module).__mro__[1]
+    give_class(module, inner_class(module).__mro__[1])
     return module
 
 

@@ -15,6 +15,7 @@ from normfuse.modules.guards import guards_of
 from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import plan_for_modules, require_rewrites, warn_of_what_stays
 from normfuse.modules.parametrize import bake, put_back
+from normfuse.modules.ranks import of_first, require_whole_in_forward, together
 from normfuse.modules.reference import Reference
 from normfuse.proof.fidelity import traced
 from normfuse.proof.measuring import Progress
@@ -39,7 +40,9 @@ def tune_modules(
     rewritten modules: what they compute is proven, not what the plan says that they should.
     """
     require_plain(model, "tune")
-    with put_back(model):
+    require_whole_in_forward(model)
+    with put_back(model), together(model):
+        given = of_first(model, given)
         restore_modules(model)
         # trace: as it is evaluated
         program = traced(model, given, trains=_nowhere, check=level == "full").with_own_handles()

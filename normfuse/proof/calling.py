@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from normfuse.errors import InputError, first_line
 from normfuse.graph.interpreter import flat_inputs, run
 from normfuse.graph.program import Program, Trains, at_inference
+from normfuse.graph.sharded import in_stored_dtype, is_shard
 from normfuse.proof.differences import identical
 from normfuse.proof.trial_run import lacks_kernel
 from normfuse.proof.undisturbed import seeded, undisturbed
@@ -103,7 +104,7 @@ def called_once(
     grad: bool = False,
 ) -> tuple[list[Any], list[Tensor]]:
     """What `returned` tells of one call of a live module as it is at inference; the module is left as it was."""
-    with undisturbed(module), at_inference(module, trains), seeded(seed), torch.set_grad_enabled(grad):
+    with undisturbed(module), at_inference(module, trains), in_stored_dtype(module), seeded(seed), torch.set_grad_enabled(grad):
         return returned(module, program, args, kwargs)
 
 
@@ -121,8 +122,13 @@ def returned(
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (tuple(args), dict(kwargs)))
     with letting_go():
         given_back = module(*args, **kwargs)
-    leaves = [each.detach() if isinstance(each, Tensor) else each for each in pytree.tree_leaves(given_back)]
+    leaves = [_entries(each) if isinstance(each, Tensor) else each for each in pytree.tree_leaves(given_back)]
     return leaves, [each.detach().clone() for each in _updated(module, program, pytree.tree_leaves((args, kwargs)))]
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    entries: Tensor = tensor.full_tensor() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+    return entries.detach()
 
 
 def _tensors(given_back: tuple[list[Any], list[Tensor]]) -> list[Tensor]:

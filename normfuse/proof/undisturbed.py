@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from normfuse.graph.program import identity
 from normfuse.graph.seeds import torch_seeded
+from normfuse.graph.sharded import is_shard, reshard
 from normfuse.sources.mapped import undoing
 
 Undo = Callable[[], None]
@@ -34,10 +35,12 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Its tensors are copied meanwhile, which takes as much memory as they do; those that lie in a mapped file are not, as the
     file still has what is written over.
     """
+    reshard(module)
     undo = list(_kept(module))
     try:
         yield
     finally:
+        reshard(module)
         for each in reversed(undo):
             each()
 
@@ -88,6 +91,9 @@ _MEMBERS = 10_000
 
 
 def _kept_tensor(tensor: Tensor) -> Iterator[Undo]:
+    if is_shard(tensor):
+        yield _kept_shard(tensor._local_tensor)  # type: ignore[attr-defined]
+        return
     if undo := undoing(tensor):
         yield partial(_put_back_mapped, tensor, tensor.detach(), undo)
         return
@@ -107,6 +113,17 @@ def _put_back_mapped(tensor: Tensor, before: Tensor, undo: Undo) -> None:
     undo()
     if not tensor.is_meta and identity(tensor) != identity(before):  # it was given other memory
         tensor.data = before
+
+
+def _kept_shard(local: Tensor) -> Undo:
+    """What puts the shard of a tensor back, where it lies: FSDP gathers it from this memory."""
+    before = local.detach().clone()
+
+    def put_back() -> None:
+        if not torch.equal(local, before):
+            local.detach().copy_(before)
+
+    return put_back
 
 
 def _contents(container: Any) -> Undo:
