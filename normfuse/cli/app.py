@@ -28,6 +28,7 @@ from normfuse.errors import NormfuseError, NormfuseWarning
 from normfuse.escaping import escaped
 from normfuse.limits import OverLimit
 from normfuse.sources.missing_packages import how_to_install
+from normfuse.sources.ranks import own, started
 
 HELP = {"theme": "default-slim", "text_paragraph_linebreaks": "\n\n", "padding_helptext_first_line": (0, 0, 1, 0)}
 
@@ -49,6 +50,8 @@ class _Commands(click.RichGroup):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Ask, and leave with the exit code; whatever goes wrong becomes a line."""
+        if own() > 0:
+            sys.exit(_help())
         words = list(sys.argv[1:] if args is None else args)
         sys.exit(_answer(lambda: super(_Commands, self).main(words, *more, **extra | {"standalone_mode": False}), words))
 
@@ -60,7 +63,7 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     interrupts: list[int] = []
     try:
-        with _warnings_as_lines(debug), _noting(interrupts), in_time():
+        with _warnings_as_lines(debug), _noting(interrupts), in_time(), _together():
             return ask() or YES
     except (KeyboardInterrupt, click.Abort):
         return _complain(INTERRUPTED, "interrupted", None, as_json)
@@ -74,6 +77,29 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
         if isinstance(error, NormfuseError):
             return _complain(error.exit_code, str(error), error.hint, as_json, getattr(error, "report", None))
         return _complain(CANNOT, *_foreign(error), as_json)
+
+
+def _together() -> contextlib.AbstractContextManager[None]:
+    """This process is rank 0 of those that torchrun has started, if it has."""
+    if started() == 1:
+        return contextlib.nullcontext()
+    from normfuse.sources.ranks import group
+
+    return group()
+
+
+def _help() -> int:
+    """Be another rank than 0, of which nothing is to be seen: what goes wrong is told by rank 0."""
+    from normfuse.modules.spread import help_rank_0
+
+    silent = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(silent, stream)
+    try:
+        help_rank_0()
+    except (NormfuseError, KeyboardInterrupt):
+        return CANNOT
+    return YES
 
 
 @contextlib.contextmanager

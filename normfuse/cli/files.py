@@ -84,11 +84,7 @@ def writes_back(source: Source | str, target: Path) -> bool:
 
 def check_absent(target: Path | None) -> None:
     """Fail now where a folder cannot be put."""
-    from normfuse.sources.atomic import new_folder
-
-    def probe(_: Path) -> None:
-        raise Writable
+    from normfuse.sources.atomic import check_new_folder
 
     if target is not None:
-        with contextlib.suppress(Writable), new_folder(target, probe):
-            pass
+        check_new_folder(target)

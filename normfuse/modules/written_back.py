@@ -20,6 +20,7 @@ from normfuse.graph.program import Program
 from normfuse.modules.module_plan import FOR_CLASS, placed
 from normfuse.modules.placement import Adaptation
 from normfuse.modules.recipe import Recipe, recipe_of
+from normfuse.modules.spread import write_spread
 from normfuse.modules.swapped_norms import swaps
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
@@ -32,6 +33,7 @@ from normfuse.proof.sides import program_side
 from normfuse.sources.atomic import new_folder, proven_first
 from normfuse.sources.inputs import Inputs
 from normfuse.sources.modeling_code import WITHOUT, Centring, SwappedNorm, add_code, stock_name, unheld
+from normfuse.sources.ranks import joined
 from normfuse.sources.source import Source, Stored
 from normfuse.sources.tensor_files import open_weights
 from normfuse.sources.transformers_folder import CONFIG, open_transformers, read_config
@@ -162,13 +164,15 @@ def _in_place(
     def write(target: Path) -> None:
         for file in stored.beside:
             shutil.copyfile(file, target / file.name)
-        changed.update(stored.weights.write(target, recipe.changes(stored.weights.tensor), recipe.dropped))
+        changed.update(write_spread(stored, recipe, target))
         if code:
             code.write(target)
 
     parts = [each.name for each in stored.weights.files]
     made = (
-        new_folder(path, write, goes_on_with=parts) if stored.is_folder else proven_first(path, write, never_over=source.files)
+        new_folder(path, write, goes_on_with=parts, helped=joined() > 1)
+        if stored.is_folder
+        else proven_first(path, write, never_over=source.files)
     )
     with made as written:
         yield written, changed

@@ -2,7 +2,7 @@
 
     write_atomically(path, write)    `write` fills a file in a scratch folder, which then takes the place of `path`
     proven_first(path, write)        the same as a context: what is checked inside it decides
-    new_folder(path, write)          the same for a folder, which must not be there yet
+    new_folder(path, write)          the same for a folder, which must not be there yet; one that was killed is gone on with
     scratch()                        a folder for files in the making
     late_errors(path)                a stream for writers that cannot bear an error while they write
 
@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from normfuse.errors import InputError
+from normfuse.errors import InputError, NormfuseError
 
 try:
     import fcntl
@@ -36,6 +36,10 @@ except ImportError:  # where there are no such locks nothing is swept
 _SCRATCH = re.compile(r"\.normfuse-[0-9a-f]{16}")
 _DESCRIPTORS = re.compile(r"/dev/std(out|err)|/proc/[^/]+/fd/\d+")
 _PIECE = 1 << 20
+
+
+class Unfinished(NormfuseError):
+    """A run ended that the next one can go on with: what it was making stays."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], *, never_over: Sequence[Path] = ()) -> None:
@@ -83,7 +87,9 @@ def proven_first(path: Path, write: Callable[[Path], object], *, never_over: Seq
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, write: Callable[[Path], object], *, goes_on_with: Collection[str] = ()) -> Iterator[Path]:
+def new_folder(
+    path: Path, write: Callable[[Path], object], *, goes_on_with: Collection[str] = (), helped: bool = False
+) -> Iterator[Path]:
     """Let `write` fill a folder in a scratch folder beside `path`, yield it, and put it at `path` if nothing was raised.
 
     Args:
@@ -91,17 +97,14 @@ def new_folder(path: Path, write: Callable[[Path], object], *, goes_on_with: Col
         write: fills a folder.
         goes_on_with: names of files of which `write` keeps what is right in them: where a run for the same path was killed,
             `write` is given the folder that it left, with these files.
+        helped: other processes write into it too (`helping`).
 
     Raises:
         InputError: something is at `path` already, or no folder can be made there.
     """
-    with _told(path):
-        path = Path(os.path.abspath(path))
-        if os.path.lexists(path):
-            raise InputError(f"cannot write {path}: it is there already", hint="give another name with -o, or remove it first")
-        if not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
-    with _told(path), scratch(path.parent, with_folder=path.name if goes_on_with else None) as folder:
+    path = Path(os.path.abspath(path))
+    _check_absent(path)
+    with _told(path), scratch(path.parent, with_folder=path.name if goes_on_with else None, helped=helped) as folder:
         new = folder / "new" / path.name
         new.mkdir(parents=True, exist_ok=True)
         for entry in [each for each in new.iterdir() if each.name not in goes_on_with]:
@@ -112,6 +115,28 @@ def new_folder(path: Path, write: Callable[[Path], object], *, goes_on_with: Col
             if file.is_file():
                 to_disk(file)
         os.rename(new, path)
+
+
+def check_new_folder(path: Path) -> None:
+    """Fail now where `new_folder` would fail after all work; nothing is touched that a run has left to go on with.
+
+    Raises:
+        InputError: something is at `path` already, or no folder can be made there.
+    """
+    path = Path(os.path.abspath(path))
+    _check_absent(path)
+    with _told(path):
+        folder, lock = _held(path.parent)
+        os.close(lock)
+        folder.rmdir()
+
+
+def _check_absent(path: Path) -> None:
+    with _told(path):
+        if os.path.lexists(path):
+            raise InputError(f"cannot write {path}: it is there already", hint="give another name with -o, or remove it first")
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}", hint=f"mkdir -p '{path.parent}'")
 
 
 @contextlib.contextmanager
@@ -241,23 +266,52 @@ def _settle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def scratch(beside: Path | None = None, *, with_folder: str | None = None) -> Iterator[Path]:
+def scratch(beside: Path | None = None, *, with_folder: str | None = None, helped: bool = False) -> Iterator[Path]:
     """A folder for files in the making, gone afterwards; those that killed runs left in the same place are swept.
 
     Args:
         beside: where to make it; None for the system's folder of temporary files.
         with_folder: name of a new folder: of runs that were making one, the last one's is taken over and not swept.
+        helped: other processes write into it too (`helping`).
     """
     parent = beside or Path(tempfile.gettempdir())
-    found = _swept(parent, with_folder)
-    folder, lock = found or _held(parent)
+    folder, lock = _swept(parent, with_folder) or _held(parent)
+    while helped and not _is_shared(folder, lock):
+        os.close(lock)
+        folder, lock = _held(parent)
+    unfinished = False
     try:
         yield folder
+    except Unfinished:
+        unfinished = True
+        raise
     finally:
         try:
-            _remove(folder)
+            if not unfinished:
+                _remove(folder)
         finally:
             os.close(lock)
+
+
+@contextlib.contextmanager
+def helping(new: Path) -> Iterator[None]:
+    """Hold a new folder that another process is making, so that nobody takes it for one whose run was killed.
+
+    Raises:
+        OSError: it is not there any more, or another run has it.
+    """
+    lock = os.open(new.parents[1], os.O_RDONLY)
+    try:
+        if not _is_shared(new.parents[1], lock):
+            raise OSError(errno.EBUSY, "another run goes on with it")
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_shared(folder: Path, lock: int) -> bool:
+    """Whether the lock of a folder is one by now that other processes can have too."""
+    return _locked(lock, shared=True) is not False and folder.exists()
 
 
 def _held(parent: Path) -> tuple[Path, int]:
@@ -278,12 +332,12 @@ def _held(parent: Path) -> tuple[Path, int]:
             # another run's sweep came between the making and the locking, and takes it away
 
 
-def _locked(descriptor: int) -> bool | None:
+def _locked(descriptor: int, *, shared: bool = False) -> bool | None:
     """Whether the lock on an open folder is ours now; None where there are no locks."""
     if fcntl is None:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -292,27 +346,35 @@ def _locked(descriptor: int) -> bool | None:
 
 
 def _swept(parent: Path, with_folder: str | None) -> tuple[Path, int] | None:
-    """Remove the scratch folders of runs that are no more; but one with such a new folder is returned, and the lock on it."""
+    """Remove the scratch folders of runs that are no more; but one with such a new folder is returned, and the lock on it.
+
+    Who makes no folder leaves those in which one was in the making: a run for that folder can go on with it.
+    """
     found: tuple[Path, int] | None = None
     with contextlib.suppress(OSError):
         for folder in [Path(entry) for entry in os.scandir(parent) if _SCRATCH.fullmatch(entry.name)]:
             with contextlib.suppress(OSError):
                 lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
                 about = os.fstat(lock)
-                ours = about.st_uid == os.getuid() and not about.st_mode & 0o077  # nobody else has put anything there
-                if ours and found is None and with_folder and _locked(lock) and _is_folder(folder / "new" / with_folder):
+                makes = _in_the_making(folder) if not about.st_mode & 0o077 else []  # nobody else has put anything there
+                is_free = about.st_uid == os.getuid() and (with_folder or not makes) and _locked(lock)
+                if is_free and found is None and with_folder in makes:
                     found = folder, lock
                     continue
                 try:
-                    if about.st_uid == os.getuid() and _locked(lock):
+                    if is_free:
                         _remove(folder)
                 finally:
                     os.close(lock)
     return found
 
 
-def _is_folder(path: Path) -> bool:
-    return all(each.is_dir() and not each.is_symlink() for each in (path.parent, path))
+def _in_the_making(folder: Path) -> list[str]:
+    """Names of the new folders in a scratch folder."""
+    new = folder / "new"
+    if new.is_symlink() or not new.is_dir():
+        return []
+    return [each.name for each in os.scandir(new) if each.is_dir(follow_symlinks=False)]
 
 
 def _remove(folder: Path) -> None:

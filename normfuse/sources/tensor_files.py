@@ -85,6 +85,11 @@ class Weights:
         held = (file for part in self.parts for file in getattr(part, "files", (part.path,)))
         return (*([self.index] if self.index else []), *held)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(each.stat().st_size for each in self.files)
+
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by its name in the model, mapped from the disk where that can be.
 
@@ -129,13 +134,16 @@ class Weights:
         note = f"what was around the model when it was saved was left out of names: '{undone[0]}' is taken for '{undone[1]}'"
         return replace(self, names={name: self.names[old] for name, old in best.items()}, notes=(*self.notes, note))
 
-    def write(self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = ()) -> set[str]:
+    def write(
+        self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = (), *, only: Collection[str] | None = None
+    ) -> set[str]:
         """The same files with other numbers in some tensors: same names, layout, order, dtypes, shapes and metadata.
 
         Args:
             target: a folder that is there, for the files of a folder; else the file to write.
             changes: what to make of tensors, by their names in the files.
             dropped: names in the files of tensors that leave.
+            only: names of the files to write, where others write the rest; None for all.
 
         Returns:
             Names in the files of those of which a bit has changed.
@@ -144,14 +152,15 @@ class Weights:
             OSError: a file cannot be written, or there is not enough room for all of them.
         """
         assert {*changes, *dropped} <= self._part_of.keys(), "names in the files"
-        check_room(target, sum(each.stat().st_size for each in self.files))
+        if only is None:
+            check_room(target, self.nbytes)
         differing = set[str]()
-        for part in self.parts:
+        for part in self.parts if only is None else [each for each in self.parts if each.path.name in only]:
             ours = set(part.keys)
             mine = {key: change for key, change in changes.items() if key in ours}
             place = target / part.path.name if self._is_folder(target) else target
             differing |= part.write(place, mine, ours.intersection(dropped))
-        if self.index:
+        if self.index and (only is None or self.index.name in only):
             self._write_index(target / self.index.name, dropped)
         return differing
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from normfuse import limits
 from normfuse.errors import InputError
 from normfuse.sources import file_making
-from normfuse.sources.atomic import new_folder
+from normfuse.sources.atomic import Unfinished, check_new_folder, helping, new_folder, write_atomically
 from normfuse.sources.file_making import FileInTheMaking, check_room
 from normfuse.sources.tensor_files import open_weights
 from tests.kills import killed_at_every_step
@@ -193,3 +193,68 @@ def test_what_others_could_have_written_is_not_gone_on_with(tmp_path: Path) -> N
     with new_folder(tmp_path / "target", lambda folder: (folder / "kept").open("x").close(), goes_on_with=["kept"]):
         pass
     assert (tmp_path / "target" / "kept").read_text() == ""
+
+
+# -- a folder in the making, and other runs ----------------------------------------------------------------------------
+
+
+def left_behind(parent: Path) -> Path:
+    """What a run leaves that was killed while it made the folder ``out``."""
+    new = parent / ".normfuse-0123456789abcdef" / "new" / "out"
+    new.mkdir(parents=True)
+    new.parents[1].chmod(0o700)
+    (new / "part").write_text("half")
+    return new
+
+
+def test_a_file_that_is_written_beside_leaves_it(tmp_path: Path) -> None:
+    left_behind(tmp_path)
+    write_atomically(tmp_path / "report.json", lambda file: file.write_text("{}"))
+    check_new_folder(tmp_path / "out")
+    seen: list[str] = []
+    with new_folder(tmp_path / "out", lambda new: seen.append((new / "part").read_text()), goes_on_with=["part"]):
+        pass
+    assert seen == ["half"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "report.json"]
+
+
+def test_a_folder_that_is_made_beside_removes_it(tmp_path: Path) -> None:
+    left_behind(tmp_path)
+    with new_folder(tmp_path / "other", lambda new: (new / "x").touch(), goes_on_with=["x"]):
+        pass
+    assert [each.name for each in tmp_path.iterdir()] == ["other"]
+
+
+def test_nobody_goes_on_with_what_a_helper_is_still_at(tmp_path: Path) -> None:
+    """Whoever asked for the help may be dead by now."""
+    new = left_behind(tmp_path)
+    with helping(new), new_folder(tmp_path / "out", lambda other: (other / "x").touch(), goes_on_with=["part"], helped=True):
+        assert (new / "part").read_text() == "half"
+    assert (new / "part").exists()
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["x"]
+
+
+def test_what_another_run_has_is_not_helped_with(tmp_path: Path) -> None:
+    def write(new: Path) -> None:
+        with pytest.raises(OSError, match="another run"), helping(new):
+            raise AssertionError
+
+    with new_folder(tmp_path / "out", write):
+        pass
+
+
+def test_what_is_unfinished_stays(tmp_path: Path) -> None:
+    with pytest.raises(Unfinished), new_folder(tmp_path / "out", lambda new: (new / "part").write_text("half")):
+        raise Unfinished("somebody is gone")
+    assert not (tmp_path / "out").exists()
+    with new_folder(tmp_path / "out", lambda new: None, goes_on_with=["part"]):
+        pass
+    assert (tmp_path / "out" / "part").read_text() == "half"
+
+
+@pytest.mark.parametrize(("name", "said"), [("there", "there already"), ("no/out", "no folder")])
+def test_where_no_folder_can_be_is_told_before(name: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match=said):
+        check_new_folder(tmp_path / name)
+    assert [each.name for each in tmp_path.iterdir()] == ["there"]
