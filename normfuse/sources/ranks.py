@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -35,12 +36,11 @@ def own() -> int:
 
 
 def joined() -> int:
-    """How many processes work on this command together by now."""
-    if started() == 1:
-        return 1
-    from torch import distributed
+    """How many processes work on this command together by now; 1 in a script that has ranks and groups of its own."""
+    return started() if _together.get() else 1
 
-    return started() if distributed.is_initialized() else 1
+
+_together: ContextVar[bool] = ContextVar("together", default=False)
 
 
 @contextmanager
@@ -53,6 +53,7 @@ def group() -> Iterator[None]:
 
     with _lost():
         distributed.init_process_group("gloo", timeout=timedelta(seconds=limits.SECONDS or _ENDLESS))
+    before = _together.set(True)
     try:
         yield
         _dismiss()
@@ -60,6 +61,7 @@ def group() -> Iterator[None]:
         _dismiss()
         raise
     finally:  # without a word where the process is stopped: the others see that it is gone
+        _together.reset(before)
         with suppress(RuntimeError):
             distributed.destroy_process_group()
 

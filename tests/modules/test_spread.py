@@ -124,6 +124,25 @@ def test_files_go_to_whom_has_least(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ranks.spread([]) == [[], [], []]
 
 
+def test_a_script_with_ranks_of_its_own_is_left_alone(place: Path, tmp_path: Path) -> None:
+    """Each of its ranks, or one of them, calls what it wants: nobody is asked to help."""
+
+    def script(rank: int) -> None:
+        import normfuse
+
+        torch.distributed.init_process_group("gloo")
+        if rank == 1:
+            source = normfuse.open(place / "m", architecture=f"{place / 'net.py'}:Net")
+            normfuse.rewrite(source, "fold_affine", torch.randn(2, 3, 6)).save(tmp_path / "out")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.exit(0)
+
+    ended = asked_by_ranks([], 2, tmp_path, first=script)
+    assert [each.code for each in ended] == [0, 0], ended
+    assert sums(tmp_path / "out") == sums(place / "one")
+
+
 @pytest.mark.parametrize(
     ("asked", "code", "said"),
     [
