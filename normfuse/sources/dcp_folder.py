@@ -10,7 +10,8 @@ from __future__ import annotations
 import functools
 import io
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,17 +24,24 @@ from normfuse import limits
 from normfuse.errors import LoadError, listed
 from normfuse.limits import OverLimit
 from normfuse.sources.allowlist import NotAllowed
+from normfuse.sources.atomic import scratch
 from normfuse.sources.building import Builder, names_in
 from normfuse.sources.checkpoints import AVERAGES, COUNTS, WEIGHTS
 from normfuse.sources.dcp_metadata import Item, Metadata, Piece, Sizes, StoredTensor, read_metadata
 from normfuse.sources.file_making import FileInTheMaking
 from normfuse.sources.loading import told_as_load_error
+from normfuse.sources.mapped import map_file, tensor_at
 from normfuse.sources.pickles import Unreadable, picture
-from normfuse.sources.safetensors_file import Change
+from normfuse.sources.safetensors_file import Change, bytes_of
 from normfuse.sources.storages import archived
 
 METADATA = ".metadata"
 AGAIN = "save it again with torch.distributed.checkpoint.save, or fetch what is missing"
+
+
+IN_MEMORY = 1024 * limits.MIB
+"""Bytes of tensors beyond which they are put together on the disk."""
+_ALIGNED = 64
 
 
 @dataclass(frozen=True)
@@ -63,12 +71,33 @@ class DcpFolder:
         return self.path, *(self.path.with_name(file) for file in sorted({each.file for each in self.metadata.items}))
 
     def tensors(self, keys: Collection[str]) -> dict[str, Tensor]:
-        """Some of the tensors, put together of their pieces.
+        """Some of the tensors, put together of their pieces: in memory, or in a file that is mapped where that is much.
 
         Raises:
             LoadError: a piece cannot be read, or is not what the metadata says.
         """
-        return {key: self._tensor(self.metadata.tensors[self.held[key]]) for key in keys}
+        wanted = {key: self.metadata.tensors[self.held[key]] for key in keys}
+        size = sum(_room(each) for each in wanted.values())
+        if size <= IN_MEMORY or shutil.disk_usage(tempfile.gettempdir()).free < size:
+            return {key: self._tensor(each) for key, each in wanted.items()}
+        with scratch() as folder:
+            places = self._gathered(wanted.values(), folder / "tensors")
+            file = map_file(folder / "tensors")  # which has no name any more when this is left
+        return {
+            key: tensor_at(file, place, each.dtype, each.size)
+            for (key, each), place in zip(wanted.items(), places, strict=True)
+        }
+
+    def _gathered(self, wanted: Iterable[StoredTensor], path: Path) -> list[int]:
+        """Put tensors together in a file; where each of them begins."""
+        places = []
+        with path.open("wb") as file:
+            for each in wanted:
+                places.append(file.tell())
+                file.write(bytes_of(self._tensor(each)))
+                file.seek(places[-1] + _room(each))
+            file.truncate()
+        return places
 
     def _tensor(self, stored: StoredTensor) -> Tensor:
         pieces = [each for each in stored.pieces if each.sizes == stored.size]
@@ -186,6 +215,11 @@ def _told(path: Path) -> Iterator[None]:
         except (Unreadable, OSError) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else error
             raise LoadError(f"{path} cannot be read: {reason}", hint=AGAIN) from error
+
+
+def _room(tensor: StoredTensor) -> int:
+    """Bytes that a tensor takes in a file of many."""
+    return -(-tensor.nbytes // _ALIGNED) * _ALIGNED
 
 
 # -- pieces in files ---------------------------------------------------------------------------------------------------

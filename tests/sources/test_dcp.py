@@ -10,6 +10,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 import normfuse
 from normfuse.cli import main
 from normfuse.errors import LoadError
+from normfuse.sources import dcp_folder
+from normfuse.sources.mapped import is_mapped
 from normfuse.sources.safetensors_file import bytes_of
 from normfuse.sources.tensor_files import open_weights
 from tests.sources.changing import becoming
@@ -211,6 +214,21 @@ def test_two_models_are_not_guessed_between(code: str, tmp_path: Path) -> None:
     saved({"generator": {"model": weights}, "critic": {"model": dict(weights)}}, tmp_path / "c")
     with pytest.raises(LoadError, match=r"holds weights 2 times, as generator\.model, critic\.model"):
         normfuse.open(tmp_path / "c", architecture=code)
+
+
+def test_what_is_large_is_put_together_on_the_disk(two_ranks: Path, code: str, tmp_path: Path, monkeypatch: Any) -> None:
+    held = open_weights(two_ranks).tensors()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(dcp_folder, "IN_MEMORY", 0)
+    read = open_weights(two_ranks).tensors()
+    assert all(is_mapped(each) and torch.equal(each, held[key]) for key, each in read.items())
+    assert not list(tmp_path.iterdir())
+    words = ("--model", code, "--input", SPEC, "--pass", "fold_affine")
+    assert asked("rewrite", two_ranks, *words, "-o", tmp_path / "a").exit_code == 0
+    monkeypatch.setattr(dcp_folder, "IN_MEMORY", 1 << 30)
+    assert asked("rewrite", two_ranks, *words, "-o", tmp_path / "b").exit_code == 0
+    for each in (tmp_path / "a").iterdir():
+        assert each.read_bytes() == (tmp_path / "b" / each.name).read_bytes()
 
 
 def test_only_what_is_asked_for_is_read(two_ranks: Path, tmp_path: Path) -> None:
