@@ -11,16 +11,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 WIDTH, HEADS, VOCABULARY = 4096, 32, 50432
-SPREAD = {"layernorm.weight": (1.0, 0.3), "layer_norm.weight": (1.0, 0.3)}
 _BLOCK = 1 << 24
+
+Named: TypeAlias = tuple[str, tuple[int, ...]]
+"""The name and the shape of a tensor."""
 
 
 def config(layers: int, *, width: int = WIDTH, vocabulary: int = VOCABULARY, heads: int = HEADS) -> dict[str, object]:
@@ -60,37 +63,59 @@ def layers_for(gigabytes: float) -> int:
 
 def make(folder: Path, layers: int, shard_bytes: int) -> None:
     """Write the folder."""
+    write(folder, config(layers), list(shapes(layers)), shard_bytes)
+
+
+def write(
+    folder: Path, settings: Mapping[str, object], tensors: Sequence[Named], shard_bytes: int, *, hollow: bool = False
+) -> None:
+    """Write a folder in the published layout.
+
+    Args:
+        folder: where; it must not be there yet.
+        settings: what its config.json says.
+        tensors: the names and the shapes of its tensors.
+        shard_bytes: the most that a file holds, unless one tensor is larger.
+        hollow: leave large tensors out: holes of a sparse file, which read as zeros and take no room on the disk.
+    """
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config(layers), indent=2))
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
-    for name, shape in shapes(layers):
-        if shards[-1] and sum(2 * math.prod(each) for _, each in shards[-1]) + 2 * math.prod(shape) > shard_bytes:
+    (folder / "config.json").write_text(json.dumps(settings, indent=2))
+    shards: list[list[Named]] = [[]]
+    for name, shape in tensors:
+        if shards[-1] and sum(map(_bytes, shards[-1])) + _bytes((name, shape)) > shard_bytes:
             shards.append([])
         shards[-1].append((name, shape))
     numbers = torch.randn(_BLOCK, generator=torch.Generator().manual_seed(0))
     places: dict[str, str] = {}
     for place, shard in enumerate(shards, 1):
         file = folder / f"model-{place:05}-of-{len(shards):05}.safetensors"
-        _write(file, shard, numbers)
+        _write(file, shard, numbers, hollow)
         places |= {name: file.name for name, _ in shard}
-    total = sum(2 * math.prod(shape) for shard in shards for _, shape in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": places}
+    index = {"metadata": {"total_size": sum(map(_bytes, tensors))}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def _write(file: Path, shard: list[tuple[str, tuple[int, ...]]], numbers: Tensor) -> None:
+def _bytes(tensor: Named) -> int:
+    return 2 * math.prod(tensor[1])
+
+
+def _write(file: Path, shard: Sequence[Named], numbers: Tensor, hollow: bool) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shard:
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + 2 * math.prod(shape)]}
-        end += 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + _bytes((name, shape))]}
+        end += _bytes((name, shape))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with file.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shard:
+            if hollow and len(shape) > 1:
+                stream.seek(_bytes((name, shape)), os.SEEK_CUR)
+                continue
             for block in _numbers(name, shape, numbers):
-                stream.write(block.view(torch.int16).numpy().astype(np.int16, copy=False).tobytes())
+                stream.write(block.view(torch.int16).numpy().tobytes())
+        stream.truncate(len(text) + 8 + end)
 
 
 def _numbers(name: str, shape: tuple[int, ...], numbers: Tensor) -> Iterator[Tensor]:
