@@ -220,7 +220,7 @@ def _tensor(key: str, value: Any, items: Mapping[Place, Item]) -> StoredTensor:
         pieces.append(Piece(offsets, sizes, items[key, offsets]))
         if math.prod(sizes) * dtype.itemsize > pieces[-1].item.length:
             raise Unreadable(f"'{key}' is larger than what is stored of it")
-    if not _cover(size, pieces):
+    if not covers(size, pieces):
         raise Unreadable(f"the pieces of '{key}' are not the whole of it, each part once")
     return StoredTensor(dtype, size, tuple(pieces))
 
@@ -235,7 +235,7 @@ def _dtype(properties: Any) -> torch.dtype:
     return dtype
 
 
-def _cover(size: Sizes, pieces: Sequence[Piece]) -> bool:
+def covers(size: Sizes, pieces: Sequence[Piece]) -> bool:
     """Whether pieces cover a tensor of this size, and each entry of it once."""
     ends = [tuple(map(sum, zip(each.offsets, each.sizes, strict=False))) for each in pieces]
     inside = all(

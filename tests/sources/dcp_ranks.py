@@ -1,12 +1,8 @@
-"""What runs in a process of its own for `test_dcp`: a checkpoint that two ranks save, each its part of every tensor.
-
-python -m tests.sources.dcp_ranks WEIGHTS FOLDER     of a file of `torch.save`, in pieces of uneven sizes
-"""
+"""A checkpoint that two ranks save, each its part of every tensor: uneven parts, along the first axis or the last."""
 
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,17 +30,18 @@ def save(rank: int, weights: Path, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def main() -> None:
-    weights, folder = map(Path, sys.argv[1:])
+def save_by_ranks(weights: Path, folder: Path) -> None:
+    """Save the weights in a file of `torch.save` by processes of their own."""
     children = []
     for rank in range(RANKS):
         child = os.fork()
         if child == 0:
-            save(rank, weights, folder)
-            os._exit(0)
+            code = 1
+            try:
+                save(rank, weights, folder)
+                code = 0
+            finally:
+                os._exit(code)
         children.append(child)
-    sys.exit(any(os.waitpid(child, 0)[1] for child in children))
-
-
-if __name__ == "__main__":
-    main()
+    ended = [os.waitpid(child, 0)[1] for child in children]
+    assert not any(ended)

@@ -8,8 +8,6 @@ import itertools
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +17,27 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 import normfuse
 from normfuse.cli import main
 from normfuse.errors import LoadError
-from normfuse.sources import dcp_folder
+from normfuse.sources import dcp_folder, dcp_metadata
+from normfuse.sources.atomic import new_folder
+from normfuse.sources.dcp_metadata import Item, Piece
 from normfuse.sources.mapped import is_mapped
 from normfuse.sources.safetensors_file import bytes_of
 from normfuse.sources.tensor_files import open_weights
+from tests.kills import killed_at_every_step
 from tests.sources.changing import becoming
+from tests.sources.dcp_ranks import save_by_ranks
 from tests.zoo.spread import spread
 
 dcp: Any = torch.distributed.checkpoint
+transformers: Any = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("dcp")]
 
 CODE = """
@@ -79,7 +84,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two ranks, and beside it the weights in one file; no test writes there."""
     place = tmp_path_factory.mktemp("ranks")
     torch.save(made().state_dict(), place / "weights.pt")
-    subprocess.run([sys.executable, "-m", "tests.sources.dcp_ranks", place / "weights.pt", place / "c"], check=True)
+    save_by_ranks(place / "weights.pt", place / "c")
     return place / "c"
 
 
@@ -207,6 +212,73 @@ def test_weights_are_found_where_trainings_keep_them(
     assert isinstance(opened.model, nn.Module)
     assert all(torch.equal(each, weights[key]) for key, each in opened.model.state_dict().items())
     assert not found or f"the weights are {found} of c" in " ".join(opened.notes)
+
+
+def test_a_tied_model_of_transformers(tmp_path: Path) -> None:
+    """A checkpoint holds both names of a tied tensor; transformers has one of them."""
+    config = transformers.GPT2Config(
+        n_embd=12, n_layer=2, n_head=2, n_positions=16, vocab_size=20, architectures=["GPT2LMHeadModel"]
+    )
+    model = spread(transformers.GPT2LMHeadModel(config)).eval()
+    config.save_pretrained(tmp_path / "config")
+    saved({"app": {"model": model.state_dict(), "optim": {"lr": 0.1}}}, tmp_path / "c")
+    out = tmp_path / "out"
+    answer = asked(
+        "rewrite", tmp_path / "c", "--model", f"transformers:{tmp_path / 'config'}", "--pass", "pre_rmsnorm", "-o", out
+    )
+    assert answer.exit_code == 0, answer.output
+    after = loaded(out, "app.model.")
+    assert after.keys() == model.state_dict().keys()
+    x, before = torch.randint(20, (2, 7)), model.state_dict()
+    assert not all(torch.equal(before[key], each) for key, each in after.items())
+    wanted = model(x).logits
+    model.load_state_dict(after)
+    torch.testing.assert_close(model(x).logits, wanted)
+
+
+def test_a_run_that_is_killed_is_gone_on_with(tmp_path: Path) -> None:
+    source = saved({"a": torch.randn(3), "b": torch.randn(2), "c": torch.randn(4)}, tmp_path / "source")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    whole.mkdir()
+    weights, changes = open_weights(source), becoming({"a": torch.ones(3)})
+    weights.write(whole, changes, ["b"])
+
+    def work() -> None:
+        names = [each.name for each in weights.files]
+        with new_folder(out, lambda new: weights.write(new, changes, ["b"]), goes_on_with=names):
+            pass
+
+    def is_whole() -> bool:
+        return all((out / each.name).read_bytes() == each.read_bytes() for each in whole.iterdir())
+
+    def check() -> None:
+        assert not out.exists() or is_whole()
+        shutil.rmtree(out, ignore_errors=True)
+        work()
+        assert is_whole()
+        shutil.rmtree(out)
+        assert {each.name for each in tmp_path.iterdir()} == {"source", "whole"}
+
+    assert killed_at_every_step(work, prepare=lambda: None, check=check) > 10
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_pieces_cover_a_tensor_or_they_do_not(data: st.DataObject) -> None:
+    size = data.draw(st.lists(st.integers(0, 4), max_size=3).map(tuple))
+    boxes = data.draw(st.lists(st.tuples(*(st.tuples(st.integers(0, 4), st.integers(0, 4)) for _ in size)), max_size=5))
+    if data.draw(st.booleans()):  # a grid of pieces, which cover it
+        cuts = [sorted({0, each, *data.draw(st.lists(st.integers(0, each), max_size=2))}) for each in size]
+        boxes = list(itertools.product(*([(a, b - a) for a, b in itertools.pairwise(each)] or [(0, 0)] for each in cuts)))
+        boxes = data.draw(st.permutations(boxes))
+    item = Item("f", 0, 0, {})
+    pieces = [Piece(tuple(begin for begin, _ in box), tuple(length for _, length in box), item) for box in boxes]
+    counts = torch.zeros(size, dtype=torch.int64)
+    outside = False
+    for box in boxes:
+        outside |= any(begin + length > extent for (begin, length), extent in zip(box, size, strict=True))
+        counts[tuple(slice(begin, begin + length) for begin, length in box)] += 1
+    assert dcp_metadata.covers(size, pieces) == (not outside and bool((counts == 1).all()))
 
 
 def test_two_models_are_not_guessed_between(code: str, tmp_path: Path) -> None:
