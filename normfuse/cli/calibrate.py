@@ -28,7 +28,7 @@ def calibrate(model: str, output: str, data: str, batches: Callable[[], list[Inp
     `normfuse strip` removes those that cost little.
     """
     check_writable([output], (model, data))
-    with working("loading and tracing", doing="") as progress:
+    with working("loading and tracing") as progress:
         from normfuse.stripping import calibration
 
         found = calibration.calibrate(opening.opened(model), batches(), progress=progress)

@@ -25,14 +25,14 @@ PIPED_WIDTH = 100_000  # where a program reads, no line is folded or cut
 
 
 @contextlib.contextmanager
-def working(what: str, doing: str = "proving: ") -> Iterator[Callable[[str, int, int], None]]:
+def working(what: str) -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar on a terminal's stderr; what models and libraries print meanwhile goes to stderr as well."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal, redirect_stdout=False)
     with contextlib.redirect_stdout(sys.stderr), bar:
         task = bar.add_task(what, total=None)
-        yield lambda case, done, total: bar.update(task, description=escaped(f"{doing}{case}"), completed=done, total=total)
+        yield lambda now, done, total: bar.update(task, description=escaped(now), completed=done, total=total)
 
 
 def tell(as_json: bool, data: Any, *parts: RenderableType) -> int:

@@ -37,7 +37,7 @@ def strip(
     within the bound, nothing is written and the exit code is 1.
     """
     started = time.perf_counter()
-    with working("loading and tracing", doing="") as progress:
+    with working("loading and tracing") as progress:
         from normfuse.stripping import removal
 
         held = opening.opened(model)

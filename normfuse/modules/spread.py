@@ -16,6 +16,7 @@ from typing import Any
 from normfuse.errors import NormfuseError
 from normfuse.graph.expressions import reads
 from normfuse.modules.recipe import Recipe
+from normfuse.proof.measuring import Progress
 from normfuse.sources.atomic import helping
 from normfuse.sources.file_making import check_room
 from normfuse.sources.ranks import exchanged, group, hear, joined, own, spread, tell
@@ -23,13 +24,14 @@ from normfuse.sources.source import Stored
 from normfuse.sources.tensor_files import Weights, open_weights
 
 
-def write_spread(stored: Stored, recipe: Recipe, target: Path) -> set[str]:
+def write_spread(stored: Stored, recipe: Recipe, target: Path, progress: Progress | None = None) -> set[str]:
     """Write the files of a model as a recipe changes them, with the help of the other ranks where there are any.
 
     Args:
         stored: how the model came.
         recipe: what becomes of its tensors.
         target: as for `Weights.write`.
+        progress: told of the files that this process writes.
 
     Returns:
         Names in the files of the tensors of which a bit has changed.
@@ -41,13 +43,13 @@ def write_spread(stored: Stored, recipe: Recipe, target: Path) -> set[str]:
     """
     weights = stored.weights
     if joined() == 1 or len(weights.parts) < 2:
-        return _write(weights, recipe, target)
+        return _write(weights, recipe, target, progress=progress)
     check_room(target, weights.nbytes)
     alone = _reading_elsewhere(weights, recipe)
     files = spread([(each.path.name, each.path.stat().st_size) for each in weights.parts if each.path.name not in alone])
     files[0] += [*alone, *([weights.index.name] if weights.index else [])]
     tell(json.dumps({"path": os.path.abspath(stored.path), "to": str(target), "files": files, "recipe": recipe.to_json()}))
-    return _by_all(lambda: _write(weights, recipe, target, files[0]))
+    return _by_all(lambda: _write(weights, recipe, target, files[0], progress))
 
 
 def help_rank_0() -> None:
@@ -66,8 +68,10 @@ def _asked(path: str, to: str, files: list[list[str]], recipe: str) -> set[str]:
         return _write(open_weights(path), Recipe.from_json(recipe), Path(to), files[own()])
 
 
-def _write(weights: Weights, recipe: Recipe, target: Path, only: Collection[str] | None = None) -> set[str]:
-    return weights.write(target, recipe.changes(weights.tensor), recipe.dropped, only=only)
+def _write(
+    weights: Weights, recipe: Recipe, target: Path, only: Collection[str] | None = None, progress: Progress | None = None
+) -> set[str]:
+    return weights.write(target, recipe.changes(weights.tensor), recipe.dropped, only=only, progress=progress)
 
 
 def _reading_elsewhere(weights: Weights, recipe: Recipe) -> list[str]:

@@ -101,7 +101,7 @@ def write_back(
     changes = placed(original, plan, model, FOR_CLASS, same_keys=True)
     code = _code(stored, model, changes) if as_code else None
     recipe = recipe_of(original, changes, stored, code.unheld if code else ())
-    with _in_place(stored, path, source, recipe, code) as (written, changed):
+    with _in_place(stored, path, source, recipe, code, progress) as (written, changed):
         again = code.open(written) if code else stored.opened(written)
         evidence = _compared(original, again, given, progress) if prove else None
         if evidence:
@@ -156,7 +156,7 @@ def _of_the_base(model: nn.Module, stored: Stored, changed: Collection[str]) -> 
 
 @contextmanager
 def _in_place(
-    stored: Stored, path: Path, source: Source, recipe: Recipe, code: _Code | None
+    stored: Stored, path: Path, source: Source, recipe: Recipe, code: _Code | None, progress: Progress | None
 ) -> Iterator[tuple[Path, set[str]]]:
     """What is written, before it takes its place, and the names in the files of the tensors that have changed."""
     changed = set[str]()
@@ -164,7 +164,7 @@ def _in_place(
     def write(target: Path) -> None:
         for file in stored.beside:
             shutil.copyfile(file, target / file.name)
-        changed.update(write_spread(stored, recipe, target))
+        changed.update(write_spread(stored, recipe, target, progress))
         if code:
             code.write(target)
 

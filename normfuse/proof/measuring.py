@@ -52,7 +52,7 @@ def evidence_of(
     found, coverage = [so_far], Coverage()
     for done, case in enumerate(cases):
         if progress:
-            progress(case.name, done, len(cases))
+            progress(f"proving: {case.name}", done, len(cases))
         each = measure(case, done == 0)
         found.append(each.evidence)
         if each.truth is not None:

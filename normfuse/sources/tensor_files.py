@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +135,13 @@ class Weights:
         return replace(self, names={name: self.names[old] for name, old in best.items()}, notes=(*self.notes, note))
 
     def write(
-        self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = (), *, only: Collection[str] | None = None
+        self,
+        target: Path,
+        changes: Mapping[str, Change],
+        dropped: Collection[str] = (),
+        *,
+        only: Collection[str] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> set[str]:
         """The same files with other numbers in some tensors: same names, layout, order, dtypes, shapes and metadata.
 
@@ -144,6 +150,7 @@ class Weights:
             changes: what to make of tensors, by their names in the files.
             dropped: names in the files of tensors that leave.
             only: names of the files to write, where others write the rest; None for all.
+            progress: told (what, done, total).
 
         Returns:
             Names in the files of those of which a bit has changed.
@@ -155,7 +162,10 @@ class Weights:
         if only is None:
             check_room(target, self.nbytes)
         differing = set[str]()
-        for part in self.parts if only is None else [each for each in self.parts if each.path.name in only]:
+        parts = [each for each in self.parts if only is None or each.path.name in only]
+        for done, part in enumerate(parts):
+            if progress:
+                progress(f"writing {part.path.name}", done, len(parts))
             ours = set(part.keys)
             mine = {key: change for key, change in changes.items() if key in ours}
             place = target / part.path.name if self._is_folder(target) else target
