@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,14 +17,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from click.testing import CliRunner
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from normfuse.cli import main
 from normfuse.errors import LoadError
 from normfuse.modules import spread
 from normfuse.sources import ranks, tensor_files
 from tests.ranks import Ended, asked_by_ranks
+from tests.sources.test_brought_back import GPT2, saved
 from tests.zoo.spread import spread as with_spread_numbers
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ranks")]
@@ -116,6 +119,46 @@ def test_every_rank_writes_some_of_the_files(place: Path, tmp_path: Path) -> Non
     wrote = [json.loads((tmp_path / f"wrote-{rank}").read_text()) for rank in range(3)]
     assert all(wrote)
     assert sorted(itertools.chain(*wrote)) == sorted(sums(place / "m"))
+
+
+def test_older_files_are_spread_too(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    shutil.copyfile(place / "net.py", tmp_path / "net.py")
+    table = json.loads((place / "m" / "model.safetensors.index.json").read_text())
+    for file in set(table["weight_map"].values()):
+        torch.save(load_file(place / "m" / file), tmp_path / "m" / f"{file}.bin")
+    table["weight_map"] = {key: f"{file}.bin" for key, file in table["weight_map"].items()}
+    (tmp_path / "m" / "pytorch_model.bin.index.json").write_text(json.dumps(table))
+    for count in (1, 3):
+        ended = asked_by_ranks(words(tmp_path, tmp_path / f"out{count}"), count, tmp_path)
+        assert [each.code for each in ended] == [0] * count, ended
+    assert sums(tmp_path / "out1") == sums(tmp_path / "out3")
+    assert sums(tmp_path / "out1") != sums(tmp_path / "m")
+
+
+def test_a_checkpoint_of_several_ranks_is_written_by_rank_0(place: Path, tmp_path: Path) -> None:
+    shutil.copyfile(place / "net.py", tmp_path / "net.py")
+    state = tensor_files.open_weights(place / "m").tensors()
+    dcp: Any = torch.distributed.checkpoint
+    dcp.save({"model": state, "step": 3}, checkpoint_id=tmp_path / "m", no_dist=True)
+    for count in (1, 2):
+        ended = asked_by_ranks(words(tmp_path, tmp_path / f"out{count}"), count, tmp_path)
+        assert [each.code for each in ended] == [0] * count, ended
+    assert sums(tmp_path / "out1") == sums(tmp_path / "out2")
+    assert "8 tensors changed" in told_by_rank_0(ended)
+
+
+def test_tensors_and_code_of_transformers(tmp_path: Path) -> None:
+    """Tensors leave where code does without them, and so do their places in the index."""
+    saved(tmp_path / "m", "GPT2LMHeadModel", GPT2)
+    asked = ["rewrite", tmp_path / "m", "--pass", "all", "--as-code", "--verify", "structure"]
+    for count in (1, 2):
+        ended = asked_by_ranks([*asked, "-o", tmp_path / f"out{count}"], count, tmp_path)
+        assert [each.code for each in ended] == [0] * count, ended
+    assert sums(tmp_path / "out1") == sums(tmp_path / "out2")
+    assert len(list((tmp_path / "out2").glob("*.safetensors"))) > 2
+    left = json.loads((tmp_path / "out2" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert left.keys() < set(tensor_files.open_weights(tmp_path / "m").names)
 
 
 def test_files_go_to_whom_has_least(monkeypatch: pytest.MonkeyPatch) -> None:
