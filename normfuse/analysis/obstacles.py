@@ -99,6 +99,7 @@ class Why(Enum):
     OTHER_SIZE = "the tensor '{}' would get another size"
     UNREAD = "nobody reads '{}' afterwards, but the model's own class would"
     LEAVES = "'{}' would leave the state dict, and from_pretrained would make it up"
+    OTHER_FORM = "'{}' is stored in another form than its class has it (joined, split or cast), so it cannot be changed there"
     STAYS = "its class would go on normalizing"
     LEFT_OUT = "'{}' would be a new tensor, which from_pretrained leaves out"
     LEAVES_SHARDS = "'{}' would leave its module, and fully_shard would put its shards back"

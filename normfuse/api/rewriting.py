@@ -157,8 +157,13 @@ def _planned_for_class(
     original: Program, source: Source | None, passes: Sequence[str], allow: Claim, choice: Choice
 ) -> tuple[Plan, Program]:
     assert source is not None
+    assert source.stored is not None
     assert isinstance(source.model, nn.Module)
-    chosen = plan_for_modules(original, passes, allow, source.model, choice=choice, same_keys=True, hint=FOR_CLASS).plan
+    held = source.stored.as_they_are
+    made = plan_for_modules(
+        original, passes, allow, source.model, choice=choice, same_keys=True, stored=held, hint=FOR_CLASS
+    )  # fmt: skip
+    chosen = made.plan
     return chosen, chosen.apply(original)
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from normfuse.analysis.choice import EVERYTHING, Choice
 from normfuse.analysis.facts import Facts
+from normfuse.analysis.obstacles import Why
 from normfuse.errors import CannotApply, NormfuseWarning, Reason
-from normfuse.graph.edits import Reroute
+from normfuse.graph.edits import Reroute, SetTensor
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.nodes import draws
 from normfuse.graph.ops.norms import operator_norm
@@ -50,6 +52,7 @@ def plan_for_modules(
     *,
     choice: Choice = EVERYTHING,
     same_keys: bool = False,
+    stored: AbstractSet[str] | None = None,
     hint: str = HINT,
 ) -> ModulePlan:
     """A plan of which every rewrite can be made on the model's modules; the others are refused (NF104).
@@ -61,13 +64,14 @@ def plan_for_modules(
         model: the model.
         choice: the norms that may be rewritten.
         same_keys: as for `adapt`.
+        stored: as for `adapt`.
         hint: what to do about those that cannot be made.
     """
     excluded: dict[tuple[str, str], str] = {}
     while True:
         mine = [_without(find(name), excluded, hint) for name in passes]
         chosen, after = plan_and_apply(program, mine, allow=allow, in_place=True, choice=choice)
-        changes = adapt(program, after, model, same_keys=same_keys)
+        changes = adapt(program, after, model, same_keys=same_keys, stored=stored)
         blamed: dict[tuple[str, str], str] = {}
         for each in changes.unplaced:
             for wanted in _blamed(chosen, each):
@@ -79,7 +83,15 @@ def plan_for_modules(
         excluded |= blamed
 
 
-def placed(program: Program, plan: Plan, model: nn.Module, hint: str, *, same_keys: bool = False) -> Adaptation:
+def placed(
+    program: Program,
+    plan: Plan,
+    model: nn.Module,
+    hint: str,
+    *,
+    same_keys: bool = False,
+    stored: AbstractSet[str] | None = None,
+) -> Adaptation:
     """The changes of modules that a plan means, which can all be made.
 
     Args:
@@ -88,11 +100,12 @@ def placed(program: Program, plan: Plan, model: nn.Module, hint: str, *, same_ke
         model: the model.
         hint: what to do where it cannot be made.
         same_keys: as for `adapt`.
+        stored: as for `adapt`.
 
     Raises:
         CannotApply: part of it has no place on modules.
     """
-    changes = adapt(program, plan.apply(program), model, same_keys=same_keys)
+    changes = adapt(program, plan.apply(program), model, same_keys=same_keys, stored=stored)
     if changes.unplaced:
         raise _cannot_place(program, changes, hint)
     return changes
@@ -121,10 +134,15 @@ def _without(each: Pass, excluded: Mapping[tuple[str, str], str], hint: str) -> 
 
 def _blamed(chosen: Plan, unplaced: Unplaced) -> Iterator[tuple[str, str]]:
     """(Pass, norm) of the rewrites that want what has no place."""
-    name = unplaced.obstacle.at.name
+    at, name = unplaced.obstacle.at, unplaced.obstacle.at.name
     rewrites = [each for each in chosen.rewrites if (each.pass_name, str(each.sites[0])) == unplaced.origin]
+    if unplaced.obstacle.code is Why.OTHER_FORM:
+        rewrites = [
+            r for r in chosen.rewrites if any(isinstance(e, SetTensor) and e.name in unplaced.obstacle.detail for e in r.edits)
+        ]
     rewrites = rewrites or [r for r in chosen.rewrites if any(isinstance(e, Reroute) and e.node == name for e in r.edits)]
     rewrites = rewrites or [r for r in chosen.rewrites if name in r.region]
+    rewrites = rewrites or [r for r in chosen.rewrites if any(user.name in r.region for user in at.users)]
     for each in rewrites:
         yield from ((each.pass_name, site.node) for site in each.sites)
 

@@ -11,7 +11,8 @@ Everything else has no place on modules and is refused before anything is change
 
     NF104  The rewrite cannot be made on the live modules: it would put an operation between two functions of one forward
            method, or it replaces code that is in no module of its own; or what is saved of the model would be another
-           function in its own class. Rewrite the traced program instead (normfuse.rewrite).
+           function in its own class, or its files hold a tensor in another form than the class has it.
+           Rewrite the traced program instead (normfuse.rewrite).
 
 Tensors that nobody reads afterwards take the numbers with which their classes change nothing (`unread_tensors`), and where a
 class only has to be given such numbers, no forward changes at all.
@@ -20,7 +21,8 @@ class only has to be given such numbers, no forward changes at all.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +93,14 @@ class Adaptation:
     unplaced: tuple[Unplaced, ...]
 
 
-def adapt(program: Program, rewritten: Program, model: nn.Module, *, same_keys: bool = False) -> Adaptation:
+def adapt(
+    program: Program,
+    rewritten: Program,
+    model: nn.Module,
+    *,
+    same_keys: bool = False,
+    stored: AbstractSet[str] | None = None,
+) -> Adaptation:
     """Express the difference of two programs as changes of the modules that they were traced from.
 
     Args:
@@ -99,6 +108,7 @@ def adapt(program: Program, rewritten: Program, model: nn.Module, *, same_keys: 
         rewritten: what a plan made of it; its formulas not yet evaluated.
         model: the model; it is looked at, not changed.
         same_keys: what is saved must have the very keys that the model's class has, whoever loads it.
+        stored: names of the tensors that files hold in the form that the model has: others cannot change. None: all can.
     """
     comparison = _Placement(program, rewritten)
     comparison.keep_sizes()
@@ -108,6 +118,8 @@ def adapt(program: Program, rewritten: Program, model: nn.Module, *, same_keys: 
     fixed = _SHARDS if is_sharded(model) else _LENIENT if same_keys or is_lenient(model) else None
     neutral, neutralized, leaving, lent = comparison.left_behind(changes, fixed)
     formulas = {name: formula for name, formula in rewritten.formulas.items() if name not in neutral.keys() | leaving}
+    if stored is not None:
+        comparison.refuse_other_forms((lent.get(name, name) for name in (*formulas, *neutral)), stored)
     unplaced = tuple(comparison.unplaced)
     return Adaptation(formulas, comparison.biases, lent, changes, neutral, neutralized, leaving, unplaced)
 
@@ -138,6 +150,14 @@ class _Placement(Comparison):
             bare = self.unread.bare(value, self.same.get(new))
             if new in self.same and bare.value is not self.same[new] and operator_norm(bare.value) is not None:
                 self._refuse(Why.STAYS, value)
+
+    def refuse_other_forms(self, names: Iterable[str], stored: AbstractSet[str]) -> None:
+        """A tensor that no file holds as the model has it cannot be written there."""
+        old = self.old
+        known = set(old.tensor_names()).intersection(old.stored.values())
+        for name in sorted(known.intersection(names)):
+            if stored.isdisjoint((name, *old.twins(name))):
+                self._refuse(Why.OTHER_FORM, old.reader_of(name), name)
 
     def left_behind(
         self, changes: Mapping[str, Change], fixed: tuple[Why, Why] | None

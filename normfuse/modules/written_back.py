@@ -98,7 +98,7 @@ def write_back(
     if stored is None or not isinstance(model, nn.Module):
         raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
     stored.check_name(path)
-    changes = placed(original, plan, model, FOR_CLASS, same_keys=True)
+    changes = placed(original, plan, model, FOR_CLASS, same_keys=True, stored=stored.as_they_are)
     code = _code(stored, model, changes) if as_code else None
     recipe = recipe_of(original, changes, stored, code.unheld if code else ())
     with _in_place(stored, path, source, recipe, code, progress) as (written, changed):

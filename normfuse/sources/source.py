@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from normfuse.errors import InputError, LoadError, listed
+from normfuse.sources.mapped import is_mapped, let_go
 from normfuse.sources.tensor_files import Weights, is_at_home
 
 
@@ -32,6 +33,11 @@ class Stored:
     keys: Mapping[str, tuple[str, ...]]
     open: Callable[[Path], Source]
     beside: tuple[Path, ...] = ()
+
+    @property
+    def as_they_are(self) -> frozenset[str]:
+        """Names of the module's tensors that files hold in the form that the module has."""
+        return frozenset(name for name, keys in self.keys.items() if keys)
 
     @property
     def is_folder(self) -> bool:
@@ -99,8 +105,28 @@ def same_memory(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, tu
     return {name: tuple(keys(tensor)) for name, tensor in state.items()}
 
 
+def made_anew(model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """A sentence about stored tensors of which a class made others, if it did: those are no longer where the files are.
+
+    Args:
+        model: the model.
+        tensors: what was stored.
+        keys: what `same_memory` said of them.
+    """
+    read = {name for names in keys.values() for name in names}
+    turned = sorted(tensors.keys() - read)
+    state = model.state_dict()
+    if not turned or all(names or is_mapped(state[name]) for name, names in keys.items()):
+        return ()
+    they = f"{len(turned)} stored tensors are" if len(turned) > 1 else "a stored tensor is"
+    return (f"{they} joined, split or cast where the model is made, and in memory as a whole: {listed(turned, 3)}",)
+
+
 def _is_the_same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    same = a.dtype == b.dtype and torch.equal(a, b)
+    for each in (a, b):
+        let_go(each)
+    return same
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:

@@ -22,7 +22,16 @@ from normfuse.sources.configurations import judged, offline
 from normfuse.sources.construction import check_settings, no_larger_than
 from normfuse.sources.loading import ADAPTER, adapter
 from normfuse.sources.packages import needed, not_imported, package, wanted_by_code
-from normfuse.sources.source import Source, Stored, files_beside, left_behind, require_fit, require_floats, same_memory
+from normfuse.sources.source import (
+    Source,
+    Stored,
+    files_beside,
+    left_behind,
+    made_anew,
+    require_fit,
+    require_floats,
+    same_memory,
+)
 from normfuse.sources.tensor_files import Weights, open_weights
 from normfuse.strict_json import parsed, read_file, record
 
@@ -83,7 +92,8 @@ def open_transformers(
     def again(other: Path) -> Source:
         return open_transformers(str(other), folder, config, open_weights(other), other, trust_remote_code=trust_remote_code)
 
-    stored = Stored(path, weights, same_memory(model, tensors), again, beside)
+    keys = same_memory(model, tensors)
+    stored, notes = Stored(path, weights, keys, again, beside), (*notes, *made_anew(model, tensors, keys))
     return Source(name, model, tuple(dict.fromkeys((path, *weights.files))), notes, stored)
 
 

@@ -142,9 +142,22 @@ GROUPED = TEXT | {"num_key_value_heads": 1, "head_dim": 8}
 FALCON = TEXT | {"num_attention_heads": 4}
 ONE_NORM = FALCON | {"new_decoder_architecture": False, "parallel_attn": True, "multi_query": True}
 TWO_NORMS = FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}
+SEQUENTIAL = FALCON | {
+    "new_decoder_architecture": False, "parallel_attn": False, "multi_query": False, "alibi": True, "bias": True,
+}  # fmt: skip
+BLOOM = SPECIAL | {"hidden_size": 24, "n_layer": 2, "n_head": 3}
+BLOOM_POST = BLOOM | {"apply_residual_connection_post_layernorm": True}
+GPT_NEO = SPECIAL | {
+    "hidden_size": 24, "num_layers": 2, "num_heads": 3, "max_position_embeddings": 64, "window_size": 8,
+    "attention_types": [[["global", "local"], 1]],
+}  # fmt: skip
+XGLM = SPECIAL | {"d_model": 24, "ffn_dim": 48, "num_layers": 2, "attention_heads": 3, "max_position_embeddings": 64}
+BARE = TEXT | {"num_key_value_heads": 1, "tie_word_embeddings": False, "use_bias": False}
+QK_NORM = TEXT | {"num_key_value_heads": 1, "use_qk_norm": True, "logit_scale": 0.25}
 OPT = TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 24}
 POST_NORM = OPT | {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
 PICTURE = VISION | {"num_labels": 7}
+SWIGLU = PICTURE | {"mlp_ratio": 2, "use_swiglu_ffn": True}
 PAIR = SPECIAL | {
     "d_model": 24, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 3, "decoder_attention_heads": 3,
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64, "decoder_start_token_id": START,
@@ -171,22 +184,43 @@ LAYER_NORM = {
     "roberta": _folder("RobertaForQuestionAnswering", TEXT, "pre_rmsnorm", 1, "NF205"),
     "opt": _folder("OPTForCausalLM", OPT, "pre_rmsnorm", 5),
     "opt_350m": _folder("OPTForCausalLM", POST_NORM, "all", 1, "NF201 NF205 NF311 NF501 NF503"),
+    "opt_projected": _folder("OPTForCausalLM", OPT | {"word_embed_proj_dim": 16}, "all", 5, "NF503"),
+    "opt_no_final": _folder("OPTForCausalLM", OPT | {"_remove_final_layer_norm": True}, "all", 4, "NF503"),
     "gpt_neox": _folder("GPTNeoXForCausalLM", TEXT, "all", 5),
+    "gpt_neox_sequential": _folder("GPTNeoXForCausalLM", TEXT | {"use_parallel_residual": False}, "all", 5),
+    "gpt_neox_tied": _folder("GPTNeoXForCausalLM", TEXT | {"tie_word_embeddings": True}, "all", 5),
     "gptj": _folder("GPTJForCausalLM", GPT | {"rotary_dim": 4}, "all", 3),
-    "bloom": _folder("BloomForCausalLM", SPECIAL | {"hidden_size": 24, "n_layer": 2, "n_head": 3}, "pre_rmsnorm", 5, "NF206"),
+    "gptj_tied": _folder("GPTJForCausalLM", GPT | {"rotary_dim": 4, "tie_word_embeddings": True}, "all", 3),
+    "gpt_neo": _folder("GPTNeoForCausalLM", GPT_NEO, "all", 5),
+    "gpt_bigcode": _folder("GPTBigCodeForCausalLM", GPT, "all", 5),
+    "codegen": _folder("CodeGenForCausalLM", GPT | {"rotary_dim": 4, "n_head": 4}, "all", 3),
+    "xglm": _folder("XGLMForCausalLM", XGLM, "all", 5),
+    "bloom": _folder("BloomForCausalLM", BLOOM, "pre_rmsnorm", 5, "NF206"),
+    "bloom_post_norm": _folder("BloomForCausalLM", BLOOM_POST, "all", 0, "NF205 NF206 NF311 NF501"),
     "falcon_one_norm": _folder("FalconForCausalLM", ONE_NORM, "pre_rmsnorm", 3),
     "falcon_two_norms": _folder("FalconForCausalLM", TWO_NORMS, "pre_rmsnorm", 5),
+    "falcon_two_norms_folded": _folder("FalconForCausalLM", TWO_NORMS, "all", 5),
+    "falcon_new_one_norm": _folder("FalconForCausalLM", TWO_NORMS | {"num_ln_in_parallel_attn": 1}, "all", 3),
+    "falcon_sequential": _folder("FalconForCausalLM", SEQUENTIAL, "all", 5),
     "mpt": _folder("MptForCausalLM", MPT, "pre_rmsnorm", 5),
+    "mpt_clipped": _folder("MptForCausalLM", MPT | {"attn_config": {"clip_qkv": 3.0, "alibi": True}}, "all", 5),
     "starcoder2": _folder("Starcoder2ForCausalLM", TEXT | {"num_key_value_heads": 1}, "pre_rmsnorm", 5),
+    "starcoder2_bare": _folder("Starcoder2ForCausalLM", BARE, "all", 5),
     "phi": _folder("PhiForCausalLM", TEXT | {"partial_rotary_factor": 0.5}, "all", 3, "NF503"),
     "stablelm": _folder("StableLmForCausalLM", TEXT | {"num_key_value_heads": 3}, "pre_rmsnorm", 5),
     "nemotron": _folder("NemotronForCausalLM", TEXT | {"num_key_value_heads": 1}, "pre_rmsnorm", 5),
+    "nemotron_tied": _folder("NemotronForCausalLM", TEXT | {"num_key_value_heads": 1, "tie_word_embeddings": True}, "all", 5),
     "cohere": _folder("CohereForCausalLM", TEXT | {"num_key_value_heads": 1}, "all", 3),
+    "cohere_qk_norm": _folder("CohereForCausalLM", QK_NORM, "all", 5, "NF204 NF311"),
+    "cohere2": _folder("Cohere2ForCausalLM", TEXT | {"num_key_value_heads": 1, "sliding_window": 8}, "all", 3),
+    "phimoe": _folder("PhimoeForCausalLM", GROUPED | EXPERTS, "all", 5),
     "olmo": _folder("OlmoForCausalLM", TEXT, "pre_rmsnorm", 5),
     "vit": _folder("ViTForImageClassification", PICTURE, "all", 5),
     "deit": _folder("DeiTForImageClassification", PICTURE, "pre_rmsnorm", 5),
     "beit": _folder("BeitForImageClassification", PICTURE, "pre_rmsnorm", 5),
     "dinov2": _folder("Dinov2ForImageClassification", PICTURE | {"mlp_ratio": 2}, "pre_rmsnorm", 5),
+    "dinov2_split": _folder("Dinov2ForImageClassification", SWIGLU, "all", 5),
+    "dinov2_split_folded": _folder("Dinov2ForImageClassification", SWIGLU, "fold_affine", 3, "NF104"),
     "clip": _folder(
         "CLIPModel", {"text_config": TEXT, "vision_config": VISION, "projection_dim": 12}, "pre_rmsnorm", 6, "NF201"
     ),
