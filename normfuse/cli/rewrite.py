@@ -63,6 +63,8 @@ def rewrite(model: str, passes: Any, output: str | None, as_code: bool, mode: st
     What was brought is what is written: a folder or a checkpoint with the same files, in which only rewritten tensors differ
     and which its own class loads; of a pickled module or a program, a torch.export program (OUT.pt2), which torch.export.load
     opens without normfuse. It is written only if there was something to rewrite, and it is proven first.
+
+    Started by torchrun (torchrun --nproc-per-node 4 -m normfuse rewrite ...), all processes write files of a folder.
     """
     started, written, tensors = time.perf_counter(), None, None
     with working("loading and tracing") as progress:

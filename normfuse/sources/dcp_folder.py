@@ -37,8 +37,7 @@ from normfuse.sources.storages import archived
 
 METADATA = ".metadata"
 AGAIN = "save it again with torch.distributed.checkpoint.save, or fetch what is missing"
-
-
+_STRANGE = "no checkpoint needs that, and torch may run it: do not load it with anything else, and ask whoever made it"
 IN_MEMORY = 1024 * limits.MIB
 """Bytes of tensors beyond which they are put together on the disk."""
 _ALIGNED = 64
@@ -126,7 +125,7 @@ class DcpFolder:
     def write(self, target: Path, changes: Mapping[str, Change], dropped: Collection[str] = ()) -> set[str]:
         """The same checkpoint with other numbers in some tensors and without some: the same files with the same pieces in them.
 
-        No more than one changed tensor is in memory.
+        No more than one changed tensor is in memory, and a piece of it.
 
         Args:
             target: its ``.metadata``, in a folder that is there.
@@ -138,6 +137,7 @@ class DcpFolder:
 
         Raises:
             LoadError: the checkpoint cannot be read any more.
+            OSError: it cannot be written.
         """
         keys = {self.held[name]: name for name in changes if name not in dropped}
         gone = frozenset(self.held[name] for name in dropped)
@@ -151,9 +151,7 @@ class DcpFolder:
             }
             new |= {id(each.item): 0 for key in gone for each in about.tensors[key].pieces}
         for path in self.files[1:]:
-            items = [each for each in about.items if each.file == path.name]
-            with _told(path):
-                _lay_out(path, target.with_name(path.name), items, new)
+            _lay_out(path, target.with_name(path.name), [each for each in about.items if each.file == path.name], new)
         changed = {name for key, name in keys.items() if self._change(about.tensors[key], target.parent, changes[name])}
         if gone:
             about.without(gone)
@@ -170,8 +168,10 @@ class DcpFolder:
             with self.path.with_name(item.file).open("rb") as source, (folder / item.file).open("rb+") as file:
                 file.seek(item.info["offset"])
                 if differs or item.info["length"] != item.length:
-                    torch.save(_part(value, piece).clone(memory_format=torch.contiguous_format), file)
-                    assert file.tell() == item.info["offset"] + item.info["length"], "torch.save has written as much as before"
+                    saved = io.BytesIO()  # not into the file: torch ends the process where a disk is full
+                    torch.save(_part(value, piece).clone(memory_format=torch.contiguous_format), saved)
+                    assert saved.tell() == item.info["length"], "as long as it was said to be"
+                    file.write(saved.getbuffer())
                 else:
                     shutil.copyfileobj(_view(source, item), file, limits.MIB)
         return differs
@@ -211,7 +211,7 @@ def _told(path: Path) -> Iterator[None]:
         try:
             yield
         except NotAllowed as refused:
-            raise LoadError(f"{path} wants {refused}; refused", hint="torch.distributed.checkpoint would run it") from None
+            raise LoadError(f"{path} wants {refused}; refused", hint=_STRANGE) from None
         except (Unreadable, OSError) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else error
             raise LoadError(f"{path} cannot be read: {reason}", hint=AGAIN) from error

@@ -14,7 +14,7 @@ def save(rank: int, weights: Path, folder: Path) -> None:
     import torch.distributed as dist
     import torch.distributed.checkpoint
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
     dcp: Any = torch.distributed.checkpoint
     warnings.simplefilter("ignore")
@@ -25,7 +25,12 @@ def save(rank: int, weights: Path, folder: Path) -> None:
     sharded: dict[str, Any] = {key: distribute_tensor(each, mesh, [along[key]]) for key, each in held.items()}
     assert all(isinstance(each, DTensor) for each in sharded.values())
     moments = {key: distribute_tensor(each.square(), mesh, [along[key]]) for key, each in held.items()}
-    content = {"model": sharded, "optim": {"state": moments, "lr": 0.5}, "step": 7, "plain": torch.ones(3)}
+    content: dict[str, Any] = {"model": sharded, "optim": {"state": moments, "lr": 0.5}, "step": 7, "plain": torch.ones(3)}
+    content["small"] = {  # with less than an entry for every rank, and whole on each
+        "one": distribute_tensor(torch.tensor([3.0]), mesh, [Shard(0)]),
+        "none": distribute_tensor(torch.empty(0, 2), mesh, [Shard(0)]),
+        "whole": distribute_tensor(torch.arange(4.0), mesh, [Replicate()]),
+    }
     dcp.save(content, checkpoint_id=folder)
     dist.destroy_process_group()
 
