@@ -23,8 +23,11 @@ from safetensors.torch import load_file, save_file
 
 from normfuse.cli import main
 from normfuse.errors import LoadError
+from normfuse.graph.expressions import Call, Read
 from normfuse.modules import spread
+from normfuse.modules.recipe import Recipe
 from normfuse.sources import ranks, tensor_files
+from normfuse.sources.tensor_files import open_weights
 from tests.ranks import Ended, asked_by_ranks
 from tests.sources.test_brought_back import GPT2, saved
 from tests.zoo.spread import spread as with_spread_numbers
@@ -358,3 +361,22 @@ def test_torchrun_ends_where_a_rank_is_killed(place: Path, tmp_path: Path) -> No
     assert job.returncode != 0
     assert "SIGKILL" in said or "-9" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_the_bytes_are_the_same_with_any_number_of_threads(tmp_path: Path) -> None:
+    """Torch shares a sum over a long row among its threads, and each number of them rounds in another way."""
+    draw = torch.Generator().manual_seed(0)
+    held = {"w": torch.randn(7, 200_003, generator=draw, dtype=torch.float64), "b": torch.zeros(7, dtype=torch.float64)}
+    save_file(held, tmp_path / "model.safetensors")
+    weights = open_weights(tmp_path)
+    recipe = Recipe({"b": Read("b") + Call("sum.dim_IntList", (Read("w"), (1,)))})
+    threads, made = torch.get_num_threads(), set[bytes]()
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            spread._write(weights, recipe, tmp_path / f"of_{count}")
+            made.add((tmp_path / f"of_{count}").read_bytes())
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert len(made) == 1
