@@ -17,6 +17,7 @@ import torch
 
 from normfuse.errors import NormfuseError
 from normfuse.graph.expressions import reads
+from normfuse.limits import OverLimit
 from normfuse.modules.recipe import Recipe
 from normfuse.proof.measuring import Progress
 from normfuse.sources.atomic import helping
@@ -44,7 +45,7 @@ def write_spread(stored: Stored, recipe: Recipe, target: Path, progress: Progres
         NormfuseError: another rank could not do its part.
     """
     weights = stored.weights
-    if joined() == 1 or len(weights.parts) < 2:
+    if joined() == 1 or len(weights.parts) < 2 or not _can_be_told(recipe):
         return _write(weights, recipe, target, progress=progress)
     check_room(target, weights.nbytes)
     alone = _reading_elsewhere(weights, recipe)
@@ -81,6 +82,14 @@ def _write(
         torch.set_num_threads(threads)
 
 
+def _can_be_told(recipe: Recipe) -> bool:
+    """Whether others hear the same recipe; operators of another package's pass may be known here alone."""
+    try:
+        return Recipe.from_json(recipe.to_json()).formulas == recipe.formulas
+    except (ValueError, OverLimit):
+        return False
+
+
 def _reading_elsewhere(weights: Weights, recipe: Recipe) -> list[str]:
     """Names of files for which tensors are needed that only rank 0 has."""
     needing = {name for name, formula in recipe.formulas.items() if recipe.elsewhere.keys() & set(reads(formula))}
@@ -111,17 +120,18 @@ def _as_data(error: Exception | None) -> dict[str, Any] | None:
     said, hint = str(error) or type(error).__name__, getattr(error, "hint", None)
     if isinstance(error, OSError) and error.errno and error.strerror:
         return {"kind": "system", "number": error.errno, "said": error.strerror, "hint": hint}
-    kind = next((each.__name__ for each in _KINDS if isinstance(error, each)), "bug")
+    kind = "bug"
+    if isinstance(error, (NormfuseError, OverLimit)):
+        kind = "told"
+    elif isinstance(error, MemoryError):
+        kind = "memory"
     return {"kind": kind, "number": 0, "said": said if kind != "bug" else f"{type(error).__name__}: {said}", "hint": hint}
-
-
-_KINDS = (NormfuseError, MemoryError)
 
 
 def _of_rank(rank: int, kind: str, number: int, said: str, hint: str | None) -> Exception:
     said = f"{said} (on rank {rank})"
     if kind == "system":
         return OSError(number, said)
-    if kind == "NormfuseError":
+    if kind == "told":
         return NormfuseError(said, hint=hint)
-    return MemoryError(said) if kind == "MemoryError" else RuntimeError(said)
+    return MemoryError(said) if kind == "memory" else RuntimeError(said)

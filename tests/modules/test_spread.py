@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from normfuse.cli import main
 from normfuse.errors import LoadError
 from normfuse.graph.expressions import Call, Read
+from normfuse.limits import OverLimit
 from normfuse.modules import spread
 from normfuse.modules.recipe import Recipe
 from normfuse.sources import ranks, tensor_files
@@ -164,6 +165,18 @@ def test_tensors_and_code_of_transformers(tmp_path: Path) -> None:
     assert left.keys() < set(tensor_files.open_weights(tmp_path / "m").names)
 
 
+def test_what_cannot_be_told_is_done_alone(place: Path, tmp_path: Path) -> None:
+    def first(rank: int) -> None:
+        def refuse(text: str) -> Any:
+            raise ValueError("an operator that nobody knows")
+
+        Recipe.from_json = refuse  # type: ignore[method-assign, assignment]
+
+    ended = asked_by_ranks(words(place, tmp_path / "out"), 2, tmp_path, first=first)
+    assert [each.code for each in ended] == [0, 0], ended
+    assert sums(tmp_path / "out") == sums(place / "one")
+
+
 def test_files_go_to_whom_has_least(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "started", lambda: 3)
     assert ranks.spread([("a", 5), ("b", 9), ("c", 4), ("d", 4), ("e", 1)]) == [["b"], ["a", "e"], ["c", "d"]]
@@ -244,6 +257,7 @@ def failing(error: BaseException) -> Any:
         (MemoryError(), "there is not enough memory"),
         (LoadError("it is damaged", hint="fetch it again"), "it is damaged (on rank 1)"),
         (ValueError("odd"), "ValueError: odd (on rank 1)"),
+        (OverLimit("a header of 1 byte", "HEADER_BYTES"), "(on rank 1)\nhint: if you know where"),
     ],
 )
 def test_an_error_of_another_rank_is_told_once(error: BaseException, said: str, place: Path, tmp_path: Path) -> None:
