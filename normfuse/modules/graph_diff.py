@@ -44,6 +44,7 @@ class Comparison:
     """Two graphs, and the values that readers read instead of others.
 
     Attributes:
+        merges: norms that are one in the new graph may stay several on modules, which then compute it again.
         same: node of the new graph → the node of the old one that it still is.
         paths: module call → path of the module.
         bodies: module call → the nodes of the old graph that were traced in it.
@@ -51,13 +52,15 @@ class Comparison:
         layers: those names, with the old calls of the layers.
         unread: the tensors that nobody reads any more.
         neutralized: old values that need no change of a module: with neutral tensors, they are what takes their place.
+        served: of these, those whose place is taken by what another old value still is: the new graph computes both at once.
         unplaced: new values that have no place on modules.
     """
 
-    def __init__(self, program: Program, rewritten: Program) -> None:
-        self.old, self.new = program, rewritten
+    def __init__(self, program: Program, rewritten: Program, *, merges: bool = False) -> None:
+        self.old, self.new, self.merges = program, rewritten, merges
         self.unread = UnreadTensors(program, rewritten)
         self.neutralized: dict[Node, Bare] = {}
+        self.served: set[Node] = set()
         self.unplaced: list[Unplaced] = []
         self.biases: dict[str, str] = {}
         self.layers: dict[str, Node] = {}
@@ -116,10 +119,20 @@ class Comparison:
                 if after not in self.same and (self._is_same_call(after, before) or self._is_same_without(after, before)):
                     self.same[after] = before  # a view behind a norm, made anew behind what took its place
                     waiting.append((after, before))
-                if self.same.get(after) is not before:
+                if self._serves_too(after, before):
+                    waiting.append((after, before))
+                elif self.same.get(after) is not before and before not in self.served:
                     found[before, after].add(old)
                     waiting.extend(self._given_anew(before, after))
         return found
+
+    def _serves_too(self, after: Node, before: Node) -> bool:
+        """Whether a new call is another old one as well: norms of one value are one once none has a gain of its own."""
+        other = after in self.same and self.same[after] is not before and before not in self.served
+        if not self.merges or not other or not self._is_same_without(after, before):
+            return False
+        self.served.add(before)
+        return True
 
     def _behind_copies(self, before: Node, after: Node) -> tuple[Node, Node]:
         """What a copy was of that nobody reads any more, such as the same dtype again: what takes its place is read itself."""
@@ -172,7 +185,7 @@ class Comparison:
     @cached_property
     def _still_there(self) -> set[Node]:
         assert self.replaced is not None  # completes what is the same
-        return set(self.same.values())
+        return set(self.same.values()) | self.served
 
     def _readers(self, value: Node) -> set[Node]:
         """Readers of an old value that are still there and would notice a change."""

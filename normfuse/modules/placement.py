@@ -110,7 +110,7 @@ def adapt(
         same_keys: what is saved must have the very keys that the model's class has, whoever loads it.
         stored: names of the tensors that files hold in the form that the model has: others cannot change. None: all can.
     """
-    comparison = _Placement(program, rewritten)
+    comparison = _Placement(program, rewritten, merges=same_keys)  # what is deployed is counted
     comparison.keep_sizes()
     changes = dict(comparison.agreed(model))
     if same_keys:

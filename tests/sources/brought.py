@@ -187,6 +187,7 @@ LAYER_NORM = {
     "opt_projected": _folder("OPTForCausalLM", OPT | {"word_embed_proj_dim": 16}, "all", 5, "NF503"),
     "opt_no_final": _folder("OPTForCausalLM", OPT | {"_remove_final_layer_norm": True}, "all", 4, "NF503"),
     "gpt_neox": _folder("GPTNeoXForCausalLM", TEXT, "all", 5),
+    "gpt_neox_folded": _folder("GPTNeoXForCausalLM", TEXT, "fold_affine", 5, ""),
     "gpt_neox_sequential": _folder("GPTNeoXForCausalLM", TEXT | {"use_parallel_residual": False}, "all", 5),
     "gpt_neox_tied": _folder("GPTNeoXForCausalLM", TEXT | {"tie_word_embeddings": True}, "all", 5),
     "gptj": _folder("GPTJForCausalLM", GPT | {"rotary_dim": 4}, "all", 3),
