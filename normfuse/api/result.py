@@ -154,7 +154,7 @@ class Result:
         level = self.report.evidence.level
         return write_back(
             self.source, self.original, self.report.plan, self.inputs, Path(path),
-            as_code=as_code, prove=level == "full", progress=progress,
+            as_code=as_code, level=level, progress=progress,
         )  # fmt: skip
 
 

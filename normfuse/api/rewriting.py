@@ -25,7 +25,7 @@ from normfuse.modules.module_plan import FOR_CLASS, plan_for_modules
 from normfuse.planning.planner import Plan, plan_and_apply
 from normfuse.planning.registry import requested
 from normfuse.proof.cases import cases_for
-from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.evidence import COMPARED, Evidence, checked
 from normfuse.proof.fidelity import traced
 from normfuse.proof.loaded_back import called_as_written
 from normfuse.proof.measuring import Progress
@@ -66,8 +66,9 @@ def rewrite(
         mode: ``deploy`` evaluates the new weights. ``live`` is for training: the result keeps the original's own parameters
             and computes the new weights from them at every call, so that gradients and optimizers are the original's. A
             module is then traced as it is set, in training or in evaluation mode.
-        verify: ``full`` (the trace is the module; structure, float64 algebra, rounding), ``structure`` (nothing is run), or
-            ``none``.
+        verify: ``full`` (the trace is the module; structure, float64 algebra, rounding), ``regions`` (the same of each region
+            of the rewrite by itself, which together imply the whole, in a region's memory), ``structure`` (nothing is run),
+            or ``none``.
         allow: the weakest claim that may run: ``exact``, ``rounding`` or ``approximate``.
         only: globs over the paths of modules, such as ``"*.ln_1"``: the norms that may be rewritten; all of them if there is
             none. What is not chosen stays as it is, and everything else is planned around it.
@@ -101,7 +102,7 @@ def rewrite(
     if for_class:
         chosen, planned = _planned_for_class(original, source, requested(passes), allowed, choice)
     else:
-        seen = measured(original, lambda: (case.flat for case in cases_for(original, given))) if verify == "full" else None
+        seen = measured(original, lambda: (case.flat for case in cases_for(original, given))) if verify in COMPARED else None
         chosen, planned = plan_and_apply(original, requested(passes), allow=allowed, choice=choice, variance_of=seen)
     rewritten = live_program.alive(planned) if mode == "live" else planned
     clock.lap("plan")
@@ -174,7 +175,7 @@ def _unchecked(module: nn.Module, given: Inputs) -> Program:
 def _tracer(mode: str, level: str) -> Tracer:
     if one_of(mode, ("deploy", "live"), "mode") == "live":
         return live_program.traced_as_set
-    return traced if level == "full" else _unchecked
+    return traced if level in COMPARED else _unchecked
 
 
 class _Clock:

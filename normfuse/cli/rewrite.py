@@ -38,8 +38,10 @@ from normfuse.cli.options import Source, known_passes, with_answer, with_source
 @click.option("--dry-run", is_flag=True, help="Plan and print only: no model is written and nothing is proven.")
 @click.option("--strict", is_flag=True,
               help="If a pass rewrote nothing (with all: if no pass rewrote anything), write no model and exit 1.")
-@click.option("--verify", type=click.Choice(["full", "structure", "none"]), default="full", show_default=True, metavar="LEVEL",
-              help="What to prove: full runs both models in float64 and in their own dtype, structure runs nothing, or none.")
+@click.option("--verify", type=click.Choice(["full", "regions", "structure", "none"]), default="full", show_default=True,
+              metavar="LEVEL",
+              help="What to prove: full runs both models in float64 and in their own dtype, regions does so with each region "
+                   "of the rewrite by itself (for large models), structure runs nothing, or none.")
 @click.option("--allow", type=click.Choice(["exact", "rounding", "approximate"]), default="rounding", show_default=True,
               metavar="CLAIM", help="The weakest claim that a rewrite may make: exact, rounding or approximate.")
 @click.option("--only", multiple=True, metavar="GLOB",

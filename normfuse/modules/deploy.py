@@ -24,6 +24,7 @@ from normfuse.modules.ranks import of_first, together
 from normfuse.modules.record import rewritten, was_changed
 from normfuse.modules.reference import Reference
 from normfuse.planning.planner import Plan
+from normfuse.proof.evidence import COMPARED
 from normfuse.proof.fidelity import traced
 from normfuse.proof.measuring import Progress
 from normfuse.sources.inputs import Inputs
@@ -46,7 +47,7 @@ def deploy_modules(
         given = of_first(model, given)
         before = was_changed(model)
         bake(model)
-        program = traced(model, given, check=level == "full").with_own_handles()
+        program = traced(model, given, check=level in COMPARED).with_own_handles()
         made = plan_for_modules(program, passes, allow, model, choice=choice)
         if not made.plan.rounds and before:
             return  # another deploy has left nothing to do

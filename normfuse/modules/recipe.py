@@ -74,6 +74,11 @@ def _changed(formula: Formula, name: str, read: Callable[[str], Tensor], value: 
     return differs
 
 
+def formulas_of(changes: Adaptation) -> dict[str, Formula]:
+    """What becomes of the tensors of a program; a new bias is what a norm lends to it."""
+    return {changes.lent.get(name, name): formula for name, formula in {**changes.neutral, **changes.formulas}.items()}
+
+
 def recipe_of(program: Program, changes: Adaptation, stored: Stored, without: Collection[str] = ()) -> Recipe:
     """What changes of modules mean for the files that their tensors came from.
 
@@ -86,7 +91,7 @@ def recipe_of(program: Program, changes: Adaptation, stored: Stored, without: Co
     Raises:
         CannotApply: a tensor changes that is stored in another form than the class has it.
     """
-    values = {changes.lent.get(name, name): formula for name, formula in {**changes.neutral, **changes.formulas}.items()}
+    values = formulas_of(changes)
     keys = {name: _keys(program, stored, name) for name in {*values, *_read_by(values.values())}}
     if homeless := [name for name in values if not keys[name] and not {*names_of(program, name)} <= {*without}]:
         why = f"'{min(homeless)}' is stored in another form than its class has it, so it cannot be changed there"

@@ -13,7 +13,7 @@ from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
 from normfuse.proof.equivalence import compare
-from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.evidence import COMPARED, Evidence, checked
 from normfuse.proof.measuring import Progress
 from normfuse.proof.proving import prove
 from normfuse.proof.sides import called_side, on_cases, program_side
@@ -52,7 +52,7 @@ class Reference:
         again = Program.trace(model, self.given.args, self.given.kwargs, self.given.dynamic_shapes, trains=self.trains)
         cases = list(cases_for(self.program, self.given))
         evidence = prove(self.program, again, plan, cases, level=self.level, progress=self.progress)
-        if evidence.ok and self.level == "full":
+        if evidence.ok and self.level in COMPARED:
             evidence = self._compared(model, type(model).__name__, self.progress)
         checked(evidence)
 
@@ -63,7 +63,7 @@ class Reference:
             VerificationFailed: they are another function.
         """
         other_names = changes.leaving or changes.biases.keys() - changes.lent.keys()
-        if self.level == "full" and not other_names:
+        if self.level in COMPARED and not other_names:
             checked(self._compared_as_saved(model))
 
     def is_what_is_saved(self, model: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from normfuse.modules.module_plan import plan_for_modules, require_rewrites, war
 from normfuse.modules.parametrize import bake, put_back
 from normfuse.modules.ranks import of_first, require_whole_in_forward, together
 from normfuse.modules.reference import Reference
+from normfuse.proof.evidence import COMPARED
 from normfuse.proof.fidelity import traced
 from normfuse.proof.measuring import Progress
 from normfuse.sources.inputs import Inputs
@@ -45,7 +46,7 @@ def tune_modules(
         given = of_first(model, given)
         restore_modules(model)
         # trace: as it is evaluated
-        program = traced(model, given, trains=_nowhere, check=level == "full").with_own_handles()
+        program = traced(model, given, trains=_nowhere, check=level in COMPARED).with_own_handles()
         # plan: twice, as what must be held fixed while the model trains is known by a plan
         first = plan_for_modules(program, passes, allow, model, choice=choice)
         require_rewrites(first)

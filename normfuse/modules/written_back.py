@@ -19,14 +19,15 @@ from normfuse.errors import InputError
 from normfuse.graph.program import Program
 from normfuse.modules.module_plan import FOR_CLASS, placed
 from normfuse.modules.placement import Adaptation
-from normfuse.modules.recipe import Recipe, recipe_of
+from normfuse.modules.recipe import Recipe, formulas_of, recipe_of
 from normfuse.modules.spread import write_spread
 from normfuse.modules.swapped_norms import swaps
+from normfuse.modules.written_regions import compared_by_regions
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
 from normfuse.proof.equivalence import compare
-from normfuse.proof.evidence import Evidence, checked
+from normfuse.proof.evidence import COMPARED, Evidence, checked
 from normfuse.proof.fidelity import traced
 from normfuse.proof.measuring import Progress
 from normfuse.proof.sides import program_side
@@ -74,7 +75,7 @@ def write_back(
     path: Path,
     *,
     as_code: bool = False,
-    prove: bool = True,
+    level: str = "full",
     progress: Progress | None = None,
 ) -> Written:
     """Write what was brought, with the plan made on its tensors.
@@ -86,7 +87,7 @@ def write_back(
         given: what the model is called with.
         path: where to write; for a folder nothing may be there yet.
         as_code: write a modeling file with RMSNorm beside the tensors of a transformers folder.
-        prove: compare what was written with the original.
+        level: how what was written is compared with the original: ``full`` or ``regions``; not at all with any other.
         progress: called with (what, done, total).
 
     Raises:
@@ -103,9 +104,11 @@ def write_back(
     recipe = recipe_of(original, changes, stored, code.unheld if code else ())
     with _in_place(stored, path, source, recipe, code, progress) as (written, changed):
         again = code.open(written) if code else stored.opened(written)
-        evidence = _compared(original, again, given, progress) if prove else None
-        if evidence:
-            checked(evidence)
+        evidence = None
+        if level == "regions" and not code:
+            evidence = checked(compared_by_regions(original, formulas_of(changes), again, given, progress))
+        elif level in COMPARED:
+            evidence = checked(_compared(original, again, given, progress))
     kept = len(stored.weights.names) - len(changed) - len(recipe.dropped)
     notes = tuple(_of_the_base(model, stored, changed))
     return Written(path, tuple(sorted(changed)), kept, evidence, tuple(sorted(recipe.dropped)), notes)

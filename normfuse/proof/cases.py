@@ -69,7 +69,7 @@ def cases_of(flat: Sequence[Any], limits: Sequence[int | None]) -> Iterator[Case
         limits: for each: the rows of the table that it indexes; None where it indexes none, or none is known.
     """
     yield Case("as given", tuple(flat), given=True)
-    for name, change in _HOSTILE.items():
+    for name, change in HOSTILE.items():
         changed = tuple(change(value) if _is_float(value) else value for value in flat)
         if any(_is_float(value) for value in flat):
             yield Case(name, changed)
@@ -112,7 +112,7 @@ def _outlier(value: Tensor) -> Tensor:
     return changed
 
 
-_HOSTILE: Mapping[str, Callable[[Tensor], Tensor]] = {
+HOSTILE: Mapping[str, Callable[[Tensor], Tensor]] = {
     "large mean": lambda value: value + 100.0,
     "tiny variance": lambda value: value * 1e-3,
     "zeros": torch.zeros_like,

@@ -16,6 +16,10 @@ MARGIN = 32.0
 """The noise is a measured sample of a random quantity, and centring changes a weight by up to a few roundings, not one."""
 
 
+COMPARED = ("full", "regions")
+"""Levels that compare what is computed: of the whole model, or of each region of a rewrite."""
+
+
 class Verdict(StrEnum):
     """An answer; only `PROVEN` is a yes."""
 
@@ -132,7 +136,7 @@ class Evidence:
     """What `prove` and `compare` found.
 
     Attributes:
-        level: ``full``, ``structure`` or ``none``.
+        level: ``full``, ``regions``, ``structure`` or ``none``.
         structure: level 1, where a plan was proven.
         algebra: level 2, a row per case.
         rounding: level 3, a row per case.
@@ -168,7 +172,7 @@ class Evidence:
             return Verdict.DISPROVEN
         if self.unchanged:
             return Verdict.PROVEN
-        return Verdict.NOT_COMPARED if self.level != "full" or self.missing else Verdict.PROVEN
+        return Verdict.NOT_COMPARED if self.level not in COMPARED or self.missing else Verdict.PROVEN
 
     @property
     def ok(self) -> bool:
@@ -276,7 +280,7 @@ def checked(evidence: Evidence, report: Any = None) -> Evidence:
         VerificationFailed: something contradicts equivalence.
         NotCompared: a comparison was asked for and there was nothing to compare.
     """
-    if evidence.verdict is Verdict.DISPROVEN or (evidence.level == "full" and not evidence.ok):
+    if evidence.verdict is Verdict.DISPROVEN or (evidence.level in COMPARED and not evidence.ok):
         raise failed(evidence, report or evidence)
     return evidence
 

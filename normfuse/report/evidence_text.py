@@ -12,7 +12,7 @@ from rich.text import Text
 
 from normfuse.escaping import escaped
 from normfuse.proof.differences import Difference
-from normfuse.proof.evidence import Evidence, Verdict, level_verdict
+from normfuse.proof.evidence import COMPARED, Evidence, Verdict, level_verdict
 from normfuse.report.text import plain_table
 
 
@@ -25,7 +25,10 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
         _level(grid, "structure", Verdict.PROVEN if evidence.structure.ok else Verdict.DISPROVEN, problems)
     if evidence.algebra:
         worst = max(evidence.algebra, key=lambda each: (each.verdict is Verdict.DISPROVEN, each.error / each.allowed))
-        said = f"error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases"
+        regions = "of regions, each by itself" if evidence.level == "regions" else ""
+        said = (
+            f"error {evidence.error:.1e} (own noise {evidence.noise:.1e}) on {len(evidence.algebra)} cases {regions}".rstrip()
+        )
         if worst.verdict is Verdict.DISPROVEN:
             said += f"; worst on '{worst.case}': {worst.error:.1e}, allowed {worst.allowed:.1e}"
         elif evidence.sensitivity:
@@ -41,7 +44,7 @@ def evidence_lines(evidence: Evidence) -> Iterator[RenderableType]:
         _level(grid, "called", Verdict.DISPROVEN if evidence.objections else Verdict.PROVEN, said)
     if grid.rows:
         yield grid
-    if evidence.level != "full":
+    if evidence.level not in COMPARED:
         yield Text(f"not proven: the verification level is '{evidence.level}'", style="yellow")
     elif evidence.missing:
         yield Text(f"not proven: {evidence.missing.reason}", style="yellow")
