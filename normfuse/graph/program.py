@@ -301,6 +301,11 @@ _TRACE_HINTS = (
     ("register a pytree", "tell torch of the output's class: torch.export.register_dataclass(TheClass)"),
     ("uninitialized parameter", "call the model once on an input, so that its lazy layers get their sizes"),
     ("cpu and meta", "its weights are on the meta device: model.to_empty(device='cpu'), then load_state_dict"),
+    (
+        "data-dependent",
+        "its forward decides in Python by what tensors hold, as a loop over the experts that have tokens does: compute all of "
+        "them, or use torch.cond; torch.export.export(model, inputs, strict=False) tells the line",
+    ),
     ("", "run torch.export.export(model, inputs, strict=False) by itself for the whole story"),
 )
 

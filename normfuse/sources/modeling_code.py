@@ -122,7 +122,17 @@ def code(model: nn.Module, norms: Sequence[SwappedNorm], centrings: Sequence[Cen
         tables=_TABLES.substitute(before=tables[True], after=tables[False]) if centrings else "",
         hooks=_HOOKS if centrings else "",
         registered=_REGISTERED if centrings else "",
+        renamed=_RENAMED.substitute(name=name) if _is_renamed(name) else "",
     )
+
+
+def _is_renamed(name: str) -> bool:
+    """Whether transformers changes names of stored tensors for this class, which it does not for a class beside the tensors."""
+    try:
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    except ImportError:  # an older one, which changes them for none
+        return False
+    return get_checkpoint_conversion_mapping(name) is not None  # type: ignore[no-untyped-call]
 
 
 def stock_name(model: nn.Module) -> str:
@@ -223,7 +233,17 @@ class ${name}(transformers.${name}):
             if settings is not None:
                 parent, _, attribute = path.rpartition(".")
                 setattr(self.get_submodule(parent), attribute, swapped.setdefault(module, RMSNorm(**settings)))
-${registered}''')
+${registered}${renamed}''')
+
+_RENAMED = Template("""
+
+try:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+except ImportError:  # a transformers that renames no tensors
+    pass
+else:  # stored tensors have the names of the stock class, which transformers changes for this one too when it is told so
+    register_checkpoint_conversion_mapping("${name}", get_checkpoint_conversion_mapping("${name}") or [], overwrite=True)
+""")
 
 _TABLES = Template("""
 # module path -> the axis whose mean is subtracted from what the module is given, or from what it gives

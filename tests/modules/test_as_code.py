@@ -23,6 +23,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("tog
 MODELS = {
     "hf_gpt2": ("AutoModelForCausalLM", 5),
     "hf_opt": ("AutoModelForCausalLM", 5),
+    "hf_gpt_neox": ("AutoModelForCausalLM", 5),
     "hf_vit": ("AutoModelForImageClassification", 5),
 }
 """Zoo model -> the auto class that leads to it, and its norms, all of which become RMSNorm."""

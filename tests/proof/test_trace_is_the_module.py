@@ -244,6 +244,27 @@ def test_a_trace_that_is_another_function_is_an_error(name: str) -> None:
         normfuse.verify(make(8, 8).eval(), nn.Linear(8, 8), inputs=given)
 
 
+class Experts(nn.Module):
+    """A mixture whose forward loops over the experts that have tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router = nn.LayerNorm(8), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = self.router(self.norm(x)).argmax(-1), torch.zeros_like(x)
+        for expert in chosen.unique():
+            out[chosen == expert] = self.experts[int(expert)](x[chosen == expert])
+        return out
+
+
+def test_a_forward_that_decides_by_values_is_said_to() -> None:
+    with pytest.raises(TraceError, match="could not trace Experts") as caught:
+        traced(Experts(), Inputs((ROWS,), {}))
+    assert "a loop over the experts that have tokens" in caught.value.hint
+
+
 def test_nothing_is_run_where_nothing_is_to_be_run() -> None:
     normfuse.rewrite(Exporting(8, 8).eval(), "all", inputs=(ROWS,), verify="structure")
 
