@@ -262,7 +262,7 @@ class Experts(nn.Module):
 def test_a_forward_that_decides_by_values_is_said_to() -> None:
     with pytest.raises(TraceError, match="could not trace Experts") as caught:
         traced(Experts(), Inputs((ROWS,), {}))
-    assert "a loop over the experts that have tokens" in caught.value.hint
+    assert "a loop over the experts that have tokens" in str(caught.value.hint)
 
 
 def test_nothing_is_run_where_nothing_is_to_be_run() -> None:
