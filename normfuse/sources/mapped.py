@@ -11,6 +11,7 @@ nothing is dropped. Only large tensors are worth asking for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import math
 import mmap
@@ -51,14 +52,40 @@ def map_file(path: Path) -> mmap.mmap:
         OSError: the file cannot be read.
         ValueError: it is empty.
     """
-    with path.open("rb") as file:
-        if hasattr(mmap, "MAP_PRIVATE"):
-            flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-            made = mmap.mmap(file.fileno(), 0, flags=flags, prot=access)
-        else:
-            made = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    try:
+        made = _mapped(path)
+    except OSError as error:
+        if error.errno != errno.EMFILE or not _more_files_allowed():
+            raise
+        made = _mapped(path)
     _LIVE[_bytes(made, 0, 1).data_ptr()] = made
     return made
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        if not hasattr(mmap, "MAP_PRIVATE"):
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        flags, access = mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(file.fileno(), 0, flags=flags, prot=access, **_NO_HANDLE)
+
+
+_NO_HANDLE: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
+"""A map needs no open file; older Pythons keep one for each, and a checkpoint may have hundreds of files."""
+
+
+def _more_files_allowed() -> bool:
+    """Let this process open as many files as its system allows it, which is more than it starts with; whether that is more."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return False
+    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = most if most != resource.RLIM_INFINITY else 1 << 16
+    if wanted <= now:
+        return False
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    return True
 
 
 def tensor_at(file: mmap.mmap, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

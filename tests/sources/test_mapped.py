@@ -6,6 +6,8 @@ import copy
 import gc
 import io
 import mmap
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -263,3 +265,29 @@ def test_a_file_larger_than_the_memory(tmp_path: Path) -> None:
     tensor[-1] = 3
     assert float(tensor[-1]) == 3
     assert float(tensor[0]) == 0
+
+
+_MANY = """
+import resource, sys
+from pathlib import Path
+from normfuse.sources.mapped import map_file
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, int(sys.argv[2])))
+held = []
+try:
+    for _ in range(100):
+        held.append(map_file(Path(sys.argv[1])))
+except OSError as error:
+    print(error.strerror)
+print(len(held))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such limit")
+def test_more_files_than_a_process_may_open_at_first(path: Path) -> None:
+    def told(most: int) -> list[str]:
+        command = [sys.executable, "-c", _MANY, str(path), str(most)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.splitlines()
+
+    assert told(200) == ["100"]
+    if sys.version_info < (3, 13):  # newer ones hold no file open for a map
+        assert told(40)[0] == "Too many open files"
