@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,20 +36,14 @@ def evaluated(formula: Formula, read: Callable[[str], Any], dtype: torch.dtype, 
 
 def _on_shards(formula: Formula, read: Callable[[str], Any]) -> Any:
     """The value in float64: of operations on DTensors, or, where torch has no rule for one of them, of gathered tensors."""
-    from torch.distributed.tensor import DTensor, Replicate
-
     leaves = {name: read(name).detach() for name in reads(formula)}
     meshes = [each.device_mesh for each in leaves.values() if is_shard(each)]
     if not meshes:
         return evaluate(formula, leaves.__getitem__)
 
-    def laid(tensor: Tensor) -> Tensor:
-        mesh = meshes[0]
-        return tensor if is_shard(tensor) else DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-
     with torch.no_grad():
         try:
-            return evaluate(formula, lambda name: laid(leaves[name]))
+            return evaluate(formula, lambda name: _everywhere(leaves[name], meshes[0]))
         except (NotImplementedError, RuntimeError, AssertionError):  # the same on every process: it is about kinds and sizes
             return evaluate(formula, lambda name: _full(leaves[name]))
 
@@ -61,11 +55,8 @@ def _full(tensor: Any) -> Tensor:
 
 def _laid_out(value: Any, place: Any) -> Tensor:
     """The part of a value that lies here once it is laid out as another tensor is."""
-    from torch.distributed.tensor import DTensor, Replicate
-
     mesh = place.device_mesh
-    if not is_shard(value) or value.device_mesh != mesh:
-        value = DTensor.from_local(_full(value), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    value = value if is_shard(value) and value.device_mesh == mesh else _everywhere(_full(value), mesh)
     local: Tensor = value.redistribute(mesh, place.placements).to_local()
     return local
 
@@ -79,22 +70,42 @@ def as_read(tensor: Tensor, holder: nn.Module, attribute: str) -> Tensor:
     What FSDP holds gathered outside of its holder's forward is not read either: its gradients may have been reduced by the time
     that those of a reader come. What is gathered here hands its gradient to the shards by itself, averaged as FSDP's are.
 
+    Where modules run on shards (tensor parallelism) it is one, and the reader runs on shards too.
+
     Raises:
-        NormfuseError: its module runs on shards.
+        NormfuseError: FSDP has let go of a tensor that is one in two ways.
     """
     if not is_shard(tensor) and not holder.__dict__.get("_is_fsdp_managed_module", False):
         return tensor
     group, managed = _managed(holder).get(attribute, (None, None))
-    if group is None or managed.is_dtensor:
-        if not is_shard(tensor):
-            return tensor
-        what = f"'{attribute}' of {type(holder).__name__} is in shards while its module runs, and a live formula needs it whole"
-        raise NormfuseError(what, hint="normfuse.deploy(model) before it is made tensor parallel")
+    if group is None or (managed.is_dtensor and tensor is managed.__dict__.get("_unsharded_param") and _at_work(group)):
+        return tensor
+    if managed.is_dtensor:
+        what = f"'{attribute}' of {type(holder).__name__} is tensor parallel, and is not gathered where another module reads it"
+        raise NormfuseError(what, hint="call fully_shard on the two modules together")
     ready = not is_shard(tensor) and (tensor is not managed.unsharded_param or _at_work(group))
     if ready:
         return tensor
     entries: Tensor = _Whole.apply(managed.sharded_param, group)  # type: ignore[no-untyped-call]
     return entries.to(group.mp_policy.param_dtype or entries.dtype)
+
+
+def alike(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors for one formula: where some lie in shards, the others are the same everywhere."""
+    mesh = next((each.device_mesh for each in tensors if is_shard(each)), None)  # type: ignore[attr-defined]
+    return [each if mesh is None else _everywhere(each, mesh) for each in tensors]
+
+
+def _everywhere(tensor: Tensor, mesh: Any) -> Any:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return tensor if is_shard(tensor) else DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def laid_out_as(value: Any, like: Any) -> Tensor:
+    """A formula's value where the tensor lies in whose place it is read; gradients flow."""
+    laid: Tensor = value.redistribute(like.device_mesh, like.placements) if is_shard(value) and is_shard(like) else value
+    return laid
 
 
 def _at_work(group: Any) -> bool:

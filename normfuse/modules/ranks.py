@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import CannotApply, NormfuseError, first_line
-from normfuse.graph.sharded import Parted, forget_parting, gathered_once, groups, is_shard, is_sharded, meet, reshard, shards
+from normfuse.graph.sharded import Parted, forget_parting, gathered_once, is_shard, is_sharded, meet, reshard, shards
 from normfuse.sources.inputs import Inputs
 
 T = TypeVar("T")
@@ -140,16 +140,3 @@ def _digest(tensor: Any) -> str:
     form = f"{tuple(local.shape)} {local.dtype}"
     entries = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if local.numel() else torch.empty(0)
     return hashlib.sha256(form.encode() + entries.numpy().tobytes()).hexdigest()
-
-
-def require_whole_in_forward(model: nn.Module) -> None:
-    """Raise where a module runs on shards (tensor parallelism): what it reads in live mode must be whole.
-
-    Raises:
-        CannotApply: with what to do instead.
-    """
-    by_fsdp = {id(each.sharded_param): each.is_dtensor for group in groups(model) for each in group.fsdp_params}
-    found = next((name for name, tensor in shards(model) if by_fsdp.get(id(tensor), True)), None)
-    if found is not None:
-        why = f"'{found}' is in shards while its module runs (tensor parallelism), and a live formula needs it whole"
-        raise CannotApply([why], hint="deploy evaluates formulas on shards; or train with fully_shard alone")

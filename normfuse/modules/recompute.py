@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import NormfuseError
+from normfuse.graph.sharded import is_shard
 from normfuse.modules.layers import CALLS, LayerCall, LayerOperator
 from normfuse.modules.record import Forming, Rewritten, own
 
@@ -52,10 +53,18 @@ class Formed(Tensor):
         return found
 
     @property
+    def on_shards(self) -> bool:
+        """Whether its module runs on shards."""
+        return is_shard(own(self.module, self.attribute))
+
+    @property
     def plain(self) -> Tensor:
         """The value as an ordinary tensor; gradients reach the parameters, and nothing but these is kept for them."""
         forming = self.record.forming(self.attribute)
-        value: Tensor = _Value.apply(forming, *forming.leaves(self.module))  # type: ignore[no-untyped-call]
+        leaves = forming.leaves(self.module)
+        if any(is_shard(each) for each in leaves):  # the autograd of DTensor knows where gradients go
+            return forming.by_autograd(*leaves)[0]
+        value: Tensor = _Value.apply(forming, *leaves)  # type: ignore[no-untyped-call]
         return value
 
     @classmethod
@@ -63,7 +72,7 @@ class Formed(Tensor):
         """Layers run without keeping the weight; everything else sees an ordinary tensor."""
         layer = CALLS.get(func)
         call = layer(*args, **(kwargs or {})) if layer is not None else None
-        if call is not None and isinstance(call.weight, Formed):
+        if call is not None and isinstance(call.weight, Formed) and not call.weight.on_shards:
             return _run(call)
         if args and isinstance(args[0], Formed) and _writes(func):
             raise NormfuseError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normfuse.graph.expressions import Call, Formula, formed
 from normfuse.graph.sharded import give_class, give_memory, inner_class
 from normfuse.modules.codegen import NoTapeError, Tape
-from normfuse.modules.on_shards import as_read
+from normfuse.modules.on_shards import alike, as_read, laid_out_as
 from normfuse.modules.placement import Change
 
 RECORD = "_normfuse"
@@ -63,7 +63,7 @@ class Forming:
 
     def leaves(self, module: nn.Module) -> list[Tensor]:
         """The tensors that the formulas read, as they are now; those whose dtypes the results take come last."""
-        return [_leaf(holder or module, attribute) for holder, attribute in self._homes.values()]
+        return alike([_leaf(holder or module, attribute) for holder, attribute in self._homes.values()])
 
     def code(self, leaves: Sequence[Tensor], *, outside: bool = False) -> Callable[..., tuple[Tensor | None, ...]]:
         """What takes the leaves and returns the formulas' values; without autograd.
@@ -94,7 +94,8 @@ class Forming:
         """The formulas' values, of operations that autograd and compilers see."""
         read = dict(zip(self._homes, leaves, strict=True)).__getitem__
         values = (formed(each, read, _wide(leaves)) for each in self._formulas)
-        return tuple(value.to(dtype) for value, dtype in zip(values, self._dtypes(leaves), strict=True))
+        likes = (leaves[at] for at in self._likes)
+        return tuple(laid_out_as(value, like).to(like.dtype) for value, like in zip(values, likes, strict=True))
 
     def _tape(self, leaves: Sequence[Tensor], outside: bool) -> Tape:
         named = dict(zip(self._homes, leaves, strict=True))

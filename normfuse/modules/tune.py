@@ -15,7 +15,7 @@ from normfuse.modules.guards import guards_of
 from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import plan_for_modules, require_rewrites, warn_of_what_stays
 from normfuse.modules.parametrize import bake, put_back
-from normfuse.modules.ranks import of_first, require_whole_in_forward, together
+from normfuse.modules.ranks import of_first, together
 from normfuse.modules.reference import Reference
 from normfuse.proof.evidence import COMPARED
 from normfuse.proof.fidelity import traced
@@ -41,7 +41,6 @@ def tune_modules(
     rewritten modules: what they compute is proven, not what the plan says that they should.
     """
     require_plain(model, "tune")
-    require_whole_in_forward(model)
     with put_back(model), together(model):
         given = of_first(model, given)
         restore_modules(model)
