@@ -11,6 +11,7 @@ Nothing here is imported or asked where torch.distributed is not in use.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 import zlib
 from collections.abc import Iterator
@@ -266,6 +267,14 @@ def whole(model: nn.Module) -> Iterator[None]:
         for table, before in undo:
             table.clear()
             table.update(before)
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A copy of a module that is `whole`, with all entries of its tensors; what torch.distributed notes on it is not copied."""
+    notes = {
+        id(value): value for each in module.modules() for key, value in vars(each).items() if key.startswith("__composable")
+    }
+    return copy.deepcopy(module, notes)
 
 
 def _tables(module: nn.Module) -> tuple[Any, ...]:

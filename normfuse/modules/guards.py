@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import nn
 
 from normfuse.graph.expressions import Formula, reads
 from normfuse.graph.program import Program
-from normfuse.graph.sharded import whole
+from normfuse.graph.sharded import copied, whole
 from normfuse.modules.make_live import names_of, place_of
 from normfuse.modules.module_plan import ModulePlan
 from normfuse.modules.placement import input_of
@@ -73,7 +72,7 @@ def _trains(program: Program, module: nn.Module, model: nn.Module) -> bool:
     like = input_of(program, next(path for path, each in model.named_modules() if each is module))
     if like is None:
         return True
-    twin = copy.deepcopy(module)
+    twin = copied(module)
     before = {name: value.clone() for name, value in twin.named_buffers()}
     try:
         with seeded(0), torch.no_grad():

@@ -77,15 +77,13 @@ def as_read(tensor: Tensor, holder: nn.Module, attribute: str) -> Tensor:
     """
     if not is_shard(tensor) and not holder.__dict__.get("_is_fsdp_managed_module", False):
         return tensor
-    group, managed = _managed(holder).get(attribute, (None, None))
-    if group is None or (managed.is_dtensor and tensor is managed.__dict__.get("_unsharded_param") and _at_work(group)):
+    group, managed = (reference() for reference in _managed(holder).get(attribute, (_nothing, _nothing)))
+    by_fsdp = group is not None and tensor is managed.__dict__.get("_unsharded_param")
+    if group is None or (by_fsdp and _at_work(group)) or not (by_fsdp or is_shard(tensor)):
         return tensor
     if managed.is_dtensor:
         what = f"'{attribute}' of {type(holder).__name__} is tensor parallel, and is not gathered where another module reads it"
         raise NormfuseError(what, hint="call fully_shard on the two modules together")
-    ready = not is_shard(tensor) and (tensor is not managed.unsharded_param or _at_work(group))
-    if ready:
-        return tensor
     entries: Tensor = _Whole.apply(managed.sharded_param, group)  # type: ignore[no-untyped-call]
     return entries.to(group.mp_policy.param_dtype or entries.dtype)
 
@@ -104,7 +102,9 @@ def _everywhere(tensor: Tensor, mesh: Any) -> Any:
 
 def laid_out_as(value: Any, like: Any) -> Tensor:
     """A formula's value where the tensor lies in whose place it is read; gradients flow."""
-    laid: Tensor = value.redistribute(like.device_mesh, like.placements) if is_shard(value) and is_shard(like) else value
+    if torch.compiler.is_compiling() or not (is_shard(value) and is_shard(like)):
+        return value  # type: ignore[no-any-return]
+    laid: Tensor = value.redistribute(like.device_mesh, like.placements)
     return laid
 
 
@@ -114,6 +114,10 @@ def _at_work(group: Any) -> bool:
 
 
 _MANAGED: weakref.WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = weakref.WeakKeyDictionary()
+
+
+def _nothing() -> None:
+    """In the place of a reference to something."""
 
 
 def _managed(holder: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -127,8 +131,16 @@ def _managed(holder: nn.Module) -> dict[str, tuple[Any, Any]]:
                 info = each._module_info
                 modules, names = (info.module, *info.shared_modules), (info.param_name, *info.shared_param_names)
                 for module, name in zip(modules, names, strict=True):
-                    _MANAGED.setdefault(module, {})[name] = group, each
+                    _MANAGED.setdefault(module, {})[name] = weakref.ref(group), weakref.ref(each)  # they hold the module
     return _MANAGED.setdefault(holder, {})
+
+
+def handed_on(value: Any) -> Any:
+    """What a module hands on as it was given it: a copy of what FSDP has put its hook on, which nobody may write into."""
+    if torch.compiler.is_compiling():
+        return value
+    hooked = isinstance(value, Tensor) and type(value.grad_fn).__name__.startswith("RegisterPostBackward")
+    return value.clone() if hooked else value
 
 
 class _Whole(torch.autograd.Function):

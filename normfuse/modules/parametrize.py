@@ -30,7 +30,7 @@ from normfuse.graph.sharded import (
     refresh,
     reshard,
 )
-from normfuse.modules.on_shards import as_read, evaluated
+from normfuse.modules.on_shards import as_read, evaluated, handed_on
 from normfuse.modules.placement import VALUE
 from normfuse.modules.recompute import Formed
 from normfuse.modules.record import (
@@ -134,7 +134,7 @@ def _made_again(attributes: tuple[str, ...], forward: bool, made: Callable[..., 
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Any:
-        if is_shard(self._parameters.get(name)) and asks_for_shard():
+        if not torch.compiler.is_compiling() and is_shard(self._parameters.get(name)) and asks_for_shard():
             return self._parameters[name]
         try:
             return _value(self, name)
@@ -162,7 +162,8 @@ def _value(module: nn.Module, name: str) -> Any:
 def _read(holder: nn.Module, attribute: str) -> Any:
     """What a module reads of another one, or of itself in an expression."""
     found = getattr(holder, attribute)
-    return found if isinstance(found, Formed) or found is None else as_read(found, holder, attribute)
+    as_is = torch.compiler.is_compiling() or isinstance(found, Formed) or found is None
+    return found if as_is else as_read(found, holder, attribute)
 
 
 # -- forward -----------------------------------------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def _forward_of(base: type[nn.Module]) -> Callable[..., Any]:
 
 def _computed(by: Any, value: Any, module: nn.Module, record: Rewritten) -> Any:
     """The value of a change's expression; what occurs in it twice is computed once."""
-    return value if by == VALUE else _part(by, value, module, record, {})
+    return handed_on(value) if by == VALUE else _part(by, value, module, record, {})
 
 
 def _part(by: Any, value: Any, module: nn.Module, record: Rewritten, done: dict[Any, Any]) -> Any:

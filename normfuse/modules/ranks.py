@@ -29,7 +29,7 @@ def mesh_of(model: nn.Module) -> Any:
     meshes = {id(each.device_mesh): each.device_mesh for _, each in shards(model)}.values()
     largest = max(meshes, key=lambda each: each.mesh.numel())
     everyone = set(largest.mesh.flatten().tolist())
-    if any(set(each.mesh.flatten().tolist()) != everyone for each in meshes):
+    if any(not everyone.issuperset(each.mesh.flatten().tolist()) for each in meshes):
         raise CannotApply(
             ["its parameters lie on several sets of processes"],
             hint="rewrite it before it is sharded, or rewrite the saved model",

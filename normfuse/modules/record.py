@@ -63,7 +63,10 @@ class Forming:
 
     def leaves(self, module: nn.Module) -> list[Tensor]:
         """The tensors that the formulas read, as they are now; those whose dtypes the results take come last."""
-        return alike([_leaf(holder or module, attribute) for holder, attribute in self._homes.values()])
+        homes = [(holder or module, attribute) for holder, attribute in self._homes.values()]
+        if torch.compiler.is_compiling():
+            return [own(*home) for home in homes]
+        return alike([as_read(own(*home), *home) for home in homes])
 
     def code(self, leaves: Sequence[Tensor], *, outside: bool = False) -> Callable[..., tuple[Tensor | None, ...]]:
         """What takes the leaves and returns the formulas' values; without autograd.
@@ -94,8 +97,8 @@ class Forming:
         """The formulas' values, of operations that autograd and compilers see."""
         read = dict(zip(self._homes, leaves, strict=True)).__getitem__
         values = (formed(each, read, _wide(leaves)) for each in self._formulas)
-        likes = (leaves[at] for at in self._likes)
-        return tuple(laid_out_as(value, like).to(like.dtype) for value, like in zip(values, likes, strict=True))
+        laid = (laid_out_as(value, leaves[at]) for value, at in zip(values, self._likes, strict=True))
+        return tuple(value.to(dtype) for value, dtype in zip(laid, self._dtypes(leaves), strict=True))
 
     def _tape(self, leaves: Sequence[Tensor], outside: bool) -> Tape:
         named = dict(zip(self._homes, leaves, strict=True))
@@ -103,10 +106,6 @@ class Forming:
 
     def _dtypes(self, leaves: Sequence[Tensor]) -> list[torch.dtype]:
         return [leaves[at].dtype for at in self._likes]
-
-
-def _leaf(holder: nn.Module, attribute: str) -> Tensor:
-    return as_read(own(holder, attribute), holder, attribute)
 
 
 def _key(leaves: Sequence[Tensor]) -> tuple[Any, ...]:

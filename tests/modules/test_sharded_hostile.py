@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import normfuse
 from normfuse.errors import CannotApply, NormfuseError
 from normfuse.modules.reference import Reference
-from tests.modules.live_models import gpt, text
+from tests.modules.live_models import cross_entropy, gpt, text
 from tests.modules.models import loss
 from tests.modules.processes import on_processes
 from tests.modules.test_sharded import apart, build, outputs, shard, states, trained
@@ -38,6 +38,12 @@ def told(act: Callable[[], Any]) -> str:
     except NormfuseError as error:
         return str(error)
     return ""
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Those of a model's parameters, gathered."""
+    found = {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+    return {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in found.items()}
 
 
 # -- processes that differ -----------------------------------------------------------------------------------------------
@@ -123,9 +129,7 @@ def tensor_parallel() -> tuple[float, float, float]:
     normfuse.deploy(model, "pre_rmsnorm", inputs)
     normfuse.tune(tuned, "fold_affine", inputs)
     loss(tuned(*inputs)).backward(), loss(original(*inputs)).backward()
-    named = [(name, each.grad) for name, each in tuned.named_parameters() if each.grad is not None]
-    grads = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in named}
-    of_tuned = apart(grads, {name: each.grad for name, each in original.named_parameters() if each.grad is not None})
+    of_tuned = apart(gradients(tuned), gradients(original))
     return apart(states(model), plain.state_dict()), (outputs(model, inputs) - first).abs().max().item(), of_tuned
 
 
@@ -198,11 +202,12 @@ def saved_and_loaded() -> tuple[float, float, float, bool]:
     first = outputs(model, inputs)
     normfuse.deploy(model, "pre_rmsnorm", inputs)
     whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    state = {name: each.clone() for name, each in get_model_state_dict(model, options=whole).items()}
+    saved_now: Any = get_model_state_dict(model, options=whole)
+    state = {name: each.clone() for name, each in saved_now.items()}
     if dist.get_rank() == 0:
         plain.load_state_dict(state)
     of_saved = (outputs(plain, inputs) - first).abs().max().item()
-    set_model_state_dict(model, saved if dist.get_rank() == 0 else {}, options=whole)
+    set_model_state_dict(model, dict(saved) if dist.get_rank() == 0 else {}, options=whole)
     again = (outputs(model, inputs) - first).abs().max().item()
     normfuse.deploy(model, "pre_rmsnorm", inputs)
     return of_saved, again, (outputs(model, inputs) - first).abs().max().item(), type(model).__name__ == "FSDPOdd"
@@ -216,18 +221,19 @@ def test_what_is_saved_and_loaded() -> None:
 
 def tuned_then_changed(act: str) -> tuple[float, float]:
     """A tuned model in shards is moved, loaded or deployed, before its first call or after."""
-    model = gpt().eval()
+    model: Any = gpt().eval()
     plain, other = copy.deepcopy(model), {name: each * 1.5 for name, each in model.state_dict().items()}
     normfuse.tune(model, "fold_affine", IDS)
     shard(model, "layers")
     if "later" in act:
         outputs(model, IDS)
+        model.reshard()  # torch loads nothing into what it has gathered
     if "move" in act:
         model.to(torch.float32).to(torch.float64)
         plain.to(torch.float32).to(torch.float64)
     if "load" in act:
         whole = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(model, other if dist.get_rank() == 0 else {}, options=whole)
+        set_model_state_dict(model, dict(other) if dist.get_rank() == 0 else {}, options=whole)
         plain.load_state_dict(other)
     if "deploy" in act:
         normfuse.deploy(model)
@@ -243,8 +249,8 @@ def test_a_tuned_model_in_shards_goes_on(act: str) -> None:
 
 
 def with_a_key_that_leaves() -> tuple[str, float]:
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
-    model, inputs = model.double().eval(), (torch.randn(2, 3, 6, 6, dtype=torch.float64),)
+    made = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(64, 2))
+    model, inputs = made.double().eval(), (torch.randn(2, 3, 6, 6, dtype=torch.float64),)
     with torch.no_grad():
         for each in model.parameters():
             each.add_(0.3)
@@ -284,8 +290,7 @@ def trained_images(before: bool, by: str, training: bool) -> float:
     model.train(training), plain.train(training)
     loss(plain(*inputs)).backward()
     loss(model(*inputs)).backward()
-    grads = {name: each.grad.full_tensor() for name, each in model.named_parameters() if each.grad is not None}
-    return apart(grads, {name: each.grad for name, each in plain.named_parameters() if each.grad is not None})
+    return apart(gradients(model), gradients(plain))
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -297,7 +302,8 @@ def test_gradients_of_convolutions(before: bool, by: str, training: bool) -> Non
 def trained_as_set(how: str) -> float:
     """Frozen parameters, tied ones, and gradients that gather over two backwards without a reduction between them."""
     make = partial(gpt, tied=how == "tied")
-    model, plain = make(), make()
+    plain = make()
+    model: Any = make()
     if how == "frozen":
         for each in (model, plain):
             for name, parameter in each.named_parameters():
@@ -312,14 +318,11 @@ def trained_as_set(how: str) -> float:
         trained(plain, "SGD", lambda window: window)
         trained(model, "SGD", lambda window: window.chunk(2)[rank])
         return apart(states(model), plain.state_dict())
-    from tests.modules.live_models import cross_entropy
-
     for last, window in enumerate(text(2)):
         cross_entropy(plain, window).backward()
         model.set_requires_gradient_sync(bool(last))
         cross_entropy(model, window.chunk(2)[rank]).backward()
-    grads = {name: each.grad.full_tensor() for name, each in model.named_parameters()}
-    return apart(grads, {name: each.grad for name, each in plain.named_parameters()})
+    return apart(gradients(model), gradients(plain))
 
 
 @pytest.mark.parametrize("how", ["frozen", "tied", "accumulated"])
