@@ -20,7 +20,7 @@ from normfuse.modules.module_plan import (
     warn_of_what_stays,
 )
 from normfuse.modules.parametrize import bake, commit, put_back, undo
-from normfuse.modules.ranks import of_first, together
+from normfuse.modules.ranks import of_first, require_one_plan, together
 from normfuse.modules.record import rewritten, was_changed
 from normfuse.modules.reference import Reference
 from normfuse.planning.planner import Plan
@@ -71,6 +71,7 @@ def apply_plan(model: nn.Module, plan: Plan, given: Inputs, *, keep: bool) -> No
 
 def _make(made: ModulePlan, model: nn.Module, reference: Reference) -> None:
     """Make a plan on modules, prove it, and evaluate it."""
+    require_one_plan(model, made.plan)
     saved_is_the_model = not was_changed(model) or reference.is_what_is_saved(model)
     make_live(made.program, made.changes, model, {})
     reference.prove(model, made.plan)
@@ -114,6 +115,9 @@ def require_plain(model: nn.Module, doing: str) -> None:
     name = type(model).__name__
     if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise CannotApply([f"the model is wrapped in {name}"], hint=f"normfuse.{doing} takes what is inside: model.module")
+    if any(type(each).__name__ == "FullyShardedDataParallel" for each in model.modules()):
+        hint = "use torch.distributed.fsdp.fully_shard, or rewrite it before it is wrapped"
+        raise CannotApply(["the model is wrapped in FullyShardedDataParallel, which flattens its parameters"], hint=hint)
     if hasattr(model, "_orig_mod"):
         hint = f"normfuse.{doing} takes what is inside, model._orig_mod; compile it again afterwards"
         raise CannotApply([f"the model is compiled ({name})"], hint=hint)

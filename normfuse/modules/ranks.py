@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import CannotApply, NormfuseError, first_line
 from normfuse.graph.sharded import Parted, forget_parting, gathered_once, is_shard, is_sharded, meet, reshard, shards
+from normfuse.planning.planner import Plan
 from normfuse.sources.inputs import Inputs
 
 T = TypeVar("T")
@@ -125,6 +126,17 @@ def _require_same(model: nn.Module, mesh: Any) -> None:
             + (f" and {len(differing) - 1} more" if differing - {min(differing)} else ""),
             hint="bring them together first: torch.distributed.broadcast(tensor, src=0) for each",
         )
+
+
+def require_one_plan(model: nn.Module, plan: Plan) -> None:
+    """Every process of a sharded model must have come to one plan, of graphs and numbers that are the same on each.
+
+    Raises:
+        NormfuseError: they have not.
+    """
+    if is_sharded(model) and len(set(gathered(mesh_of(model), "the plan", plan.to_json()))) > 1:
+        hint = "call it with the same arguments on each of them"
+        raise NormfuseError("the processes have come to different plans", hint=hint)
 
 
 def _part(tensor: Any) -> tuple[Any, ...]:

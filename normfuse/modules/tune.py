@@ -15,7 +15,7 @@ from normfuse.modules.guards import guards_of
 from normfuse.modules.make_live import make_live
 from normfuse.modules.module_plan import plan_for_modules, require_rewrites, warn_of_what_stays
 from normfuse.modules.parametrize import bake, put_back
-from normfuse.modules.ranks import of_first, together
+from normfuse.modules.ranks import of_first, require_one_plan, together
 from normfuse.modules.reference import Reference
 from normfuse.proof.evidence import COMPARED
 from normfuse.proof.fidelity import traced
@@ -52,6 +52,7 @@ def tune_modules(
         held = {guard for each in guards_of(first, model).values() for guard in each}
         made = plan_for_modules(_traced_in_training(model, given, held), passes, allow, model, choice=choice)
         require_rewrites(made)
+        require_one_plan(model, made.plan)
         # make: the modules read formulas, or are what they were while a guard trains
         make_live(made.program, made.changes, model, guards_of(made, model))
         # prove: as it is called from now on, and as its own classes would load what it becomes when it is deployed

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -111,6 +111,31 @@ def with_inputs_of_its_own() -> float:
 def test_inputs_may_differ() -> None:
     """With interpreters of their own, which order their sets differently."""
     assert max(on_processes(with_inputs_of_its_own, start="spawn")) <= 1e-14
+
+
+def with_arguments_of_its_own() -> tuple[str, bool]:
+    model, inputs = build("odd")
+    shard(model, "blocks")
+    before = states(model)
+    skipped = ["norms.0"] if dist.get_rank() else ["norms.1"]
+    why = told(lambda: normfuse.deploy(model, "fold_affine", inputs, skip=skipped))
+    return why, apart(states(model), before) == 0.0
+
+
+def test_plans_that_differ_are_noticed() -> None:
+    for why, as_before in on_processes(with_arguments_of_its_own):
+        assert "different plans" in why
+        assert as_before
+
+
+def flattened() -> str:
+    model, inputs = build("odd")
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    return told(lambda: normfuse.deploy(wrapped, "fold_affine", inputs))
+
+
+def test_the_older_fsdp_is_refused() -> None:
+    assert all("FullyShardedDataParallel" in why for why in on_processes(flattened))
 
 
 # -- other kinds of shards -----------------------------------------------------------------------------------------------
