@@ -10,7 +10,7 @@ as it was. There must be fewer of these than norms, or the stream is left alone.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import attrgetter
@@ -27,8 +27,10 @@ from normfuse.graph.expressions import Call, Formula, Read, Ref, reads, uncenter
 from normfuse.graph.findings import Claim, Finding, Refusal, Rewrite
 from normfuse.graph.ops.lookup import carries, is_mean_of, rank
 from normfuse.graph.ops.sizes import follows, meets_full_width, says_size
+from normfuse.graph.parts import PIECE
 from normfuse.graph.program import Program
 from normfuse.graph.views import HALVES, Norm, NormKind, arguments, aten, dtype, shape, tensors_in
+from normfuse.sources.mapped import let_go
 from normfuse.transforms.backward import Backward, Key, Step
 from normfuse.transforms.basis import Basis
 from normfuse.transforms.forward import is_size_blind
@@ -191,10 +193,21 @@ def _is_nearly_centred(tensor: Tensor, axis: int) -> bool:
     """Whether the means along an axis are no larger than rounding every entry once would make them."""
     if tensor.is_meta or not tensor.is_floating_point():
         return False
-    wide = tensor.detach().double()
-    means, sizes = wide.mean(axis).abs(), wide.abs().mean(axis)
     least = max(torch.finfo(tensor.dtype).eps, 2.0**-49)  # a mean that is itself taken in float64
-    return bool((means <= least * sizes).all())
+    for piece in _pieces(tensor.detach(), axis):
+        wide = piece.double()
+        if not bool((wide.mean(axis).abs() <= least * wide.abs().mean(axis)).all()):
+            return False
+    let_go(tensor)
+    return True
+
+
+def _pieces(tensor: Tensor, axis: int) -> Sequence[Tensor]:
+    """A tensor cut along another axis, so that no more than a piece of a large one is widened at a time."""
+    across = max((each for each in range(tensor.dim()) if each != axis % tensor.dim()), key=tensor.size, default=None)
+    if across is None or tensor.numel() <= PIECE:
+        return (tensor,)
+    return torch.split(tensor, max(1, PIECE * tensor.size(across) // tensor.numel()), across)
 
 
 def _centered_by_formula(program: Program, node: Node) -> set[int]:
