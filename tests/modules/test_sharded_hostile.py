@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -298,6 +299,24 @@ def test_a_key_that_would_come_or_go() -> None:
     for why, seen in on_processes(with_a_key_that_leaves):
         assert "fully_shard" in why
         assert seen <= 1e-12
+
+
+def as_a_program(path: str) -> tuple[float, ...]:
+    """A rewrite of its trace, which is another model: called, saved, and made on the modules."""
+    model, inputs = build("odd")
+    shard(model, "blocks")
+    first = outputs(model, inputs)
+    result = normfuse.rewrite(model, "fold_affine", inputs)
+    called = outputs(result.module(), inputs)
+    result.save(f"{path}.{dist.get_rank()}.pt2")
+    loaded = outputs(torch.export.load(f"{path}.{dist.get_rank()}.pt2").module(), inputs)
+    result.apply_to(model)
+    return tuple((each - first).abs().max().item() for each in (called, loaded, outputs(model, inputs)))
+
+
+def test_a_rewrite_of_its_trace(tmp_path: Path) -> None:
+    for differences in on_processes(as_a_program, str(tmp_path / "rewritten")):
+        assert max(differences) <= 1e-12
 
 
 # -- training ------------------------------------------------------------------------------------------------------------
