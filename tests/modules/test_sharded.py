@@ -214,9 +214,9 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-def trained(model: Any, optimizer: str, part: Callable[[Tensor], Tensor]) -> Tensor:
-    """The losses of five steps."""
-    losses, steps = [], OPTIMIZERS[optimizer](model.parameters())
+def trained(model: Any, optimizer: str, part: Callable[[Tensor], Tensor], parameters: Any = None) -> Tensor:
+    """The losses of five steps; an evaluation before them may leave other tensors in the place of the parameters."""
+    losses, steps = [], OPTIMIZERS[optimizer](parameters or list(model.parameters()))
     for window in text(5):
         loss = cross_entropy(model, part(window))
         loss.backward()
@@ -236,10 +236,11 @@ def tuned(passes: str, by: str, optimizer: str, before: bool, options: dict[str,
     shard(model, by, **options)
     if not before:
         normfuse.tune(model, passes, inputs)
+    parameters = list(model.parameters())
     if options:
-        outputs(model, inputs)  # an evaluation between two steps leaves parameters gathered
+        outputs(model, inputs)  # leaves parameters gathered
     live = sum(type(getattr(each, "weight", None)).__name__ == "Formed" for each in model.modules())
-    losses = trained(model, optimizer, lambda window: window.chunk(2)[rank])
+    losses = trained(model, optimizer, lambda window: window.chunk(2)[rank], parameters)
     dist.all_reduce(losses)
     distance, state = apart(states(model), plain.state_dict()), states(model)
     normfuse.restore(model)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -344,7 +345,7 @@ def test_gradients_of_convolutions(before: bool, by: str, training: bool) -> Non
 
 
 def trained_as_set(how: str) -> float:
-    """Frozen parameters, tied ones, and gradients that gather over two backwards without a reduction between them."""
+    """Frozen, tied, its activations computed again, and with gradients of two backwards that are reduced once."""
     make = partial(gpt, tied=how == "tied")
     plain = make()
     model: Any = make()
@@ -353,6 +354,8 @@ def trained_as_set(how: str) -> float:
             for name, parameter in each.named_parameters():
                 parameter.requires_grad_("norm1" not in name and "qkv" not in name)
     normfuse.tune(model, "fold_affine", IDS)
+    for block in model.blocks if how == "checkpointed" else ():
+        checkpoint(block)
     if how == "tied":
         shard(model, "blocks")
     else:
@@ -369,6 +372,6 @@ def trained_as_set(how: str) -> float:
     return apart(gradients(model), gradients(plain))
 
 
-@pytest.mark.parametrize("how", ["frozen", "tied", "accumulated"])
+@pytest.mark.parametrize("how", ["frozen", "tied", "accumulated", "checkpointed"])
 def test_training_as_it_is_set(how: str) -> None:
     assert max(on_processes(trained_as_set, how)) <= 1e-11
