@@ -140,7 +140,8 @@ class _ByRegions:
         if any(map(_is_float, plain)):
             yield Trial("drawn", plain)
             for name, change in HOSTILE.items():
-                yield Trial(name, tuple(change(each) if _is_float(each) else each for each in plain))
+                hostile = tuple(change(each) if _is_float(each) else each for each in plain)
+                yield Trial(name, hostile, rounded=False)  # a value made another way has roundings of its own
         for case in self.alike if any(node.name in self.runs[0].indices for node in nodes) else ():
             yield Trial(case.name, self.runs[0].drawn(nodes, case))
         for other in self.runs[1:]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from normfuse.graph.interpreter import run
+from normfuse.graph.interpreter import run, user_inputs
 from normfuse.graph.parts import Part, Weights
 from normfuse.graph.program import Program
 from normfuse.graph.views import dtype, is_tensor
@@ -26,9 +26,11 @@ Samples = Sequence[Sequence[Tensor]]
 
 
 def rounding_of(program: Program) -> float:
-    """One rounding of the coarsest dtype in which a program stores tensors."""
-    dtypes = {program.tensor(name).dtype for name in program.stored.values()}
-    return max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-52)
+    """One rounding of the coarsest dtype in which a program stores tensors; of its inputs where it stores none."""
+    stored = [program.tensor(name).dtype for name in program.stored.values()]
+    read = [dtype(node) for node in user_inputs(program) if node is not None and is_tensor(node)]
+    kinds = [[each for each in some if each is not None and each.is_floating_point] for some in (stored, read)]
+    return max((torch.finfo(each).eps for each in kinds[0] or kinds[1]), default=2.0**-52)
 
 
 def nudged(size: float, weights: Weights | None = None, draw: int = 0) -> Weights:

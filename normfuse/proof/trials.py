@@ -33,9 +33,10 @@ FORM_ONLY = "verify='structure' (--verify structure) proves its form only"
 
 @dataclass(frozen=True)
 class Trial(Case):
-    """Inputs and, where not the model's own, weights."""
+    """Inputs and, where not the model's own, weights; and whether it is run in the stored dtypes too."""
 
     weights: Weights | None = None
+    rounded: bool = True
 
 
 def other_weights(names: Collection[str]) -> dict[str, Weights]:
@@ -119,7 +120,7 @@ class Proof:
         agreed, seen = judge(got), None
         if first and agreed.ok:
             seen = sensitivity(self.reference, self.changed, partial(self._otherwise, flat, steps), judge)
-        rounding, notes = self._rounded(trial, first, truth, agreed) if weights is None else ((), ())
+        rounding, notes = self._rounded(trial, first, truth, agreed) if weights is None and trial.rounded else ((), ())
         return Measured(Evidence(algebra=(agreed,), rounding=rounding, notes=notes, sensitivity=seen), truth, shaken[0])
 
     def _shaken(self, trial: Trial, draw: int, steps: Steps) -> list[Tensor]:
