@@ -171,7 +171,7 @@ def test_a_level_that_cannot_be_run_is_not_passed(monkeypatch: pytest.MonkeyPatc
             raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
         return real(*args, wide=wide, **options)
 
-    monkeypatch.setattr("normfuse.proof.proving.run", without_kernels)
+    monkeypatch.setattr("normfuse.proof.trials.run", without_kernels)
     monkeypatch.setattr("normfuse.proof.trial_run.run", without_kernels)
     with pytest.raises(NotCompared, match="rounding level was not compared") as caught:
         normfuse.rewrite(Narrow().eval(), "pre_rmsnorm", (noise(2, 4),))
