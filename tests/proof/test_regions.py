@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 import normfuse
 from normfuse.errors import NormfuseError, VerificationFailed
+from normfuse.graph.blocks import rounded
 from normfuse.graph.edits import Reroute, apply
 from normfuse.graph.expressions import Number, Read, Ref
 from normfuse.graph.interpreter import flat_inputs
@@ -20,13 +20,12 @@ from normfuse.graph.program import Program
 from normfuse.modules import written_regions
 from normfuse.planning import registry
 from normfuse.planning.planner import Plan, plan
-from normfuse.proof import by_regions
 from normfuse.proof.cases import cases
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import prove
+from normfuse.proof.regions import Search
 from tests.every_model import MODELS
 from tests.models import D, Mlp, noise, tokens
-from tests.mutation.models import CANNOT_RUN
 from tests.mutation.models import MODELS as MUTATED
 from tests.mutation.plans import mutants
 from tests.sources.test_brought_back import GPT2, saved
@@ -57,13 +56,13 @@ def sites(evidence: Evidence) -> list[str]:
 def grown(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The regions that had to take more in."""
     found: list[str] = []
-    grow = by_regions.Search.grow
+    grow = Search.grow
 
-    def watched(search: by_regions.Search, node: Any, depth: int) -> bool:
+    def watched(search: Search, node: Any, depth: int) -> bool:
         found.append(node.name)
         return grow(search, node, depth)
 
-    monkeypatch.setattr(by_regions.Search, "grow", watched)
+    monkeypatch.setattr(Search, "grow", watched)
     return found
 
 
@@ -206,8 +205,6 @@ def test_no_mutant_of_some_survives() -> None:
 
 def _kill(name: str, step: int) -> None:
     """Every mutant of a plan that the whole proof kills, or one of so many."""
-    if name in CANNOT_RUN:
-        pytest.skip("does not run")
     program = Program.trace(MUTATED[name].module(), MUTATED[name].inputs)
     chosen = plan(program, ["pre_rmsnorm"])
     for mutant in list(mutants(chosen, program))[::step]:
@@ -231,7 +228,6 @@ def test_a_folder_is_proven_by_its_tensors_and_the_regions_of_its_class(
     written = result.write_back(tmp_path / "out")
     assert written.evidence is not None
     assert (written.evidence.level, written.evidence.ok) == ("regions", True)
-    rounded: Callable[..., Tensor] = written_regions.rounded
     monkeypatch.setattr(written_regions, "rounded", lambda *args: torch.nextafter(rounded(*args), torch.tensor(9.0)))
     with pytest.raises(VerificationFailed, match=r"the tensor 'transformer\..*' that was written is not what the plan says"):
         result.write_back(tmp_path / "wrong")
