@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -131,10 +131,20 @@ def laid_out(
     )
     if not plain or max((each.numel() for each in tensors.values()), default=0) <= (least or BLOCK):
         return None
+    _keep_memory()
     try:
         return Blocks(formula, tensors, widened, size or BLOCK)
     except NotImplementedError:  # an operator whose sizes torch does not tell without numbers
         return None
+
+
+@cache
+def _keep_memory() -> None:
+    """Let the C library keep what a block has taken for the next one, in place of the kernel, which fills it with zeros anew.
+
+    Glibc keeps pieces up to the size of the largest one that it has given back, if that was no more than 32 MiB.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class Blocks:

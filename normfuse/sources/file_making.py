@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+import torch
+
 from normfuse import limits
 
 _PIECE = 8 * limits.MIB
@@ -39,6 +41,7 @@ class FileInTheMaking:
         self.is_new = True
         self.worker = ThreadPoolExecutor(1)
         self.pending: deque[tuple[int, Future[None]]] = deque()
+        self.room: list[tuple[torch.Tensor, Future[None]]] = []
 
     def __enter__(self) -> FileInTheMaking:
         """Open it; what a run left there stays, if it is a file of its own."""
@@ -60,35 +63,61 @@ class FileInTheMaking:
         self.path.unlink(missing_ok=True)
         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
 
-    def put(self, offset: int, data: memoryview) -> None:
-        """Bytes of memory, which must stay as they are until the file is left."""
-        self._later(len(data), self._put, offset, data)
+    def buffer(self, size: int) -> torch.Tensor:
+        """At least so many bytes of memory: those of what is written already where they do, as new ones cost time."""
+        free = [each for each, written in self.room if written.done()]
+        self.room = [(each, written) for each, written in self.room if not written.done()]
+        found = next((each for each in free if len(each) >= size), None)
+        return torch.empty(size, dtype=torch.uint8) if found is None else found
+
+    def allocate(self) -> None:
+        """Ask for all of the file's room at once, which makes writing it several times cheaper."""
+        try:
+            os.posix_fallocate(self.file, 0, max(self.size, 1))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise
+
+    def put(self, offset: int, data: memoryview, of: torch.Tensor | None = None) -> None:
+        """Bytes of memory, which must stay as they are until they are written; ``of`` is the buffer that they lie in."""
+        written = self._later(len(data), self._put, offset, data)
+        if of is not None:
+            self.room.append((of, written))
 
     def copy(self, source: int, begin: int, offset: int, size: int) -> None:
         """Bytes of another open file, copied by the kernel where it can."""
         self._later(0, self._copy, source, begin, offset, size)
 
-    def _later(self, size: int, *job: object) -> None:
+    def _later(self, size: int, *job: object) -> Future[None]:
         """Do it beside what is computed next, unless too many bytes wait for their turn."""
         while self.pending and (
             self.pending[0][1].done() or sum(held for held, _ in self.pending) + size > limits.WAITING_BYTES
         ):
             self.pending.popleft()[1].result()
-        self.pending.append((size, self.worker.submit(*job)))  # type: ignore[arg-type]
+        done: Future[None] = self.worker.submit(*job)  # type: ignore[arg-type]
+        self.pending.append((size, done))
         if size > limits.WAITING_BYTES:
-            self.pending.pop()[1].result()
+            done.result()
+        return done
 
     def _put(self, offset: int, data: memoryview) -> None:
         for piece in _pieces(len(data)):
             part = data[piece]
             if self.is_new or os.pread(self.file, len(part), offset + piece.start) != part:
                 _write(self.file, part, offset + piece.start)
+                self._start_writing(offset + piece.start, len(part))
+
+    def _start_writing(self, offset: int, size: int) -> None:
+        """Let the disk begin, so that there is less to wait for at the end."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.file, offset, size, os.POSIX_FADV_DONTNEED)
 
     def _copy(self, source: int, begin: int, offset: int, size: int) -> None:
         for piece in _pieces(size):
             count = piece.stop - piece.start
             if self.is_new or os.pread(self.file, count, offset + piece.start) != os.pread(source, count, begin + piece.start):
                 self._copy_piece(source, begin + piece.start, offset + piece.start, count)
+                self._start_writing(offset + piece.start, count)
 
     def _copy_piece(self, source: int, begin: int, offset: int, size: int) -> None:
         done = 0

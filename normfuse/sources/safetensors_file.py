@@ -101,18 +101,24 @@ class SafetensorsFile:
         """
         head, places = self._layout(set(dropped))
         size = len(head) + sum(self.size(key) for key in places)
-        differing = set()
+        differing = set[str]()
         with self.path.open("rb", buffering=0) as source, FileInTheMaking(target, size) as made:
+            if not changes and not dropped:  # as one piece, which some file systems share
+                made.copy(source.fileno(), 0, 0, size)
+                return differing
+            made.allocate()
             made.put(0, memoryview(head))
             for key, offset in places.items():
                 begin = self.start + self.header[key]["data_offsets"][0]
                 if key not in changes:
                     made.copy(source.fileno(), begin, len(head) + offset, self.size(key))
                     continue
-                value = self._read(source, key)
-                if changes[key](value):
+                like, buffer = self.tensors([key])[key], made.buffer(self.size(key))
+                held = buffer[: self.size(key)]
+                _fill(held, source, begin)
+                if changes[key](held.view(like.dtype).view(like.shape)):
                     differing.add(key)
-                made.put(len(head) + offset, memoryview(bytes_of(value)))
+                made.put(len(head) + offset, memoryview(bytes_of(held)), buffer)
         return differing
 
     def _layout(self, dropped: Collection[str]) -> tuple[bytes, dict[str, int]]:
@@ -133,19 +139,6 @@ class SafetensorsFile:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % _LENGTH)
         return len(text).to_bytes(_LENGTH, "little") + text, moved
-
-    def _read(self, source: FileIO, key: str) -> Tensor:
-        """A tensor in memory of its own."""
-        like = self.tensors([key])[key]
-        value = torch.empty(like.shape, dtype=like.dtype)
-        source.seek(self.start + self.header[key]["data_offsets"][0])
-        left = memoryview(bytes_of(value))
-        while left:
-            done = source.readinto(left)
-            if not done:
-                raise OSError(0, "the file became shorter while it was read")
-            left = left[done:]
-        return value
 
 
 def opened_safetensors(path: Path) -> SafetensorsFile:
@@ -172,6 +165,17 @@ def opened_safetensors(path: Path) -> SafetensorsFile:
     except (ValueError, SafetensorError) as error:
         raise LoadError(f"{path} is no safetensors file, or is damaged: {first_line(error)[:200]}", hint=DAMAGED) from error
     return SafetensorsFile(path, _LENGTH + length, header)
+
+
+def _fill(held: Tensor, source: FileIO, begin: int) -> None:
+    """Read as many bytes as a tensor has, from a place of a file."""
+    source.seek(begin)
+    left = memoryview(bytes_of(held))
+    while left:
+        done = source.readinto(left)
+        if not done:
+            raise OSError(0, "the file became shorter while it was read")
+        left = left[done:]
 
 
 def bytes_of(value: Tensor) -> Any:
