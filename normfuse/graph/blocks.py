@@ -8,6 +8,7 @@ is also the fastest way.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,10 +39,9 @@ def rounded(formula: Formula, read: Callable[[str], Tensor], dtype: torch.dtype)
         read: gives the stored tensor of a name, in any floating dtype.
         dtype: what it is rounded to.
     """
-    laid = laid_out(formula, read)
-    if laid is None:
-        return evaluate(formula, read).to(dtype).contiguous()
-    return laid.whole(dtype)
+    with _one_thread():
+        laid = laid_out(formula, read)
+        return evaluate(formula, read).to(dtype).contiguous() if laid is None else laid.whole(dtype)
 
 
 def overwrite(formula: Formula, name: str, value: Tensor, read: Callable[[str], Tensor]) -> bool:
@@ -69,11 +69,26 @@ def overwrite(formula: Formula, name: str, value: Tensor, read: Callable[[str], 
         value.copy_(new)
         return differs
     differs = False
-    for block in laid.blocks():
-        new = block.value().to(value.dtype)
-        differs = differs or not _same_bits(new, value[block.place])
-        value[block.place] = new
+    with _one_thread():
+        for block in laid.blocks():
+            new = block.value().to(value.dtype)
+            differs = differs or not _same_bits(new, value[block.place])
+            value[block.place] = new
     return differs
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """The same bits on any number of threads: several that share a sum over a long row round it in another way."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _same_bits(one: Tensor, other: Tensor) -> bool:

@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from normfuse.errors import NormfuseError
 from normfuse.graph.expressions import reads
 from normfuse.limits import OverLimit
@@ -74,12 +72,7 @@ def _asked(path: str, to: str, files: list[list[str]], recipe: str) -> set[str]:
 def _write(
     weights: Weights, recipe: Recipe, target: Path, only: Collection[str] | None = None, progress: Progress | None = None
 ) -> set[str]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a sum over a long row is of other roundings where several threads share it
-    try:
-        return weights.write(target, recipe.changes(weights.tensor), recipe.dropped, only=only, progress=progress)
-    finally:
-        torch.set_num_threads(threads)
+    return weights.write(target, recipe.changes(weights.tensor), recipe.dropped, only=only, progress=progress)
 
 
 def _can_be_told(recipe: Recipe) -> bool:
