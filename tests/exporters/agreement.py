@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from normfuse.graph.interpreter import run
+from normfuse.graph.parts import Part
 from normfuse.graph.program import Program
 
 MARGIN = 32.0
@@ -41,9 +42,9 @@ def excess(program: Program, flat: Sequence[Any], got: Sequence[Tensor]) -> floa
     dtypes = {program.tensor(name).dtype for name in program.stored.values()}
     epsilon = max((torch.finfo(each).eps for each in dtypes if each.is_floating_point), default=2.0**-23)
 
-    def nudge(name: str, value: Tensor) -> Tensor:
+    def nudge(name: str, value: Tensor, part: Part) -> Tensor:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        return value * (1.0 + epsilon * torch.randn(value.shape, generator=generator, dtype=torch.float64))
+        return value * (1.0 + epsilon * part.of(torch.randn(part.whole.shape, generator=generator, dtype=torch.float64)))
 
     truth = outputs_of(program, flat, wide=True)
     own, nudged = outputs_of(program, flat), outputs_of(program, flat, wide=True, weights=nudge)
