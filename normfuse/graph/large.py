@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from normfuse.graph.blocks import Block, Blocks
-from normfuse.graph.views import arguments, aten
+from normfuse.graph.views import arguments, aten, tensors_in
 
 _WEIGHT: dict[Any, str] = {
     aten.linear.default: "weight", aten.embedding.default: "weight",
@@ -59,7 +59,11 @@ def _takes(reader: Node, stored: Node) -> bool:
     if place is None:
         return False
     given = arguments(reader)
-    return given[place] is stored and reader.all_input_nodes.count(stored) == 1 and _is_matrix(stored)
+    return (
+        given[place] is stored
+        and sum(each is stored for each in tensors_in((reader.args, reader.kwargs))) == 1
+        and _is_matrix(stored)
+    )
 
 
 def _is_matrix(stored: Node) -> bool:

@@ -10,9 +10,11 @@ what feeds it and what it feeds is taken into it, more and more, and in the end 
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain, repeat
 from typing import Any
 
@@ -22,7 +24,9 @@ from torch.fx import Node
 
 from normfuse.errors import NormfuseError, first_line
 from normfuse.graph.interpreter import run, user_inputs
+from normfuse.graph.parts import Weights
 from normfuse.graph.program import Program
+from normfuse.graph.views import dtype
 from normfuse.proof.cases import HOSTILE, Case
 from normfuse.proof.evidence import Evidence
 from normfuse.proof.measuring import Progress, evidence_of
@@ -69,6 +73,7 @@ class _ByRegions:
         self, original: Program, rewritten: Program, changed: set[str], cases: Sequence[Case], progress: Progress | None
     ) -> None:
         self.original, self.rewritten, self.changed, self.progress = original, rewritten, changed, progress
+        self.cases = cases
         self.runs = list(_runs(original, cases))
         self.alike = [case for case in cases[1:] if _sizes(case) == _sizes(cases[0])]
         self.search = Search(original, rewritten, self.runs[0].drawn)
@@ -148,6 +153,28 @@ class _ByRegions:
             yield Trial(other.name, other.drawn(nodes))
         for name, weights in other_weights(self.changed).items() if weighted else ():
             yield Trial(name, plain, weights=weights)
+        if numbers := [node.name for node in nodes if _computes_numbers(node)]:
+            yield from self._on_other_numbers(nodes, numbers)
+
+    def _on_other_numbers(self, nodes: Sequence[Node], numbers: Sequence[str]) -> Iterator[Trial]:
+        """Masks and indices that the model computes, with every value that they have on a case or with other weights."""
+        known = {_bytes_of(self.runs[0], numbers)}
+        for other, weights in self._other_runs:
+            value = _bytes_of(other, numbers)
+            if value not in known:
+                known.add(value)
+                yield Trial(f"{other.name}, its numbers", other.drawn(nodes), weights=weights)
+
+    @cached_property
+    def _other_runs(self) -> list[tuple[_Run, Weights | None]]:
+        """The original on every other case, and with other weights."""
+        asked: list[tuple[Case, Weights | None]] = [(case, None) for case in self.cases[1:]]
+        asked += [(replace(self.cases[0], name=name), each) for name, each in other_weights(self.changed).items()]
+        found = []
+        for case, weights in asked:
+            with contextlib.suppress(Exception):  # hostile inputs may be none for the original
+                found.append((_Run(self.original, case, weights), weights))
+        return found
 
 
 def _together(so_far: Evidence, found: Sequence[Evidence]) -> Evidence:
@@ -179,7 +206,7 @@ class _Form:
 class _Run:
     """One run of the original: the form of every value, and the values that are no floats."""
 
-    def __init__(self, program: Program, case: Case) -> None:
+    def __init__(self, program: Program, case: Case, weights: Weights | None = None) -> None:
         self.name, self.flat = case.name, case.flat
         self.forms: dict[str, _Form] = {}
         self.values: dict[str, Any] = {}
@@ -188,7 +215,7 @@ class _Run:
         self.indices = {name for name, value in self.inputs.items() if isinstance(value, Tensor) and not _is_float(value)}
         for name, value in self.inputs.items():
             self._keep(name, value, value.dtype if isinstance(value, Tensor) else None)
-        run(program, case.flat, wide=True, through=self._through)
+        run(program, case.flat, wide=True, weights=weights, through=self._through)
 
     def _through(self, node: Node, value: Any) -> Any:
         traced = node.meta.get("val")
@@ -234,6 +261,17 @@ class _Run:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         kind = torch.complex64 if form.dtype.is_complex else torch.float32
         return form.laid_out(torch.randn(form.shape, generator=generator, dtype=kind))
+
+
+def _computes_numbers(node: Node) -> bool:
+    """Whether a value is a mask or an index that the model makes of its inputs or its weights."""
+    kind = dtype(node)
+    return node.op == "call_function" and kind is not None and not kind.is_floating_point and not kind.is_complex
+
+
+def _bytes_of(found: _Run, names: Sequence[str]) -> tuple[Any, ...]:
+    values = [found.values[name] for name in names]
+    return tuple((tuple(each.shape), bytes(each.contiguous().reshape(-1).view(torch.uint8).numpy())) for each in values)
 
 
 def _runs(program: Program, cases: Sequence[Case]) -> Iterator[_Run]:

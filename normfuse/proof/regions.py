@@ -113,17 +113,16 @@ class Search:
 
     def needed(self, found: Sequence[Cut]) -> list[Cut]:
         """The cuts with a region that some cuts rest on, in their order."""
-        seen: set[Node] = set()
+        seen: set[tuple[Node, Node]] = set()
         needed: list[Cut] = []
         waiting = list(found)
         while waiting:
             cut = waiting.pop()
-            if cut.theirs in seen:
+            if (cut.ours, cut.theirs) in seen:  # two outputs may have become one
                 continue
-            seen.add(cut.theirs)
+            seen.add((cut.ours, cut.theirs))
             needed += [cut] if cut.region else []
-            below = [each.theirs for each in cut.region.cuts] if cut.region else cut.theirs.all_input_nodes
-            waiting += [self.cuts[each] for each in below if each not in seen]
+            waiting += cut.region.cuts if cut.region else [self.cuts[each] for each in cut.theirs.all_input_nodes]
         return sorted(needed, key=lambda cut: self._order[cut.theirs])
 
     def first_open(self, outputs: Sequence[Node]) -> Node:

@@ -107,7 +107,7 @@ def new_folder(
     with _told(path), scratch(path.parent, with_folder=path.name if goes_on_with else None, helped=helped) as folder:
         new = folder / "new" / path.name
         new.mkdir(parents=True, exist_ok=True)
-        for entry in [each for each in new.iterdir() if each.name not in goes_on_with]:
+        for entry in [each for each in new.iterdir() if each.name not in goes_on_with or not _is_own_file(each)]:
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         write(new)
         yield new
@@ -115,6 +115,12 @@ def new_folder(
             if file.is_file():
                 to_disk(file)
         os.rename(new, path)
+
+
+def _is_own_file(path: Path) -> bool:
+    """Whether nothing else is written where a file is: it is no link, and has no other name."""
+    about = path.lstat()
+    return stat.S_ISREG(about.st_mode) and about.st_nlink == 1
 
 
 def check_new_folder(path: Path) -> None:

@@ -69,6 +69,31 @@ def test_blocks_give_what_the_whole_gives(formulas: str, change: str, monkeypatc
     assert max(widened) <= 48
 
 
+@pytest.mark.parametrize("call", ["linear", "matmul", "addmm"])
+def test_a_matrix_that_a_call_reads_twice_is_taken_as_a_whole(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(12, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.w
+            calls = {
+                "linear": lambda: nn.functional.linear(w, w),
+                "matmul": lambda: w @ w,
+                "addmm": lambda: torch.addmm(w, x, w),
+            }
+            return x + calls[call]()
+
+    x = torch.randn(12, 12)
+    program = Program.trace(Twice(), (x,))
+    (expected,) = run(program, [x], wide=True)
+    monkeypatch.setattr(stored_values, "LEAST", 30)
+    monkeypatch.setattr(stored_values, "BLOCK", 48)
+    (got,) = run(program, [x], wide=True)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many entries are widened at a time from now on."""
     widened: list[int] = []

@@ -20,7 +20,7 @@ from normfuse.graph.program import Program
 from normfuse.modules import written_regions
 from normfuse.planning import registry
 from normfuse.planning.planner import Plan, plan
-from normfuse.proof.cases import cases
+from normfuse.proof.cases import Case, cases
 from normfuse.proof.evidence import Evidence, Verdict
 from normfuse.proof.proving import prove
 from normfuse.proof.regions import Search
@@ -183,6 +183,54 @@ def test_an_edit_outside_of_all_regions_is_disproven() -> None:
     gelu = next(node.name for node in other.graph.nodes if "gelu" in node.name)
     for wrong in (_off(other, "head.weight"), apply(other, [Reroute(gelu, Ref(gelu) * 1.0001)])):
         assert proven(program, wrong, chosen, IDS).verdict is Verdict.DISPROVEN
+
+
+class Masked(nn.Module):
+    """What is masked depends on the inputs: on token ids or on a mask."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by, self.embed, self.first, self.between = by, nn.Embedding(20, D), nn.LayerNorm(D), nn.Linear(D, D)
+        self.second, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        x = self.embed(ids)
+        keep = {"ids": ids != 0, "mask": mask != 0}[self.by][..., None]
+        found: Tensor = self.head(self.second(self.between(torch.where(keep, self.first(x), torch.zeros_like(x)))))
+        return found
+
+
+@pytest.mark.parametrize("by", ["ids", "mask"])
+def test_what_is_wrong_where_only_other_inputs_reach_is_disproven(by: str) -> None:
+    ids, mask = torch.arange(1, 11).view(2, 5), torch.ones(2, 5, dtype=torch.long)
+    program, right, chosen = rewritten(Masked(by), (ids, mask), "fold_affine")
+    wrong = apply(right, [Reroute("zeros_like", Ref("embedding"))])
+    padded = mask.clone()
+    padded[0, 3:] = 0
+    tried = [*cases(program, flat_inputs(program, (ids, mask))), Case("another", (ids, padded), given=True)]
+    for level in ("full", "regions"):
+        assert prove(program, right, chosen, tried, level=level).ok
+        assert prove(program, wrong, chosen, tried, level=level).verdict is Verdict.DISPROVEN
+
+
+@pytest.mark.parametrize("clamped", [0, 1])
+def test_two_outputs_that_became_one_are_both_proven(clamped: int) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(D), nn.Linear(D, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = self.head(self.norm(x))
+            both = (y.clamp(-2.5, 2.5), y)
+            return both if clamped == 0 else both[::-1]
+
+    program, right, chosen = rewritten(Two(), (noise(2, 5, D),), "fold_affine")
+    (outputs,) = right.graph.output_node().args
+    wrong = apply(right, [Reroute("clamp", Ref(outputs[1 - clamped].name))])  # type: ignore[index, union-attr, arg-type]
+    for level in ("full", "regions"):
+        found = proven(program, wrong, chosen, (noise(2, 5, D),), level)
+        assert found.verdict is Verdict.DISPROVEN
 
 
 def test_another_stored_value_is_disproven() -> None:

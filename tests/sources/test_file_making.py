@@ -185,6 +185,20 @@ def test_a_run_that_was_killed_at_any_step_is_gone_on_with(again: float, tmp_pat
     assert torch.equal(load_file(target / "model-1.safetensors")["a"], torch.full((40,), again))
 
 
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_what_a_stranger_packed_is_not_written_through(link: Callable[[Path, Path], None], tmp_path: Path) -> None:
+    """An archive may bring a folder that looks as if a run had left it, with links in it."""
+    (tmp_path / "precious").write_text("mine")
+    left = tmp_path / ".normfuse-0123456789abcdef" / "new" / "target"
+    left.mkdir(parents=True)
+    (tmp_path / ".normfuse-0123456789abcdef").chmod(0o700)
+    link(tmp_path / "precious", left / "kept")
+    with new_folder(tmp_path / "target", lambda folder: (folder / "kept").write_text("new"), goes_on_with=["kept"]):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert (tmp_path / "target" / "kept").read_text() == "new"
+
+
 def test_what_others_could_have_written_is_not_gone_on_with(tmp_path: Path) -> None:
     open_to_all = tmp_path / ".normfuse-0123456789abcdef"
     (open_to_all / "new" / "target").mkdir(parents=True)
