@@ -50,9 +50,9 @@ class _Commands(click.RichGroup):
 
     def main(self, args: Sequence[str] | None = None, *more: Any, **extra: Any) -> Any:
         """Ask, and leave with the exit code; whatever goes wrong becomes a line."""
-        if own() > 0:
-            sys.exit(_help())
         words = list(sys.argv[1:] if args is None else args)
+        if own() > 0:
+            sys.exit(_help() if _is_spread(words) else YES)
         sys.exit(_answer(lambda: super(_Commands, self).main(words, *more, **extra | {"standalone_mode": False}), words))
 
 
@@ -63,7 +63,7 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     interrupts: list[int] = []
     try:
-        with _warnings_as_lines(debug), _noting(interrupts), in_time(), _together():
+        with _warnings_as_lines(debug), _noting(interrupts), in_time(), _together(words):
             return ask() or YES
     except (KeyboardInterrupt, click.Abort):
         return _complain(INTERRUPTED, "interrupted", None, as_json)
@@ -79,9 +79,14 @@ def _answer(ask: Callable[[], int | None], words: Sequence[str]) -> int:
         return _complain(CANNOT, *_foreign(error), as_json)
 
 
-def _together() -> contextlib.AbstractContextManager[None]:
-    """This process is rank 0 of those that torchrun has started, if it has."""
-    if started() == 1:
+def _is_spread(words: Sequence[str]) -> bool:
+    """Whether a command may ask other ranks for help; any other is rank 0's alone, which waits for nobody."""
+    return list(words[:1]) == ["rewrite"] and "--help" not in words
+
+
+def _together(words: Sequence[str]) -> contextlib.AbstractContextManager[None]:
+    """This process is rank 0 of those that torchrun has started, if it has, and they may be needed."""
+    if started() == 1 or not _is_spread(words):
         return contextlib.nullcontext()
     from normfuse.sources.ranks import group
 

@@ -26,6 +26,7 @@ from normfuse.modules.written_regions import compared_by_regions
 from normfuse.planning.planner import Plan
 from normfuse.proof.calling import call_of_module
 from normfuse.proof.cases import cases_for
+from normfuse.proof.differences import same_bits
 from normfuse.proof.equivalence import compare
 from normfuse.proof.evidence import COMPARED, Evidence, checked
 from normfuse.proof.fidelity import traced
@@ -33,6 +34,7 @@ from normfuse.proof.measuring import Progress
 from normfuse.proof.sides import program_side
 from normfuse.sources.atomic import new_folder, proven_first
 from normfuse.sources.inputs import Inputs
+from normfuse.sources.mapped import is_unwritten
 from normfuse.sources.modeling_code import WITHOUT, Centring, SwappedNorm, add_code, stock_name, unheld
 from normfuse.sources.ranks import joined
 from normfuse.sources.source import Source, Stored
@@ -92,13 +94,14 @@ def write_back(
 
     Raises:
         CannotApply: the model's class cannot hold part of the plan; nothing is written.
-        InputError: it cannot be written there.
+        InputError: it cannot be written there, or the model was changed since it was opened.
         VerificationFailed: what was written computes something else; it is not kept.
     """
     stored, model = source.stored, source.model
     if stored is None or not isinstance(model, nn.Module):
         raise InputError(f"{source.name} is no folder or checkpoint, so what is written of it is a program", hint="-o OUT.pt2")
     stored.check_name(path)
+    _check_as_read(source.name, stored, model)
     changes = placed(original, plan, model, FOR_CLASS, same_keys=True, stored=stored.as_they_are)
     code = _code(stored, model, changes) if as_code else None
     recipe = recipe_of(original, changes, stored, code.unheld if code else ())
@@ -112,6 +115,15 @@ def write_back(
     kept = len(stored.weights.names) - len(changed) - len(recipe.dropped)
     notes = tuple(_of_the_base(model, stored, changed))
     return Written(path, tuple(sorted(changed)), kept, evidence, tuple(sorted(recipe.dropped)), notes)
+
+
+def _check_as_read(name: str, stored: Stored, model: nn.Module) -> None:
+    """Refuse a model that was changed since it was opened: what is written is made of its files."""
+    for tensor_name, tensor in model.state_dict().items():
+        for key in stored.keys.get(tensor_name, ())[:1]:
+            if not is_unwritten(tensor) and not same_bits(tensor, stored.weights.tensor(stored.weights.names[key])):
+                said = f"'{tensor_name}' was changed since {name} was opened, and what is written is made of the files"
+                raise InputError(said, hint="save the model, open what was saved, and rewrite that")
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def made_anew(model: nn.Module, tensors: Mapping[str, Tensor], keys: Mapping[str
     if not turned or all(names or is_mapped(state[name]) for name, names in keys.items()):
         return ()
     they = f"{len(turned)} stored tensors are" if len(turned) > 1 else "a stored tensor is"
-    return (f"{they} joined, split or cast where the model is made, and in memory as a whole: {listed(turned, 3)}",)
+    return (f"{they} joined, split, cast or copied where the model is made, and in memory as a whole: {listed(turned, 3)}",)
 
 
 def _is_the_same(a: Tensor, b: Tensor) -> bool:

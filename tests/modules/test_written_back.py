@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import normfuse
 from normfuse.cli import main
-from normfuse.errors import VerificationFailed
+from normfuse.errors import InputError, VerificationFailed
 from normfuse.graph.program import Program
 from tests.sources.test_brought_back import GPT2, saved
 
@@ -58,3 +58,16 @@ def test_a_head_that_took_the_last_norm_over_is_told_of(tmp_path: Path) -> None:
         hidden = type(model.transformer).from_pretrained(tmp_path / f"out{same}").eval()(input_ids=ids).last_hidden_state
         expected = model.transformer(input_ids=ids).last_hidden_state
         assert torch.allclose(hidden, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())) == same
+
+
+@pytest.mark.parametrize("name", ["transformer.h.0.mlp.c_fc.weight", "transformer.h.1.ln_1.bias"])
+def test_a_model_that_was_changed_since_it_was_opened_is_not_written_from_its_files(name: str, tmp_path: Path) -> None:
+    saved(tmp_path / "m", "GPT2LMHeadModel", GPT2)
+    source = normfuse.open(tmp_path / "m")
+    assert isinstance(source.model, torch.nn.Module)
+    with torch.no_grad():
+        source.model.get_parameter(name).view(-1)[3] += 0.5
+    result = normfuse.rewrite(source, "fold_affine", verify="structure")
+    with pytest.raises(InputError, match=f"'{name}' was changed since"):
+        result.write_back(tmp_path / "out")
+    assert not (tmp_path / "out").exists()

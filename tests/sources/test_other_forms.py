@@ -43,7 +43,7 @@ def test_renamed_tensors_stay_where_they_are(tmp_path: Path) -> None:
 
 def test_joined_tensors_are_told_of(tmp_path: Path) -> None:
     source = opened(saved("phimoe", tmp_path))
-    assert told(source).startswith("24 stored tensors are joined, split or cast where the model is made")
+    assert told(source).startswith("24 stored tensors are joined, split, cast or copied where the model is made")
     assert "experts.0.w1.weight" in told(source)
 
 
@@ -65,5 +65,5 @@ def test_what_would_change_a_cast_tensor_is_refused_with_a_reason(tmp_path: Path
     back = rewritten(folder, tmp_path / "out", "fold_affine")
     assert name not in back.report["tensors"]["changed"]
     assert any(f"'{name}' is stored in another form" in each for each in reasons(back.report, "NF104"))
-    assert any("a stored tensor is joined, split or cast" in each for each in back.report["notes"])
+    assert any("a stored tensor is joined, split, cast or copied" in each for each in back.report["notes"])
     assert "gpt_neox.layers.1.attention.query_key_value.weight" in back.report["tensors"]["changed"]
