@@ -148,14 +148,15 @@ def test_one_of_several_files_is_not_all_of_them(gpt2: Path, tmp_path: Path) -> 
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_no_checkpoint(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["os.posix_fallocate", "os.pwrite", "os.truncate"])
+def test_a_full_disk_leaves_no_checkpoint(call: str, state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file(state, tmp_path / "c.safetensors")
     before = everything(tmp_path)
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("shutil.copyfile", full)
+    monkeypatch.setattr(call, full)
     words = ("--model", ARCHITECTURE, "--pass", "conv_bn", "--input", SPEC, "--verify", "structure")
     answer = asked("rewrite", tmp_path / "c.safetensors", *words)
     refused(answer, "No space left on device")
