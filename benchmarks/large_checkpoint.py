@@ -1,7 +1,7 @@
 """Is a checkpoint that does not fit the memory rewritten as fast as it is copied, and proven? Seconds, MB/s and peaks.
 
-A folder of a GPT-NeoX shape is made for every size (`benchmarks.large_folders`), copied and rewritten in turns, each time in
-a process of its own under a limit of memory, and removed. What is copied and written is on the disk before the clock stops. The
+A folder of a GPT-NeoX shape is made for every size (`benchmarks.large_folders`), copied and rewritten in turns, both under
+a limit of memory, each time in a process of its own, and removed. What is written is on the disk before the clock stops. The
 peaks are the process's own (what it holds and what it maps of files), not the kernel's cache of files, which takes what the
 limit leaves.
 
@@ -46,6 +46,7 @@ def rewritten(folder: str, out: str, passes: str, level: str) -> None:
 
     torchvision_shim.install()
     import normfuse
+    from normfuse.modules import spread
 
     torch.set_num_threads(1)
     peak = _watched()
@@ -55,6 +56,7 @@ def rewritten(folder: str, out: str, passes: str, level: str) -> None:
     ids = torch.arange(16)[None]
     result = normfuse.rewrite(held, passes, kwargs={"input_ids": ids}, verify=level)
     laps = result.report.seconds
+    files = _timed(spread, "_write")
     begun, before = time.perf_counter(), _status("VmHWM")
     written = result.write_back(out)
     wrote = time.perf_counter() - begun
@@ -63,11 +65,26 @@ def rewritten(folder: str, out: str, passes: str, level: str) -> None:
     print(
         json.dumps(
             {
-                "plan": planned, "verify": laps.get("verify", 0.0), "write": wrote, "peak": _status("VmHWM"), "own": peak[0],
+                "plan": planned, "verify": laps.get("verify", 0.0), "write": wrote, "files": sum(files),
+                "peak": _status("VmHWM"), "own": peak[0],
                 "before": before, "changed": len(written.changed), "verdict": str(said.verdict),
             }
         )
     )  # fmt: skip
+
+
+def _timed(module: Any, name: str) -> list[float]:
+    """The seconds of every call of a function from now on."""
+    function, taken = getattr(module, name), list[float]()
+
+    def timed(*args: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args, **options)
+        taken.append(time.perf_counter() - started)
+        return result
+
+    setattr(module, name, timed)
+    return taken
 
 
 def _status(name: str) -> int:
@@ -111,10 +128,10 @@ def limited(size: int) -> Iterator[tuple[list[str], str]]:
         yield [], "nothing (no control groups here)"
 
 
-def copied(folder: Path, out: Path) -> float:
+def copied(command: Sequence[str], folder: Path, out: Path) -> float:
     """Seconds that `cp` takes, until what it wrote is on the disk."""
     started = time.perf_counter()
-    subprocess.run(["cp", "-r", str(folder), str(out)], check=True)
+    subprocess.run([*command, "cp", "-r", str(folder), str(out)], check=True)
     for file in out.iterdir():
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
@@ -147,7 +164,7 @@ def main() -> None:
         copies, writes = [], []
         with limited(int(options.limit_gib * 2**30)) as (command, by):
             for _ in range(options.rounds):
-                copies.append(copied(folder, out))
+                copies.append(copied(command, folder, out))
                 shutil.rmtree(out)
                 writes.append(measured(command, folder, out, options.passes, "structure"))
                 shutil.rmtree(out)
@@ -170,16 +187,17 @@ def _print(
 ) -> None:
     print(f"{passes}, bfloat16, limited to {limit:g} GiB by {by}; medians, and least over least for the ratio\n")
     print(
-        "| size | tensors changed | plan | write | `cp` | MB/s | of `cp` | ratio of medians | of minima | limit | peak | own |"
+        "| size | tensors changed | plan | write | its files | `cp` | MB/s | of `cp` | medians | minima | limit | peak | own |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|---|")
     for size, copies, writes in rows:
         wrote = [each["write"] for each in writes]
         middle, copy = statistics.median(wrote), statistics.median(copies)
+        files = statistics.median(each["files"] for each in writes)
         plan = statistics.median(each["plan"] for each in writes)
         peak, own = (max(each[name] for each in writes) / 2**30 for name in ("peak", "own"))
         print(
-            f"| {size / 1e9:.1f} GB | {writes[0]['changed']} | {plan:.1f} s | {middle:.1f} s | {copy:.1f} s | "
+            f"| {size / 1e9:.1f} GB | {writes[0]['changed']} | {plan:.1f} s | {middle:.1f} s | {files:.1f} s | {copy:.1f} s | "
             f"{size / 1e6 / middle:.0f} | {size / 1e6 / copy:.0f} | {middle / copy:.2f} | "
             f"{min(wrote) / min(copies):.2f} | 1.30 | {peak:.2f} GiB | {own:.2f} GiB |"
         )

@@ -39,7 +39,7 @@ class FileInTheMaking:
         self.path, self.size = path, size
         self.file = -1
         self.is_new = True
-        self.worker = ThreadPoolExecutor(1)
+        self.workers = ThreadPoolExecutor(2)
         self.pending: deque[tuple[int, Future[None]]] = deque()
         self.room: list[tuple[torch.Tensor, Future[None]]] = []
 
@@ -94,7 +94,7 @@ class FileInTheMaking:
             self.pending[0][1].done() or sum(held for held, _ in self.pending) + size > limits.WAITING_BYTES
         ):
             self.pending.popleft()[1].result()
-        done: Future[None] = self.worker.submit(*job)  # type: ignore[arg-type]
+        done: Future[None] = self.workers.submit(*job)  # type: ignore[arg-type]
         self.pending.append((size, done))
         if size > limits.WAITING_BYTES:
             done.result()
@@ -139,7 +139,7 @@ class FileInTheMaking:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Wait for everything that was put."""
         try:
-            self.worker.shutdown(cancel_futures=kind is not None)
+            self.workers.shutdown(cancel_futures=kind is not None)
             if kind is None:
                 for _, each in self.pending:
                     each.result()

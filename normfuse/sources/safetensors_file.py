@@ -8,9 +8,11 @@ entries of one name are an attack or an accident, and never one tensor.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from io import FileIO
+from itertools import pairwise
 from mmap import mmap
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -108,6 +110,7 @@ class SafetensorsFile:
                 return differing
             made.allocate()
             made.put(0, memoryview(head))
+            following = dict(pairwise(key for key in places if key in changes))
             for key, offset in places.items():
                 begin = self.start + self.header[key]["data_offsets"][0]
                 if key not in changes:
@@ -116,10 +119,17 @@ class SafetensorsFile:
                 like, buffer = self.tensors([key])[key], made.buffer(self.size(key))
                 held = buffer[: self.size(key)]
                 _fill(held, source, begin)
+                self._ask_for(source, following.get(key))
                 if changes[key](held.view(like.dtype).view(like.shape)):
                     differing.add(key)
                 made.put(len(head) + offset, memoryview(bytes_of(held)), buffer)
         return differing
+
+    def _ask_for(self, source: FileIO, key: str | None) -> None:
+        """Let the disk fetch the tensor that is read next while another one is computed."""
+        if key is not None and hasattr(os, "posix_fadvise"):
+            begin = self.start + self.header[key]["data_offsets"][0]
+            os.posix_fadvise(source.fileno(), begin, self.size(key), os.POSIX_FADV_WILLNEED)
 
     def _layout(self, dropped: Collection[str]) -> tuple[bytes, dict[str, int]]:
         """What stands before the tensors, and where each begins behind that, in the order of their bytes."""
