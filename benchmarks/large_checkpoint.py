@@ -57,7 +57,7 @@ def rewritten(folder: str, out: str, passes: str, level: str) -> None:
     result = normfuse.rewrite(held, passes, kwargs={"input_ids": ids}, verify=level)
     laps = result.report.seconds
     files = _timed(spread, "_write")
-    begun, before = time.perf_counter(), _status("VmHWM")
+    begun = time.perf_counter()
     written = result.write_back(out)
     wrote = time.perf_counter() - begun
     planned = opened + laps.get("trace", 0.0) + laps.get("plan", 0.0)
@@ -66,8 +66,7 @@ def rewritten(folder: str, out: str, passes: str, level: str) -> None:
         json.dumps(
             {
                 "plan": planned, "verify": laps.get("verify", 0.0), "write": wrote, "files": sum(files),
-                "peak": _status("VmHWM"), "own": peak[0],
-                "before": before, "changed": len(written.changed), "verdict": str(said.verdict),
+                "peak": _status("VmHWM"), "own": peak[0],  "changed": len(written.changed), "verdict": str(said.verdict),
             }
         )
     )  # fmt: skip

@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 CALLS = (
@@ -92,7 +93,7 @@ def _forked(work: Callable[[], Any], *, after: float | None = None) -> int:
     """The exit code of a child that does the work, or minus the signal that ended it."""
     child = os.fork()
     if child == 0:
-        _as_child(work)
+        as_child(work)
     if after is not None:
         time.sleep(after)
         with contextlib.suppress(ProcessLookupError):
@@ -100,12 +101,19 @@ def _forked(work: Callable[[], Any], *, after: float | None = None) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _as_child(work: Callable[[], Any]) -> None:
+def as_child(work: Callable[[], Any], said: Path = Path(os.devnull)) -> None:
+    """Do the work as a process that was forked, which ends with it.
+
+    Args:
+        work: what is done.
+        said: a file for what it says.
+    """
     code = 3
     try:
-        silent = os.open(os.devnull, os.O_RDWR)
-        for stream in (1, 2):
-            os.dup2(silent, stream)
+        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(out, number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1))
         work()
         code = 0
     except SystemExit as left:

@@ -9,13 +9,13 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.kills import as_child
 
 
 @dataclass(frozen=True)
@@ -62,26 +62,17 @@ def _forked(words: Sequence[object], rank: int, count: int, port: int, said: Pat
     child = os.fork()
     if child:
         return child
-    code = 3
-    try:
-        out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(out, number)
-            setattr(sys, name, os.fdopen(number, "w", buffering=1))
+
+    def work() -> None:
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         os.environ["TORCHELASTIC_RUN_ID"] = "none"
         first(rank)
         from normfuse.cli import main
 
         main([str(word) for word in words])
-    except SystemExit as left:
-        code = int(left.code or 0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        os._exit(code)
+
+    as_child(work, said)
+    raise AssertionError("a child ends there")
 
 
 def _ended(child: int, until: float) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -92,7 +92,8 @@ def recipe_of(program: Program, changes: Adaptation, stored: Stored, without: Co
         CannotApply: a tensor changes that is stored in another form than the class has it.
     """
     values = formulas_of(changes)
-    keys = {name: _keys(program, stored, name) for name in {*values, *_read_by(values.values())}}
+    read = {name for formula in values.values() for name in reads(formula)}
+    keys = {name: _keys(program, stored, name) for name in {*values, *read}}
     if homeless := [name for name in values if not keys[name] and not {*names_of(program, name)} <= {*without}]:
         why = f"'{min(homeless)}' is stored in another form than its class has it, so it cannot be changed there"
         raise CannotApply([why], hint=FOR_CLASS)
@@ -101,12 +102,8 @@ def recipe_of(program: Program, changes: Adaptation, stored: Stored, without: Co
     formulas = {
         key: substitute(formula, in_files) for name, formula in values.items() for key in keys[name] if key not in dropped
     }
-    elsewhere = {name: program.tensor(name) for name in {*_read_by(values.values())} if not keys[name]}
+    elsewhere = {name: program.tensor(name) for name in read if not keys[name]}
     return Recipe(formulas, dropped, elsewhere)
-
-
-def _read_by(formulas: Collection[Formula]) -> Iterator[str]:
-    return (name for formula in formulas for name in reads(formula))
 
 
 def _keys(program: Program, stored: Stored, name: str) -> list[str]:

@@ -71,9 +71,10 @@ class FileInTheMaking:
         return torch.empty(size, dtype=torch.uint8) if found is None else found
 
     def allocate(self) -> None:
-        """Ask for all of the file's room at once, which makes writing it several times cheaper."""
+        """Ask for all of the file's room at once, where the system can: it makes writing several times cheaper."""
         try:
-            os.posix_fallocate(self.file, 0, max(self.size, 1))
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.file, 0, max(self.size, 1))
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise
@@ -102,10 +103,10 @@ class FileInTheMaking:
 
     def _put(self, offset: int, data: memoryview) -> None:
         for piece in _pieces(len(data)):
-            part = data[piece]
-            if self.is_new or os.pread(self.file, len(part), offset + piece.start) != part:
-                _write(self.file, part, offset + piece.start)
-                self._start_writing(offset + piece.start, len(part))
+            part, place = data[piece], offset + piece.start
+            if self.is_new or os.pread(self.file, len(part), place) != part:
+                _write(self.file, part, place)
+                self._start_writing(place, len(part))
 
     def _start_writing(self, offset: int, size: int) -> None:
         """Let the disk begin, so that there is less to wait for at the end."""
@@ -114,20 +115,15 @@ class FileInTheMaking:
 
     def _copy(self, source: int, begin: int, offset: int, size: int) -> None:
         for piece in _pieces(size):
-            count = piece.stop - piece.start
-            if self.is_new or os.pread(self.file, count, offset + piece.start) != os.pread(source, count, begin + piece.start):
-                self._copy_piece(source, begin + piece.start, offset + piece.start, count)
-                self._start_writing(offset + piece.start, count)
+            count, at, place = piece.stop - piece.start, begin + piece.start, offset + piece.start
+            if self.is_new or os.pread(self.file, count, place) != os.pread(source, count, at):
+                self._copy_piece(source, at, place, count)
+                self._start_writing(place, count)
 
     def _copy_piece(self, source: int, begin: int, offset: int, size: int) -> None:
         done = 0
         while done < size:
-            try:
-                copied = os.copy_file_range(source, self.file, size - done, begin + done, offset + done)
-            except OSError as error:
-                if error.errno not in _NOT_IN_THE_KERNEL:
-                    raise
-                copied = 0
+            copied = _copied_by_kernel(source, self.file, size - done, begin + done, offset + done)
             if not copied:  # the kernel cannot, or the source is shorter than its header says
                 block = os.pread(source, size - done, begin + done)
                 if not block:
@@ -145,6 +141,16 @@ class FileInTheMaking:
                     each.result()
         finally:
             os.close(self.file)
+
+
+def _copied_by_kernel(source: int, file: int, size: int, begin: int, offset: int) -> int:
+    """How many bytes the kernel has copied; none where it cannot, or where the source has none."""
+    try:
+        return os.copy_file_range(source, file, size, begin, offset) if hasattr(os, "copy_file_range") else 0
+    except OSError as error:
+        if error.errno not in _NOT_IN_THE_KERNEL:
+            raise
+        return 0
 
 
 def _pieces(size: int) -> Iterator[slice]:

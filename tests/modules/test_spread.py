@@ -30,23 +30,13 @@ from normfuse.modules.recipe import Recipe
 from normfuse.sources import ranks, tensor_files
 from normfuse.sources.tensor_files import open_weights
 from tests.ranks import Ended, asked_by_ranks
+from tests.small_net import BLOCK
 from tests.sources.test_brought_back import GPT2, saved
 from tests.zoo.spread import spread as with_spread_numbers
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ranks")]
 
-CODE = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
+CODE = f"""{BLOCK}
 class Net(nn.Module):
     example_input_array = torch.ones(2, 3, 6)
 

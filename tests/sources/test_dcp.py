@@ -36,6 +36,7 @@ from normfuse.sources.safetensors_file import bytes_of
 from normfuse.sources.tensor_files import open_weights
 from tests.fuzz.files import mutated_bytes, mutated_pickle
 from tests.kills import killed_at_every_step
+from tests.small_net import BLOCK
 from tests.sources.changing import becoming
 from tests.sources.dcp_ranks import save_by_ranks
 from tests.zoo.spread import spread
@@ -44,18 +45,7 @@ dcp: Any = torch.distributed.checkpoint
 transformers: Any = pytest.importorskip("transformers")
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("dcp")]
 
-CODE = """
-import torch
-from torch import nn
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(6), nn.Linear(6, 9), nn.Linear(9, 6)
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(self.norm(x))))
-
+CODE = f"""{BLOCK}
 class Net(nn.Module):
     example_input_array = torch.ones(2, 3, 6)
 
