@@ -16,6 +16,7 @@ from normfuse.errors import CannotApply, NormfuseError, first_line
 from normfuse.graph.sharded import Parted, forget_parting, gathered_once, is_shard, is_sharded, meet, reshard, shards
 from normfuse.planning.planner import Plan
 from normfuse.sources.inputs import Inputs
+from normfuse.sources.safetensors_file import bytes_of
 
 T = TypeVar("T")
 
@@ -150,5 +151,4 @@ def _part(tensor: Any) -> tuple[Any, ...]:
 def _digest(tensor: Any) -> str:
     local = tensor._local_tensor if is_shard(tensor) else tensor
     form = f"{tuple(local.shape)} {local.dtype}"
-    entries = local.detach().cpu().contiguous().reshape(-1).view(torch.uint8) if local.numel() else torch.empty(0)
-    return hashlib.sha256(form.encode() + entries.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(form.encode() + bytes(bytes_of(local))).hexdigest()

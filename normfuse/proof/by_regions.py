@@ -34,6 +34,7 @@ from normfuse.proof.randomness import drawn
 from normfuse.proof.regions import Cut, Region, Search
 from normfuse.proof.steps import notes_of_own_dtype
 from normfuse.proof.trials import FORM_ONLY, Proof, Trial, other_weights
+from normfuse.sources.safetensors_file import bytes_of
 
 DEPTHS = (4, 16, 64, 256, 1024, 1 << 20)
 """How many calls deep what feeds a region, and what it feeds, is taken into it, one attempt after the other."""
@@ -271,7 +272,7 @@ def _computes_numbers(node: Node) -> bool:
 
 def _bytes_of(found: _Run, names: Sequence[str]) -> tuple[Any, ...]:
     values = [found.values[name] for name in names]
-    return tuple((tuple(each.shape), bytes(each.contiguous().reshape(-1).view(torch.uint8).numpy())) for each in values)
+    return tuple((tuple(each.shape), bytes(bytes_of(each))) for each in values)
 
 
 def _runs(program: Program, cases: Sequence[Case]) -> Iterator[_Run]:
